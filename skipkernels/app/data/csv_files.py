@@ -36,8 +36,8 @@ _DELIMITERS = ",\t;"
 def open_csv(path: str, root: str | Path | None = None, templates: Templates = None) -> Source:
     """Open a table of images; `root` is the folder that paths are relative to, by default that of the table."""
     name, file = f"csv:{path}", absolute_path(path)
-    if not path or not file.is_file():
-        raise open_error(f"{name}: no file {file if path else 'given'}; it must be a table with a line for each image.")
+    if not file.is_file():
+        raise open_error(f"{name}: no file {file}; it must be a table with a line for each image.")
     base = file.parent if root is None else absolute_path(root)
     columns, rows = _read(file)
     path_column = _column(file, columns, _PATH_NAMES, "path")

@@ -97,8 +97,6 @@ def open_hugging_face(spec: str, templates: Templates = None) -> Source:
 
 def _load(name: str, where: str, options: Mapping[str, str]) -> dict[str, Any]:
     """Return the dataset of each split, from the disk or the hub."""
-    if not where:
-        raise open_error("hf: needs a folder or a name, such as hf:food101.")
     folder = absolute_path(where)
     on_disk = any((folder / file).is_file() for file in _ON_DISK)
     if not on_disk and (folder.exists() or Path(where).is_absolute()):

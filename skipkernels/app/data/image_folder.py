@@ -30,8 +30,8 @@ from .templates import Templates
 def open_image_folder(path: str | Path, templates: Templates = None) -> Source:
     """Open a folder of images; see the docstring of this module."""
     name, root = f"imagefolder:{path}", absolute_path(path)
-    if not str(path) or not os.path.isdir(root):
-        raise open_error(f"{name}: no folder {root if str(path) else 'given'}; it must hold one folder for each class.")
+    if not os.path.isdir(root):
+        raise open_error(f"{name}: no folder {root}; it must hold one folder for each class.")
     parts = _split_folders(name, root)
     folders = _class_folders(name, root, list(parts))
     classes = _class_names(name, root, folders)

@@ -60,6 +60,8 @@ def open_source(data: str, root: str | Path | None = None, templates: Templates 
         [1, 1, 0, 0]
     """
     kind, _, name = data.partition(":")
+    if kind in KINDS and kind != "pictograms" and not name:
+        raise open_error(f"{kind}: needs a path or a name: {KINDS[kind]}.")
     if kind == "imagefolder":
         from .image_folder import open_image_folder
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from ...formatting import escaped
 from ...options import Protocol, Shots, Test, Validation
@@ -97,12 +98,16 @@ class TaskOptions:
     def check(self) -> None:
         """Raise an InputError if a value can't be used."""
         check_choice(self.protocol, Protocol, "protocol", "load_task")
-        if self.shots != "all" and self.shots < 1:
-            raise InputError(f"must be at least 1; got {self.shots}.", "shots", "load_task")
-        if isinstance(self.validation, float) and not 0 < self.validation < 1:
-            raise InputError(f"must be a share between 0 and 1; got {self.validation}.", "validation", "load_task")
-        if self.max_classes is not None and self.max_classes < 2:
-            raise InputError(f"must be at least 2; got {self.max_classes}.", "max_classes", "load_task")
+        check_choice(self.test, Test, "test", "load_task")
+        if isinstance(self.validation, str):
+            check_choice(self.validation, get_args(Validation)[0], "validation", "load_task")
+        elif not (isinstance(self.validation, float) and 0 < self.validation < 1):
+            raise InputError(
+                f"must be a share between 0 and 1, or a text; got {self.validation!r}.", "validation", "load_task"
+            )
+        for name, value, every, least in (("shots", self.shots, "all", 1), ("max_classes", self.max_classes, None, 2)):
+            if value != every and not (type(value) is int and value >= least):
+                raise InputError(f"must be a whole number, at least {least}; got {value!r}.", name, "load_task")
         if self.test == "none" and self.protocol != "few-shot":
             raise InputError(
                 f"none needs `protocol=few-shot`; {self.protocol} is a comparison of tests.", "test", "load_task"

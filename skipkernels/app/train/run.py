@@ -196,18 +196,15 @@ class Run:
             batch_size=len(self.task.train) / trainer.steps,
             done=trainer.epochs,
         )
-        with contextlib.ExitStack() as closing:  # closes all loggers, also if one fails to
+        while trainer.epochs < config.epochs:
+            row = trainer.epoch(self.display.step, self.display.loss)
+            evaluation = images.evaluator.evaluate(self.method)
+            row["accuracy"], row["validation"] = evaluation.accuracies, evaluation.validation
+            if (balanced := images.evaluator.balanced(evaluation)) is not None:
+                row[BALANCED] = balanced
+            self._end_epoch(row, trainer)
             for logger in self.loggers:
-                closing.callback(logger.close)
-            while trainer.epochs < config.epochs:
-                row = trainer.epoch(self.display.step, self.display.loss)
-                evaluation = images.evaluator.evaluate(self.method)
-                row["accuracy"], row["validation"] = evaluation.accuracies, evaluation.validation
-                if (balanced := images.evaluator.balanced(evaluation)) is not None:
-                    row[BALANCED] = balanced
-                self._end_epoch(row, trainer)
-                for logger in self.loggers:
-                    logger.write(row)
+                logger.write(row)
         if best_epoch(self.rows) not in (None, len(self.rows)):
             weights.load_into(self.method, self.folder.best_weights)
 

@@ -57,7 +57,8 @@ def tune(
         name: Name of the dataset in the results. Default: its type.
         identity: Text or JSON value that identifies the datasets when a run is resumed. Default: digests of files and
             labels; see `FeatureCache.build`.
-        loggers: Loggers of the rows of the epochs; see `train.progress.Logger`. They are closed at the end.
+        loggers: Loggers of the rows of the epochs; see `train.progress.Logger`. They are closed at the end, also
+            after an error. A run without epochs writes no rows.
         **settings: Fields of `TuneConfig`, which replace those of `config`.
 
     Returns:
@@ -92,19 +93,22 @@ def tune(
         >>> evaluate_run(folder, dataset=Squares(16), test=Squares(8)) == metrics["tuned"]
         True
     """
-    if isinstance(test, str):
-        settings["test"], test = test, None
-    if isinstance(validation, (str, int, float)):
-        settings["validation"], validation = validation, None
-    own = OwnData(dataset, test, validation, classes, name, identity)
-    console = console or Console(quiet=True)
-    plan = _plan(replace(config or TuneConfig(), **settings), own)
-    folder = RunFolder(plan.config)  # it is not written before its lock is held
-    if (finished := _finished(plan.config, folder, console)) is not None:
-        return finished
-    with _memory_errors(), _seeded(plan.config):
-        known: dict[str, Any] = {"choice": plan.choice, "command": plan.command}
-        return Run(plan.config, plan.open_data, folder, console=console, loggers=loggers, **known).execute()
+    with contextlib.ExitStack() as closing:  # closes all loggers, also if one fails to
+        for logger in loggers:
+            closing.callback(logger.close)
+        if isinstance(test, str):
+            settings["test"], test = test, None
+        if isinstance(validation, (str, int, float)):
+            settings["validation"], validation = validation, None
+        own = OwnData(dataset, test, validation, classes, name, identity)
+        console = console or Console(quiet=True)
+        plan = _plan(replace(config or TuneConfig(), **settings), own)
+        folder = RunFolder(plan.config)  # it is not written before its lock is held
+        if (finished := _finished(plan.config, folder, console)) is not None:
+            return finished
+        with _memory_errors(), _seeded(plan.config):
+            known: dict[str, Any] = {"choice": plan.choice, "command": plan.command}
+            return Run(plan.config, plan.open_data, folder, console=console, loggers=loggers, **known).execute()
 
 
 def check(config: TuneConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import re
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 
 from skipkernels.app.cli.main import main
 from skipkernels.app.config import TuneConfig
+from skipkernels.app.data.base import InputError
 from skipkernels.app.methods.skip import Skip
 from skipkernels.app.train import evaluate_run, trainer, tune
 from skipkernels.app.train.model import load_model
@@ -175,6 +177,15 @@ def test_tune_writes_to_loggers(tmp_path, caplog):
         tune(small(tmp_path, epochs=1, max_classes=4, shots=1), loggers=[mine])
     mine.close.assert_called_once_with()
     assert written == [1] and "epoch 1/1: loss" in caplog.text
+
+
+@pytest.mark.parametrize("settings", [{"method": "zero-shot"}, {"data": "imagefolder:missing"}], ids=str)
+def test_tune_closes_loggers_without_epochs(tmp_path, settings):
+    mine = Mock()
+    with contextlib.suppress(InputError):
+        tune(small(tmp_path, **settings), loggers=[mine])
+    mine.close.assert_called_once_with()
+    mine.write.assert_not_called()
 
 
 # ---- precision ------------------------------------------------------------------------------------------------------
