@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 
 from skipkernels import functional
-from skipkernels.ops import registration
 from tests.ops.test_ops_refusals import GOOD
 
 
@@ -58,14 +55,3 @@ def test_meta_tensors_have_shapes():
     assert functional.class_sampled_ce(x, x, labels, 10.0).shape == ()
     assert functional.class_scores(x, x, labels).shape == (3,)
     assert functional.add_layer_norm(x, x, x[0], x[0])[1].shape == (3, 4)
-
-
-def test_max_length_may_be_any_number():
-    """Scratch memory depends on the longest suffix, not on max_length."""
-    packed, offsets = torch.randn(11, 24), torch.tensor([0, 2, 6])
-    attend = functools.partial(functional.shared_prefix_attention, packed, heads=2, prefix_length=5, offsets=offsets)
-    exact = attend(max_length=4)
-    assert attend(max_length=2**58).equal(exact)
-    if registration.has_cpp("shared_prefix_attention"):
-        direct, _ = torch.ops.skipkernels.shared_prefix_attention(packed, 2, 5, offsets, 2**58, 0.5)
-        assert direct.equal(exact)
