@@ -1,17 +1,12 @@
-"""column_sums, and a fused block, which completes the partial sums of its operators by it."""
+"""column_sums of matrices of several widths and dtypes."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import pytest
 import torch
 
 from skipkernels.ops.row_sums import MATRICES, column_sums
 from skipkernels.testing import SLACK
-from skipkernels.towers.attention import Sequences
-from skipkernels.towers.fused import Hidden, RowsOptions, node
-from skipkernels.towers.fused.weights import BlockSettings
 from tests.ops.backends import Backend
 
 SHAPES = [(1, 1), (129, 33), (3, 64), (130, 7), (788, 70)]
@@ -44,38 +39,3 @@ def test_column_sums_are_rounded_once(backend: Backend):
 def test_column_sums_opcheck(backend: Backend):
     matrices = [rows(i, 5, 8, device=backend.device) for i in range(3)]
     backend.opcheck(column_sums, (matrices, torch.float16))
-
-
-@pytest.mark.parametrize("kind", ["inner", "first", "pooled"])
-def test_fused_block_completes_its_sums_by_one_launch(backend: Backend, kind, monkeypatch):
-    """Gradients equal those with sums that each operator completes."""
-    W, n, tokens, heads = 32, 3, 5, 4
-    layers = {"in_proj": (3 * W, W), "out_proj": (W, W), "mlp_in": (4 * W, W), "mlp_out": (W, 4 * W)}
-    sizes = {"norm_1": (W,), "norm_2": (W,), **layers}
-    sizes |= {f"{name}_bias": size[:1] for name, size in sizes.items()}
-    weights = {
-        name: rows(i, *size, device=backend.device).requires_grad_() for i, (name, size) in enumerate(sizes.items())
-    }
-    stream = rows(20, n * tokens, W, device=backend.device).requires_grad_(kind != "first")
-    queries = torch.arange(0, n * tokens, tokens, device=backend.device) if kind == "pooled" else None
-    attention = Sequences(n) if queries is None else Selected(Sequences(n), queries)
-    settings, options = BlockSettings("gelu", {"norm_1": 1e-5, "norm_2": 1e-5}, heads), RowsOptions(attention)
-    inputs, found = [x for x in (stream, *weights.values()) if x.requires_grad], []
-    for together in (False, True):
-        monkeypatch.setattr(node, "launches_on", lambda device, together=together: together)
-        out = node.fused_block(weights, settings, Hidden(stream), options).sum()
-        found.append(torch.autograd.grad(out.square().mean(), inputs))
-    for one, other in zip(*found, strict=True):
-        assert (one - other).norm() <= 1e-5 * one.norm()
-
-
-@dataclass
-class Selected:
-    """Attention of which only the query rows are returned, as of suffixes."""
-
-    attention: Sequences
-    query_rows: torch.Tensor
-    separate_queries = False
-
-    def __call__(self, packed, heads):
-        return self.attention(packed, heads=heads).index_select(0, self.query_rows)

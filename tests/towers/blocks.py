@@ -78,9 +78,9 @@ def rotary(block: nn.Module) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-def hidden_states(dtype: torch.dtype = torch.float64) -> Tensor:
+def hidden_states(dtype: torch.dtype = torch.float64, *, constant: bool = False) -> Tensor:
     hidden = torch.randn(N, TOKENS, W, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    return hidden.to(dtype).requires_grad_()
+    return hidden.to(dtype).requires_grad_(not constant)
 
 
 def run(block: nn.Module, hidden: Tensor, **arguments: Tensor) -> Tensor:
@@ -92,14 +92,15 @@ def run(block: nn.Module, hidden: Tensor, **arguments: Tensor) -> Tensor:
     return block(hidden.transpose(0, 1) if hasattr(block, "attn_mask") else hidden, **arguments)
 
 
-def gradients(block: nn.Module, **arguments: Tensor) -> dict[str, Tensor]:
-    """Output, and gradients of the input and of every tensor that trains, by name."""
-    hidden = hidden_states(next(x for x in block.parameters() if x.ndim == 2).dtype)
-    out = run(block, hidden, **arguments)
+def gradients(block: nn.Module, hidden: Tensor | None = None, call: Callable = run, **arguments) -> dict[str, Tensor]:
+    """Output of `call`, and gradients of the input and of every tensor that trains, by name."""
+    if hidden is None:
+        hidden = hidden_states(next(x for x in block.parameters() if x.ndim == 2).dtype)
+    out = call(block, hidden, **arguments)
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(out.dtype)
     plain = {f"{id(m)}.{name}": x for m in block.modules() for name, x in vars(m).items() if isinstance(x, Tensor)}
     named = {"hidden": hidden, **arguments, **dict(block.named_parameters()), **plain}
-    named = {name: x for name, x in named.items() if x is not None and x.requires_grad}
+    named = {name: x for name, x in named.items() if isinstance(x, Tensor) and x.requires_grad}
     return {"out": out} | dict(zip(named, torch.autograd.grad(out, list(named.values()), upstream), strict=True))
 
 

@@ -1,9 +1,11 @@
-"""Fixture for one thread: on tensors this small a second thread costs more time than it saves."""
+"""Fixtures: one thread, as on tensors this small a second one costs more time than it saves, and a backend."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+
+from tests.ops.conftest import backend  # noqa: F401
 
 
 @pytest.fixture(autouse=True)

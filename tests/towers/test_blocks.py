@@ -1,21 +1,28 @@
-"""Blocks of every kind when they are fused: output and every gradient are those of their own forward."""
+"""Blocks of every kind when they are fused: output and every gradient are those of their own forward, also of rows."""
 
 from __future__ import annotations
+
+import copy
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import skipkernels as sk
+from skipkernels.ops import row_sums
 from skipkernels.testing import relative_error, saved_bytes
 from skipkernels.towers import fused as fused_package
-from skipkernels.towers.attention import Pooled
+from skipkernels.towers.attention import SDPA, Pooled, Sequences
 from skipkernels.towers.block import FusedBlock
 from skipkernels.towers.families.timm_blocks import rotary_of_tokens
-from skipkernels.towers.fused import Hidden, RowsOptions
+from skipkernels.towers.fused import Hidden, RowsOptions, node
+from skipkernels.towers.fused import gradients as gradients_module
+from tests.ops.backends import INTERPRETED
 from tests.towers.blocks import (
     BLOCKS,
     TOKENS,
+    N,
     assert_equal,
     assert_equals_own_forward,
     gradients,
@@ -116,3 +123,126 @@ def test_learned_positions_run_own_forward():
     rope = rotary(block).double().requires_grad_()
     expected = torch.autograd.grad(make_block("eva")[0](hidden, rope=rope).sum(), rope)[0]
     assert torch.autograd.grad(block(hidden, rope=rope).sum(), rope)[0].equal(expected)
+
+
+# ---- rows of a tower -------------------------------------------------------------------------------------------------
+
+FIRST = slice(None, None, TOKENS)
+ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-8}
+# Dtypes of weights and residual stream, and of autocast: the same, or another one. Autocast leaves fp64 as it is.
+DTYPES = [
+    (torch.float64, torch.bfloat16),
+    *((dtype, dtype) for dtype in ROUNDING),
+    (torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.float16),
+]
+
+
+def run_rows(block, hidden, query_rows=None, memory="fast", backend=SDPA):
+    attention = Sequences(N, backend=backend) if query_rows is None else Pooled(query_rows)
+    return block(Hidden(hidden.flatten(0, 1)), RowsOptions(attention, memory)).sum()
+
+
+def own_rows(block, hidden, query_rows=None, memory=None):
+    return run(block, hidden).flatten(0, 1)[slice(None) if query_rows is None else query_rows]
+
+
+@pytest.mark.parametrize("memory", ["fast", "min"])
+@pytest.mark.parametrize("constant", [False, True], ids=["inner", "first"])
+@pytest.mark.parametrize("query_rows", [None, FIRST], ids=["all", "pooled"])
+@pytest.mark.parametrize(("dtype", "product_dtype"), DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def test_rows_no_worse_than_own_forward(dtype, product_dtype, query_rows, constant, memory):
+    """Against fp64, each result is at most three times as wrong as the block's own, or a rounding."""
+    own, hidden = make_block("open_clip", dtype)[0], hidden_states(dtype, constant=constant)
+    block, arguments = sk.fuse(nn.Sequential(copy.deepcopy(own)))[0], {"query_rows": query_rows, "memory": memory}
+    exact = gradients(
+        copy.deepcopy(own).double(), hidden.detach().double().requires_grad_(not constant), own_rows, **arguments
+    )
+    with torch.autocast("cpu", product_dtype, enabled=product_dtype != dtype):
+        found = gradients(block, hidden, run_rows, **arguments)
+    # PyTorch's norm on a CPU takes no fp16 hidden states with bf16 weights: the block's own runs in bf16
+    with torch.autocast("cpu", product_dtype, enabled=product_dtype != dtype != torch.bfloat16):
+        expected = gradients(own, hidden, own_rows, **arguments)
+    rounding = ROUNDING[dtype if dtype in (product_dtype, torch.float64) else torch.bfloat16]
+    assert found.keys() == exact.keys()
+    for name, value in found.items():
+        assert value.dtype == dtype
+        error, own_error = (relative_error(x[name], exact[name]) for x in (found, expected))
+        assert error <= max(3 * own_error, rounding), name
+
+
+def test_backward_repeats_no_product_that_it_does_not_read():
+    """With memory="min" it repeats every product of the forward pass but the last, of W_p."""
+    block, flops = fused("open_clip"), {}
+    for memory in ("fast", "min", "forward"):
+        with FlopCounterMode(display=False) as counter:
+            out = run_rows(block, hidden_states(), memory=memory.replace("forward", "fast"))
+            if memory != "forward":
+                out.sum().backward()
+        flops[memory] = counter.get_total_flops()
+    assert flops["min"] - flops["fast"] == flops["forward"] - 2 * N * TOKENS * block.mlp.c_proj.weight.numel()
+
+
+@pytest.mark.parametrize("query_rows", [None, FIRST], ids=["all", "pooled"])
+def test_rows_of_a_constant_train_one_weight(query_rows):
+    block, hidden = fused("open_clip"), hidden_states(constant=True)
+    everything = gradients(block, hidden, run_rows, query_rows=query_rows)
+    for name, parameter in block.requires_grad_(False).named_parameters():
+        parameter.requires_grad_(True)
+        assert_equal(
+            gradients(block, hidden, run_rows, query_rows=query_rows), {key: everything[key] for key in ("out", name)}
+        )
+        parameter.requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("memory", "frozen", "expected"),
+    [
+        ("fast", (), ["forward", "backward"]),
+        ("min", (), ["forward", "forward", "backward"]),
+        ("fast", ("ln_1", "attn.in_proj"), ["forward"]),  # of a constant: nothing below attention needs a gradient
+    ],
+)
+def test_rows_run_attention_no_more_than_needed(memory, frozen, expected):
+    calls = []
+
+    def full(*projections):
+        calls.append("forward")
+        out = SDPA.full(*projections)
+        if out.requires_grad:
+            out.register_hook(lambda d_out: calls.append("backward"))
+        return out
+
+    block, hidden = fused("open_clip"), hidden_states(constant=bool(frozen))
+    for name, parameter in block.named_parameters():
+        parameter.requires_grad_(not name.startswith(frozen or "none"))
+    run_rows(block, hidden, None, memory, SDPA._replace(full=full)).square().mean().backward()
+    assert calls == expected
+
+
+def test_fused_block_with_saved_tensor_hooks():
+    """Saved tensors may be returned as copies, such as after an offload to the host."""
+    block = fused("open_clip")
+    expected = gradients(block)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.clone(), lambda x: x.clone()):
+        found = gradients(block)
+    assert all(value.equal(expected[name]) for name, value in found.items())
+
+
+@pytest.mark.parametrize("backend", [INTERPRETED], indirect=True)
+@pytest.mark.parametrize(("name", "query_rows"), [("swiglu", None), ("open_clip", FIRST)], ids=["all", "pooled"])
+def test_block_completes_its_sums_by_one_call(backend, name, query_rows, monkeypatch):
+    """One launch on a GPU: sums over rows of several operators, which their kernels leave partial."""
+    block, calls = fused(name, dtype=torch.float32), []
+
+    def column_sums(*arguments):
+        calls.append(arguments)
+        return row_sums.column_sums(*arguments)
+
+    monkeypatch.setattr(gradients_module, "column_sums", column_sums)
+    hidden = hidden_states(torch.float32)
+    expected = gradients(block, hidden, run_rows, query_rows=query_rows)
+    assert not calls
+    monkeypatch.setattr(node, "launches_on", lambda device: True)
+    assert_equal(gradients(block, hidden, run_rows, query_rows=query_rows), expected)
+    assert len(calls) == 1
