@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from .clip import SkipCLIP, check_clip
 from .digests import digest_file
-from .folders import replace_tensors, replaced_folder
+from .folders import replace_tensors, replaced_files
 from .towers.base import Tower, UnsupportedModel
 from .towers.low_rank import LowRankUpdate, low_rank_updates
 
@@ -167,7 +167,7 @@ def save_lora(clip: SkipCLIP, folder: str | Path) -> None:
         "fan_in_fan_out": False,
         "target_modules": list(updates),
     }
-    with replaced_folder(Path(folder), (_ADAPTER, _ADAPTER_CONFIG)) as written:
+    with replaced_files(Path(folder), (_ADAPTER, _ADAPTER_CONFIG)) as written:
         replace_tensors(written / _ADAPTER, tensors, {"format": "pt"})
         config["auto_mapping"]["weights_xxh3"] = digest_file(written / _ADAPTER)
         (written / _ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

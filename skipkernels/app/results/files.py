@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ...folders import restored
 from ..config import CONFIG
 from ..data import InputError
 from ..untrusted import OPEN_CLIP, read_object
@@ -23,8 +22,8 @@ RUN_FILES = (
 
 
 def existing_run(folder: str | Path, function: str, argument: str = "run") -> Path:
-    """Return the folder of a run, or of an export that can be loaded; restored, if a crash was in its replacement."""
-    path = restored(Path(folder).expanduser())
+    """Return the folder of a run, or of an export that can be loaded."""
+    path = Path(folder).expanduser()
     if not path.is_dir():
         wrong = "is not a folder"
     elif not any((path / name).is_file() for name in (CONFIG, CLASSIFIER)):

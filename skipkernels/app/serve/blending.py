@@ -201,7 +201,7 @@ def _write(
     metrics: dict[str, Any],
     tests: list[TestPredictions],
 ) -> None:
-    with folder.replaced(config):
+    with folder.lock(config):
         described = folder.write_model(described, setup.method.state_dict(), setup.method.fitted)
         metrics["checkpoint"] = weights_size(setup.method.state_dict())
         write_open_clip_config(folder.path, setup.model, setup.tokenizer)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import re
 from dataclasses import replace
@@ -12,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import open_clip
 
 from ...digests import digest_file
-from ...folders import replace_tensors, replace_text, replaced_folder
+from ...folders import replace_tensors, replace_text, replaced_files
 from ..config import CONFIG, TuneConfig
 from ..data import InputError
 from ..data.base import check_choice
@@ -89,7 +88,7 @@ def export(
     _check_folders(source, folder, overwrite=overwrite)
     loaded = load_plain(source, trust=trust)
     try:
-        with replaced_folder(folder, _files(folder)) as written:
+        with replaced_files(folder, _files(folder)) as written:
             notes = _write(loaded, source, to, written)
             files = sorted(path.name for path in written.iterdir())
             values = read_object(written / CLASSES) | {"files": files}
@@ -109,9 +108,9 @@ def _check_folders(run: Path, out: Path, *, overwrite: bool) -> None:
 
 
 def _files(folder: Path) -> list[str]:
-    """Names of the files of an earlier export in a folder, without wildcards."""
+    """Names of the files of an earlier export in a folder."""
     try:
-        return [glob.escape(str(name)) for name in read_object(folder / CLASSES)["files"]]
+        return [str(name) for name in read_object(folder / CLASSES)["files"]]
     except (OSError, ValueError, KeyError, TypeError):
         return []
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...folders import replaced_file, sweep
+from ...folders import replaced_file
 from ...formatting import csv_line
 from ..data import InputError
 from ..train.writing import check_writable
@@ -27,14 +27,13 @@ Row = tuple[str, Sequence[tuple[str, float | None]]]
 
 
 def check_file(path: Path, command: str, argument: str = "out", suffix: str = ".csv") -> None:
-    """Check that results can be written to a file, before the work is done; delete what a killed command left of it."""
+    """Check that results can be written to a file, before the work is done."""
     if path.suffix.lower() != suffix:
         raise InputError(f"must end in {suffix}; got {path}.", argument, command)
     parent = path.absolute().parent
     if path.is_dir() or not parent.is_dir():
         raise InputError(f"must be a file in an existing folder; got {path}.", argument, command)
     check_writable(parent, argument, command)
-    sweep(parent, path.name)
 
 
 def check_none(classes: Sequence[str]) -> None:

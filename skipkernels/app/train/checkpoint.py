@@ -1,14 +1,13 @@
-"""Checkpoint of a run: the weights and the training state of an epoch, in a folder that is replaced as a whole.
+"""Checkpoint of a run: the weights and the training state of an epoch, in a folder.
 
     RUN/checkpoint/
-        model.safetensors    weights after the last epoch
-        best.safetensors     weights of the best epoch on the validation images, unless that is the last
-        classifier.json      description of the model; see `Description`
-        training.pt          state of the optimizer, schedule, loader and random generators
-        checkpoint.json      settings, rows of the complete epochs, and digests of the other files
+        model-N.safetensors   weights after epoch N, the last; and after the best on the validation images
+        training-N.pt         state of the optimizer, schedule, loader and random generators after the last
+        classifier.json       description of the model; see `Description`
+        checkpoint.json       settings, rows of the complete epochs, and digests of the files of weights and state
 
-The folder is replaced by `replaced_folder`, so a process that is killed at any moment leaves the checkpoint of an
-earlier or of the new epoch, whole.
+checkpoint.json is replaced after the others are written, and before those of an earlier epoch are deleted: a process
+that is killed at any moment leaves the checkpoint of the earlier or of the new epoch, whole.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from safetensors import SafetensorError
 
 from ...digests import digest_file, digest_json
-from ...folders import replace_tensors, replaced_folder, restored
+from ...folders import replace_tensors, replace_text, replaced_file
 from ...formatting import first_line
 from ..data import InputError
 from ..data.tasks import VALIDATION
 from ..results.class_metrics import BALANCED
-from ..results.files import MODEL
+from ..results.files import CLASSIFIER
 from ..untrusted import read_object
 from .description import Description
 
@@ -37,8 +36,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FOLDER = "checkpoint"
-BEST, TRAINING, INDEX = "best.safetensors", "training.pt", "checkpoint.json"
-FORMAT = 3
+_INDEX = "checkpoint.json"
+_FORMAT = 4
 
 
 class Checkpoint(NamedTuple):
@@ -65,16 +64,20 @@ def save(
     import torch
 
     folder = run / FOLDER
+    model, state = weights_of(run, len(rows)), _state_of(run, len(rows))
     try:
-        with replaced_folder(folder, ["*"]) as new:
-            replace_tensors(new / MODEL, weights)
-            if rows and best_epoch(rows) not in (None, rows[-1]["epoch"]):  # an earlier epoch is the best
-                shutil.copyfile(folder / BEST if (folder / BEST).exists() else folder / MODEL, new / BEST)
-            torch.save(training, new / TRAINING)
-            files = {path.name: digest_file(path) for path in sorted(new.iterdir())}
-            replace(described, weights_xxh3=files[MODEL]).write(new)
-            index = {"settings": settings, "rows": rows, "seconds": seconds, "files": files}
-            (new / INDEX).write_text(json.dumps({"format": FORMAT, "digest": digest_json(index)} | index), "utf-8")
+        folder.mkdir(exist_ok=True)
+        replace_tensors(model, weights)
+        with replaced_file(state) as new:
+            torch.save(training, new)
+        files = {path.name: digest_file(path) for path in _files_of(run, rows)}
+        replace(described, weights=model.name, weights_xxh3=files[model.name]).write(folder)
+        index = {"settings": settings, "rows": rows, "seconds": seconds, "files": files}
+        text = json.dumps({"format": _FORMAT, "digest": digest_json(index)} | index)
+        replace_text(folder / _INDEX, text)
+        for path in folder.iterdir():
+            if path.name not in (*files, CLASSIFIER, _INDEX):  # of an earlier epoch, or what a kill left
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
     except (OSError, RuntimeError, SafetensorError) as error:
         # torch.save gives no reason, but the error before it does.
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
@@ -91,27 +94,56 @@ def load(run: Path) -> Checkpoint | None:
     """Read the checkpoint of a run, executing no code of it; None if there is none."""
     import torch
 
-    folder = restored(run / FOLDER)
-    if not folder.is_dir():
+    if not exists(run):
         return None
+    folder = run / FOLDER
     try:
-        values = read_object(folder / INDEX)
+        values = read_object(folder / _INDEX)
         written, digest = values.pop("format", None), values.pop("digest", None)
-        if written != FORMAT:
-            raise ValueError(f"{INDEX} has format {written}, and this version reads {FORMAT}")
+        if written != _FORMAT:
+            raise ValueError(f"{_INDEX} has format {written}, and this version reads {_FORMAT}")
         if digest != digest_json(values):
-            raise ValueError(f"{INDEX} was changed after it was written")
-        for name, expected in values["files"].items():
-            if digest_file(folder / name) != expected:
-                raise ValueError(f"{name} does not match {INDEX}")
-        training = torch.load(folder / TRAINING, map_location="cpu", weights_only=True)
+            raise ValueError(f"{_INDEX} was changed after it was written")
+        rows = values["rows"]
+        for path in _files_of(run, rows):
+            if digest_file(path) != values["files"].get(path.name):
+                raise ValueError(f"{path.name} does not match {_INDEX}")
+        state = _state_of(run, len(rows))
+        training = torch.load(state, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:  # its message says how to execute the file anyway
-        raise _damaged(folder, f"{TRAINING} holds more than tensors") from error
+        raise _damaged(folder, f"{state.name} holds more than tensors") from error
     except OSError as error:
         raise _damaged(folder, f"{Path(error.filename).name}: {error.strerror}") from error
     except ValueError as error:
         raise _damaged(folder, first_line(error)) from error
-    return Checkpoint(folder / MODEL, values["settings"], values["rows"], values["seconds"], training)
+    return Checkpoint(weights_of(run, len(rows)), values["settings"], rows, values["seconds"], training)
+
+
+def exists(run: Path) -> bool:
+    """Return True if a run has a checkpoint."""
+    return (run / FOLDER / _INDEX).exists()
+
+
+def delete(run: Path) -> None:
+    """Delete the checkpoint of a run; a kill leaves none."""
+    (run / FOLDER / _INDEX).unlink(missing_ok=True)
+    if (run / FOLDER).exists():
+        shutil.rmtree(run / FOLDER)
+
+
+def weights_of(run: Path, epoch: int) -> Path:
+    """Path of the weights after the last or the best epoch."""
+    return run / FOLDER / f"model-{epoch}.safetensors"
+
+
+def _state_of(run: Path, epoch: int) -> Path:
+    return run / FOLDER / f"training-{epoch}.pt"
+
+
+def _files_of(run: Path, rows: Sequence[Mapping[str, Any]]) -> list[Path]:
+    """Files of weights and state after the complete epochs with `rows`."""
+    epochs = dict.fromkeys([len(rows), best_epoch(rows) or len(rows)])
+    return [*(weights_of(run, epoch) for epoch in epochs), _state_of(run, len(rows))]
 
 
 def _damaged(folder: Path, reason: str) -> InputError:

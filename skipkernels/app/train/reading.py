@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from ...digests import digest_file
-from ...folders import is_locked, restored
+from ...folders import is_locked
 from ..config import CONFIG, read_settings
 from ..data import InputError
 from ..results.files import CLASSIFIER, METRICS
@@ -35,7 +35,7 @@ def read_model(run: Path) -> tuple[Description, Path]:
     """
     for _ in range(3):
         complete = (run / METRICS).exists()
-        folder = run if complete or not restored(run / checkpoint.FOLDER).is_dir() else run / checkpoint.FOLDER
+        folder = run if complete or not checkpoint.exists(run) else run / checkpoint.FOLDER
         described = Description.read(folder)
         path = folder / described.weights
         with contextlib.suppress(OSError):  # the run in progress has deleted it meanwhile
@@ -51,7 +51,7 @@ def read_model(run: Path) -> tuple[Description, Path]:
 
 def unfinished(run: Path) -> str | None:
     """Return a note on the model of a run before its end; None for a complete run, or another folder."""
-    if (run / METRICS).exists() or not restored(run / checkpoint.FOLDER).is_dir():
+    if (run / METRICS).exists() or not checkpoint.exists(run):
         return None
     model = "its model is that of the last epoch, without the head, the blend and the calibration of the end"
     if is_locked(run):

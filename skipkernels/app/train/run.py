@@ -205,8 +205,9 @@ class Run:
             self._end_epoch(row, trainer)
             for logger in self.loggers:
                 logger.write(row)
-        if best_epoch(self.rows) not in (None, len(self.rows)):
-            weights.load_into(self.method, self.folder.best_weights)
+        best = best_epoch(self.rows)
+        if best is not None and best < len(self.rows):
+            weights.load_into(self.method, checkpoint.weights_of(self.folder.path, best))
 
     def _end_epoch(self, row: dict[str, Any], trainer: Trainer) -> None:
         """Write the checkpoint and the row of an epoch, and show it."""

@@ -18,13 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from ...digests import digest_file
 from ...folders import (
-    LOCK,
-    delete_folder,
     is_locked,
     locked,
     replace_tensors,
     replace_text,
-    replaced_folder,
     sweep,
 )
 from ..config import CONFIG, TuneConfig
@@ -165,11 +162,6 @@ class RunFolder:
             _check_settings(self.path, config, saved.settings)
             self.checkpoint = saved
 
-    @property
-    def best_weights(self) -> Path:
-        """Weights of the best epoch on the validation images, if that is not the last."""
-        return self.path / checkpoint.FOLDER / checkpoint.BEST
-
     @contextlib.contextmanager
     def lock(self, config: TuneConfig) -> Iterator[None]:
         """Hold the lock of the folder during the run; delete what an earlier run or the resumed one left."""
@@ -189,18 +181,6 @@ class RunFolder:
             if self.checkpoint is not None:
                 self.write_rows(self.checkpoint.rows)
             yield
-
-    @contextlib.contextmanager
-    def replaced(self, config: TuneConfig) -> Iterator[None]:
-        """Write all files of a run in place of an earlier one; in the block, `path` is a new folder beside it."""
-        _check_free(self.path)
-        path = self.path
-        with replaced_folder(path, (*RUN_FILES, checkpoint.FOLDER, LOCK)) as self.path:
-            try:
-                self.write(CONFIG, config.to_yaml())
-                yield
-            finally:
-                self.path = path
 
     def write(self, name: str, text: str) -> None:
         """Replace a text file."""
@@ -235,7 +215,7 @@ class RunFolder:
 
     def delete_checkpoint(self) -> None:
         """Delete the checkpoint of a run that is complete or starts again."""
-        delete_folder(self.path / checkpoint.FOLDER)
+        checkpoint.delete(self.path)
 
     def write_model(self, described: Description, weights: Mapping[str, Tensor], head: Head | None) -> Description:
         """Write the weights, the head, if there is one, and their description, which is returned."""

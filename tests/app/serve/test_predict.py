@@ -272,10 +272,3 @@ def test_csv_line_has_no_formula(text):
     cell = next(csv.reader([csv_line([text, -0.5])]))[0]
     assert not cell.startswith(("=", "+", "-", "@", "\t")) and csv_text(cell) == text
     assert csv_line([text, -0.5]).endswith(",-0.5\n")
-
-
-def test_files_of_a_killed_command_are_swept(run, photos, tmp_path, capsys):
-    for name in (".found.csv-abcd1234.partial", ".other.csv-abcd1234.partial"):
-        (tmp_path / name).mkdir()
-    assert command(capsys, run.folder, photos / "part1", "--out", tmp_path / "found.csv")[0] == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"found.csv", ".other.csv-abcd1234.partial"}

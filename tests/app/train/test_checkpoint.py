@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -17,7 +18,8 @@ from skipkernels.app.train import checkpoint
 from skipkernels.app.train.description import Description
 from skipkernels.app.train.reading import read_model
 from skipkernels.digests import digest_file, digest_json
-from skipkernels.folders import delete_folder, locked, replace_tensors
+from skipkernels.folders import locked, replace_tensors
+from tests.test_folders import STOPS, Killed, stopped_at
 
 CLASSIFIER = Description(
     "model", None, "skip", {}, "data", "few-shot", ["a"], ["{}"], weights=MODEL, whole_model=True, logit_scale=1.0
@@ -47,9 +49,7 @@ def found_epoch(folder: Path) -> int | None:
         return None
     epoch = found.training["epoch"]
     assert len(found.rows) == epoch == value(found.weights)
-    best = folder / "checkpoint" / "best.safetensors"
-    assert value(best if best.exists() else found.weights) == (1 if epoch == 1 else 2)
-    assert read_model(folder)[1] == found.weights
+    assert value(checkpoint.weights_of(folder, checkpoint.best_epoch(found.rows))) == (1 if epoch == 1 else 2)
     return epoch
 
 
@@ -57,17 +57,50 @@ def test_save_replaces_epoch_and_keeps_best(tmp_path):
     assert found_epoch(tmp_path) is None
     for epoch in (1, 2, 3):
         save(tmp_path, epoch)
-        assert found_epoch(tmp_path) == epoch
-    files = {"model.safetensors", "best.safetensors", "classifier.json", "training.pt", "checkpoint.json"}
+        assert found_epoch(tmp_path) == epoch and value(read_model(tmp_path)[1]) == epoch
+    files = {"model-3.safetensors", "model-2.safetensors", "classifier.json", "training-3.pt", "checkpoint.json"}
     assert {path.name for path in (tmp_path / "checkpoint").iterdir()} == files
-    delete_folder(tmp_path / "checkpoint")
+    checkpoint.delete(tmp_path)
+    checkpoint.delete(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("stop", STOPS)
+def test_stop_at_any_call_leaves_a_whole_checkpoint(tmp_path, stop):
+    """The next one deletes what is left."""
+    seen, moment, made = [], 0, []
+    while moment <= len(made):
+        moment, run = moment + 1, tmp_path / f"{moment}"
+        run.mkdir()
+        save(run, 1), save(run, 2)
+        with contextlib.suppress(Killed, OSError, InputError), stopped_at(moment, stop) as made:
+            save(run, 3)
+        seen.append(found_epoch(run))
+        assert seen[-1] in (2, 3) and value(read_model(run)[1]) in (2, 3)
+        save(run, 3)
+        assert found_epoch(run) == 3 and len(list((run / "checkpoint").iterdir())) == 5
+    assert {2, 3} == set(seen)
+
+
+@pytest.mark.parametrize("stop", STOPS)
+def test_stop_of_the_deletion_leaves_none_or_all(tmp_path, stop):
+    seen, moment, made = [], 0, []
+    while moment <= len(made):
+        moment, run = moment + 1, tmp_path / f"{moment}"
+        run.mkdir()
+        save(run, 2)
+        with contextlib.suppress(Killed, OSError), stopped_at(moment, stop) as made:
+            checkpoint.delete(run)
+        seen.append(found_epoch(run))
+        save(run, 1)
+        assert found_epoch(run) == 1 and len(list((run / "checkpoint").iterdir())) == 4
+    assert {2, None} == set(seen)
 
 
 # ---- damage ------------------------------------------------------------------------------------------------------
 
 
-FILES = ("model.safetensors", "training.pt", "checkpoint.json")
+FILES = ("model-1.safetensors", "training-1.pt", "checkpoint.json")
 DAMAGE = {
     "missing": lambda path: path.unlink(),
     "empty": lambda path: path.write_bytes(b""),
@@ -81,6 +114,9 @@ DAMAGE = {
 def test_load_names_damaged_file(tmp_path, file, damage):
     save(tmp_path, 1)
     DAMAGE[damage](tmp_path / "checkpoint" / file)
+    if (file, damage) == ("checkpoint.json", "missing"):
+        assert checkpoint.load(tmp_path) is None
+        return
     before = sorted(path.name for path in (tmp_path / "checkpoint").iterdir())
     with pytest.raises(InputError) as caught:
         checkpoint.load(tmp_path)
@@ -98,11 +134,11 @@ def test_load_executes_no_code(tmp_path):
 
     save(tmp_path, 1)
     folder = tmp_path / "checkpoint"
-    torch.save(Bomb(), folder / "training.pt")
-    values = {"settings": {}, "rows": [], "seconds": 1.0}
+    torch.save(Bomb(), folder / "training-1.pt")
+    values = {"settings": {}, "rows": [{"epoch": 1}], "seconds": 1.0}
     values["files"] = {name: digest_file(folder / name) for name in FILES[:2]}
-    (folder / "checkpoint.json").write_text(json.dumps({"format": 3, "digest": digest_json(values)} | values))
-    with pytest.raises(InputError, match=r"training\.pt holds more than tensors\. Restore"):
+    (folder / "checkpoint.json").write_text(json.dumps({"format": 4, "digest": digest_json(values)} | values))
+    with pytest.raises(InputError, match=r"training-1\.pt holds more than tensors\. Restore"):
         checkpoint.load(tmp_path)
     assert not (tmp_path / "boom").exists()
 
@@ -120,12 +156,12 @@ def test_read_model_while_run_replaces_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Description, "read", classmethod(completed_after))
     with locked(tmp_path):
-        assert value(read_model(tmp_path)[1]) == 3
+        assert value(read_model(tmp_path)[1]) == 2, "the best epoch stays"
 
 
 def test_read_model_refuses_other_weights(tmp_path):
     save(tmp_path, 1)
     replace_tensors(tmp_path / "other", weights_of(2))
-    os.replace(tmp_path / "other", tmp_path / "checkpoint" / "model.safetensors")
-    with pytest.raises(InputError, match=r"model\.safetensors: missing or damaged: it does not match"):
+    os.replace(tmp_path / "other", tmp_path / "checkpoint" / "model-1.safetensors")
+    with pytest.raises(InputError, match=r"model-1\.safetensors: missing or damaged: it does not match"):
         read_model(tmp_path)
