@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -14,14 +14,13 @@ from rich.console import Console
 from ...memory import out_of_memory
 from ..config import TuneConfig
 from ..console import print_plain
-from ..data import Source
 from ..data.base import SizedDataset
-from .choice import Choice, chosen_before
+from .choice import chosen_before
 from .command_line import command_line
 from .model import check_model
 from .own_dataset import OwnData
 from .progress import Logger
-from .run import Run
+from .run import Plan, Run
 from .setup import build_run
 from .writing import RunFolder
 
@@ -107,8 +106,7 @@ def tune(
         if (finished := _finished(plan.config, folder, console)) is not None:
             return finished
         with _memory_errors(), _seeded(plan.config):
-            known: dict[str, Any] = {"choice": plan.choice, "command": plan.command}
-            return Run(plan.config, plan.open_data, folder, console=console, loggers=loggers, **known).execute()
+            return Run(plan, folder, console=console, loggers=loggers).execute()
 
 
 def check(config: TuneConfig) -> None:
@@ -119,16 +117,7 @@ def check(config: TuneConfig) -> None:
         build_run(plan.config, open_data=plan.open_data)
 
 
-class _Plan(NamedTuple):
-    """A run to start or to continue."""
-
-    config: TuneConfig  # with all defaults, and with the settings that an earlier process chose
-    open_data: Callable[[], Source]  # opens the data once
-    choice: Choice | None  # of an earlier process
-    command: str  # that repeats the run; empty for a dataset of Python
-
-
-def _plan(config: TuneConfig, own: OwnData) -> _Plan:
+def _plan(config: TuneConfig, own: OwnData) -> Plan:
     """Complete a configuration: by the run that it continues, the data, the method, and an earlier choice."""
     config, open_data = own.applied(config.continued(), "tune")
     command = command_line("tune", config) if own.dataset is None else ""
@@ -137,9 +126,9 @@ def _plan(config: TuneConfig, own: OwnData) -> _Plan:
     if not config.resume:  # errors of data and model come before those of the run folder
         open_data()
         check_model(config.model, config.pretrained)
-        return _Plan(config, open_data, None, command)
+        return Plan(config, open_data, None, command)
     config, choice = chosen_before(config)
-    return _Plan(config, open_data, choice, command)
+    return Plan(config, open_data, choice, command)
 
 
 def _finished(config: TuneConfig, folder: RunFolder, console: Console) -> dict[str, Any] | None:

@@ -73,7 +73,7 @@ def check_writable(folder: Path, argument: str = "out", function: str = "tune") 
         ) from error
 
 
-def check_run_folder(path: Path, *, resume: bool = False, overwrite: bool) -> None:
+def _check_run_folder(path: Path, *, resume: bool = False, overwrite: bool) -> None:
     """Check that a folder can be written, and has no run unless it is to be resumed or overwritten."""
     check_writable(path)
     _check_free(path)
@@ -153,7 +153,7 @@ class RunFolder:
         check_apart("out", self.path, config)
         if config.cache is not None:
             check_apart("cache", config.cache, config)
-        check_run_folder(self.path, resume=bool(config.resume), overwrite=config.overwrite)
+        _check_run_folder(self.path, resume=bool(config.resume), overwrite=config.overwrite)
         if config.resume and (self.path / METRICS).exists():
             self.finished = read_metrics(self.path)
             earlier = TuneConfig.from_yaml(self.path / CONFIG, trust=True)  # nothing is loaded

@@ -6,7 +6,8 @@ import pytest
 from safetensors.torch import load_file
 
 from skipkernels.app.train import checkpoint, evaluate_run, tune
-from skipkernels.app.train.run import Run
+from skipkernels.app.train.evaluation import Evaluator
+from skipkernels.app.train.trainer import Trainer
 from tests.app.runs import files, results, rows, small, stopped
 
 ACCURACIES = {1: 50.0, 2: 70.0, 3: 70.0, 4: 60.0}  # by epoch; of equal ones the last is kept
@@ -16,14 +17,20 @@ STEP = 8  # of the fourth epoch, of two steps each
 
 @pytest.fixture(scope="module", autouse=True)
 def accuracies():
-    """Validation accuracies of the rows."""
-    end = Run._end_epoch
+    """Validation accuracies after each epoch."""
+    epochs, train, evaluate = [], Trainer.epoch, Evaluator.evaluate
 
-    def ended(self, row, evaluation):
-        end(self, row | {"validation": ACCURACIES[row["epoch"]]}, evaluation)
+    def trained(self, *reports):
+        epochs.append(self.epochs + 1)
+        return train(self, *reports)
+
+    def evaluated(self, method, *pretrained):
+        found = evaluate(self, method, *pretrained)
+        return found if pretrained else found._replace(validation=ACCURACIES[epochs[-1]])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "_end_epoch", ended)
+        patch.setattr(Trainer, "epoch", trained)
+        patch.setattr(Evaluator, "evaluate", evaluated)
         yield
 
 
