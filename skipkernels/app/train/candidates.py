@@ -93,11 +93,16 @@ def groups_of(config: TuneConfig, *, tests_new: bool) -> list[list[Candidate]]:
         config: Configuration that leaves the method or the head open.
         tests_new: True if classes are tested that are not trained.
     """
-    auto, method = config.method == AUTO, "skip" if config.method == AUTO else config.method
-    factors = () if not config.epochs else FACTORS if auto else (1.0,)
-    blends = (config.blend,) if not auto or config.blend != 1 else BLENDS[1:] if tests_new else BLENDS
+    auto = config.method == AUTO
+    method = "skip" if auto else config.method
+    factors: tuple[float, ...] = FACTORS if auto else (1.0,)
+    if not config.epochs:  # nothing is trained
+        factors = ()
+    blends = BLENDS[1:] if tests_new else BLENDS
+    if not auto or config.blend != 1:  # it is given
+        blends = (config.blend,)
     heads: Sequence[HeadName] = ["anchored"] if tests_new else get_args(HeadName)
-    if config.head not in ("auto", None):
+    if config.head not in ("auto", None):  # it is given
         heads = [config.head]  # type: ignore[list-item]
     frozen = heads if auto or not factors else []
     return [
@@ -122,8 +127,8 @@ class Trial:
     def scored(cls, candidate: Candidate, seconds: float, logits: Tensor, labels: Tensor, *, balanced: bool) -> Trial:
         """Score logits [n, C] of held-out images."""
         plain, of_classes = (image_scores(labels, logits.argmax(dim=1), balanced=each) for each in (False, True))
-        means, loss = (plain.mean().item(), of_classes.mean().item()), F.cross_entropy(logits.double(), labels).item()
-        return cls(candidate, seconds, *means, of_classes if balanced else plain, loss, logits)
+        scores, loss = of_classes if balanced else plain, F.cross_entropy(logits.double(), labels).item()
+        return cls(candidate, seconds, plain.mean().item(), of_classes.mean().item(), scores, loss, logits)
 
     def gain(self, other: Trial) -> tuple[float, float]:
         """Difference to another trial on the same images, and `CLEAR` standard errors of it, in points."""
@@ -162,12 +167,14 @@ def best(trials: Sequence[Trial], *, by: str, tests_new: bool) -> tuple[Trial, s
         equal = sum(score(trial) == score(top) for trial in trials) - 1
         return top, f"highest {by}" + (f", equal to {plural(equal, 'other')}; lowest loss" if equal else "")
     simple = highest(frozen)
-    clear = [trial for trial in trials if (found := trial.gain(simple))[0] > found[1]]
-    gain, error = (highest(clear) if clear else top).gain(simple)
+    gains = [(trial, *trial.gain(simple)) for trial in trials]
+    clear = [trial for trial, gain, error in gains if gain > error]
+    chosen = highest(clear or [simple])
+    gain, error = (chosen if clear else top).gain(simple)
     points = f"{gain:+.1f} ± {error:.1f} points of {by}"
     if clear:
-        return highest(clear), f"clearly above {simple.candidate.name}, {points}"
-    return simple, f"{top.candidate.name} is not clearly above it, {points}"
+        return chosen, f"clearly above {simple.candidate.name}, {points}"
+    return chosen, f"{top.candidate.name} is not clearly above it, {points}"
 
 
 def held_out_masks(labels: Tensor, given: int) -> list[Tensor]:
