@@ -37,10 +37,9 @@ _FILE_TYPES = (".safetensors", ".pt", ".pth", ".bin")
 
 
 class _Asked(NamedTuple):
-    """A model to load, with or without its weights; see `load_model`."""
+    """A model of a folder or of the hub; see `load_model`."""
 
     name: str
-    pretrained: str | None
     weights: bool
     trust: bool
 
@@ -65,15 +64,14 @@ def load_model(
         pretrained: An open_clip tag, the path of a state dict (safetensors, or a file that `torch.load` reads with
             `weights_only=True`), "random", or None for those of pictogram-tiny.
         device: Device of the model.
-        architecture_only: Load no weights; those of the model are random. The image transform is still that of the tag,
-            if it has its own.
+        architecture_only: Load no weights of a folder or of the hub; those of the model are random.
         seed: Seed of random weights.
         trust: Load models of the hub that the configuration of the model names as its towers.
     """
     if name == PACKAGED:
         packaged().register()
-    check_model(name, pretrained, architecture_only=architecture_only)
-    where, asked = name.partition(":")[2], _Asked(name, pretrained, not architecture_only, trust)
+    check_model(name, pretrained)
+    where, asked = name.partition(":")[2], _Asked(name, not architecture_only, trust)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if name.startswith(LOCAL_DIR):
@@ -81,11 +79,11 @@ def load_model(
         elif name.startswith(HUB):
             model, transform, tokenizer = _load_hub(asked, where)
         else:
-            model, transform, tokenizer = _load_by_tag(asked)
+            model, transform, tokenizer = _load_by_tag(name, pretrained)
     return model.to(device).eval(), transform, tokenizer
 
 
-def check_model(name: str, pretrained: str | None, *, architecture_only: bool = False) -> None:
+def check_model(name: str, pretrained: str | None) -> None:
     """Raise the errors of `load_model` about the names of a model and its weights, without loading anything."""
     if name.startswith((LOCAL_DIR, HUB)):
         if pretrained is not None:
@@ -98,8 +96,7 @@ def check_model(name: str, pretrained: str | None, *, architecture_only: bool = 
         close = difflib.get_close_matches(name, known, 3)
         hint = f"did you mean {' or '.join(close)}?" if close else "open_clip.list_pretrained() has the names."
         raise InputError(f"open_clip has no model {name!r}; {hint}", "model", "tune")
-    if not architecture_only:
-        _check_weights(name, pretrained)
+    _check_weights(name, pretrained)
 
 
 def _check_weights(name: str, pretrained: str | None) -> None:
@@ -146,25 +143,18 @@ def _file(pretrained: str | None) -> Path | None:
     return Path(os.path.expanduser(pretrained))
 
 
-def _load_by_tag(asked: _Asked) -> Loaded:
+def _load_by_tag(name: str, pretrained: str | None) -> Loaded:
     """Load a model of open_clip with the weights of a tag, of a file, or random ones."""
-    name, pretrained = asked.name, asked.pretrained
     file = _file(pretrained)
     tag = pretrained if file is None and pretrained != RANDOM else None
-    # The transform of a tag, which open_clip ignores when it loads no weights.
-    known = open_clip.get_pretrained_cfg(name, tag) if tag is not None else {}
-    names = ("mean", "std", "interpolation", "resize_mode")
-    settings = {f"image_{key}": known[key] for key in names if key in known}
     try:
         with quiet():
-            model, _, transform = open_clip.create_model_and_transforms(
-                name, pretrained=tag if asked.weights else None, **settings
-            )
+            model, _, transform = open_clip.create_model_and_transforms(name, pretrained=tag)
     except (OSError, RuntimeError) as error:
         raise _not_created(name, tag, error) from error
-    if asked.weights and file is not None:
+    if file is not None:
         load_weights(model, file)
-    elif asked.weights and pretrained is None:
+    elif pretrained is None:
         model.load_state_dict(packaged().state_dict())
     model.model_cfg = open_clip.get_model_config(name)
     return model, transform, _tokenizer(name, name, model.model_cfg)

@@ -14,7 +14,7 @@ from skipkernels.app.cli.main import main
 from skipkernels.app.config import TuneConfig
 from skipkernels.app.data import InputError
 from skipkernels.app.demo import pictogram_tiny
-from skipkernels.app.train.model import check_activation, load_model, load_weights
+from skipkernels.app.train.model import check_activation, load_weights
 from skipkernels.app.train.writing import RunFolder
 from tests.app.data.pictures import make_folders
 from tests.app.runs import fails
@@ -177,16 +177,6 @@ def test_load_model_names_missing_tokenizer(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(open_clip, "get_tokenizer", get_tokenizer)
     error = fails(["tune", "--out", tmp_path / "run"], capsys)
     assert "tokenizer of pictogram-tiny" in error and "couldn't connect" in error and "pip install" in error
-
-
-def test_load_model_architecture_only(monkeypatch):
-    """The image transform is that of the tag, and the activation may differ."""
-    given = []
-    made = torch.nn.Identity(), None, None
-    monkeypatch.setattr(open_clip, "create_model_and_transforms", lambda name, **how: given.append(how) or made)
-    for name, tag in (("ViT-L-14", "laion2b_s32b_b82k"), ("ViT-B-32", "openai")):
-        load_model(name, tag, torch.device("cpu"), architecture_only=True)
-    assert given[0]["image_mean"] == (0.5, 0.5, 0.5) and given[0]["pretrained"] is given[1]["pretrained"] is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
