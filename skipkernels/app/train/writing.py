@@ -106,7 +106,7 @@ def _check_free(folder: Path) -> None:
         raise InputError(f"{folder}: in use by another run. Wait for it, or choose another folder.", "out", "tune")
 
 
-def check_apart(argument: str, folder: Path, config: TuneConfig) -> None:
+def _check_apart(argument: str, folder: Path, config: TuneConfig) -> None:
     """Check that an output folder is outside the folders of images, where it would be read as a class."""
     written = folder.expanduser().resolve()
     kind, _, path = config.data.partition(":")
@@ -150,9 +150,9 @@ class RunFolder:
         self.path = config.out
         self.checkpoint: checkpoint.Checkpoint | None = None
         self.finished: dict[str, Any] | None = None
-        check_apart("out", self.path, config)
+        _check_apart("out", self.path, config)
         if config.cache is not None:
-            check_apart("cache", config.cache, config)
+            _check_apart("cache", config.cache, config)
         _check_run_folder(self.path, resume=bool(config.resume), overwrite=config.overwrite)
         if config.resume and (self.path / METRICS).exists():
             self.finished = read_metrics(self.path)
