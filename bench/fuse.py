@@ -75,17 +75,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = options.parse_args(arguments)
     cases = [(model, B, precision) for model in args.model for B in args.batch for precision in args.precision]
     for model, B, precision in cases:
-        inputs = random_inputs(model, B, B, args.device)
-        inputs.model.train().requires_grad_(True)
-        rows = []
-        for part in args.part:
-            rows += rows_of(args, implementations(inputs.model, args.implementations), inputs, part, precision)
-        for row in rows:
-            row |= {"model": model, "B": B, "precision": precision}
-        save(args, rows, "fuse")
+        save(args, rows_of(args, model, B, precision, args.implementations, args.part), "fuse")
 
 
 def rows_of(
+    args: argparse.Namespace, model: str, B: int, precision: str, names: Sequence[str], parts: Sequence[str]
+) -> list[dict[str, Any]]:
+    """A row of each implementation and part of a model."""
+    inputs = random_inputs(model, B, B, args.device)
+    inputs.model.train().requires_grad_(True)
+    case = {"model": model, "B": B, "precision": precision}
+    return [
+        row | case
+        for part in parts
+        for row in rows_of_part(args, implementations(inputs.model, names), inputs, part, precision)
+    ]
+
+
+def rows_of_part(
     args: argparse.Namespace, models: dict[str, Any], inputs: Inputs, part: str, precision: str
 ) -> list[dict[str, Any]]:
     """Check the gradients, then measure each implementation."""

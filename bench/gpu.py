@@ -9,9 +9,9 @@
 
 `step` checks the gradients of ours against the published step first; on a GPU it also counts the launches and compares
 bits: of eager steps with each other, then of replays with eager steps. With --all-shapes it takes six shapes, the most
-important first: all of them without torch.compile, then with it; what has not begun after --seconds is left out. Lines
-that begin with "result: " are those that the script repeats. On a machine without a GPU all run on the CPU, `step`
-without the graph and torch.compile.
+important first: all of them without torch.compile, then with it; what has not begun after --seconds is left out. Rows
+of `step` are appended to DEVICE/gpu_step.csv, those of `full` to DEVICE/fuse.csv. The script repeats lines that begin
+with "result: ". On a machine without a GPU all run on the CPU, `step` without the graph and torch.compile.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ import functools
 import gc
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib import metadata
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,14 +41,18 @@ from skipkernels.ops import OPERATORS, launching
 
 from . import fuse, measure, peers
 from .flops import flops_of
-from .inputs import Inputs, autocast, parser, random_inputs
+from .inputs import Case, Inputs, autocast, parser, random_inputs
 from .measure import OURS
 from .operators.record import small_call
-from .rows import machine_columns
-from .training import COMPILER_MODES, Published, Skip, Step, skip_step, with_update
+from .rows import machine_columns, save
+from .training import COMPILER_MODES, Published, Step, skip_step, with_update
 
 GRAPHED, PUBLISHED = "skipkernels as a graph", "published"
 COMPILED = {"default": "published, compiled", "reduce-overhead": "published, compiled with CUDA graphs"}  # by mode
+_COLUMNS = (
+    "implementation model B C K skip_layers precision p20_ms p50_ms p80_ms rounds peak_mib floor_ms above_floor faster "
+    "wanted kernels copies eager_difference replay_difference note"
+).split()
 GOALS = {4: 3, 32: 2}  # on an H100: times as fast as the compiled published step, by batch
 _LISTED = 40  # kernels
 _CALLS = 10  # steps between two events, as in training: the host does not wait between them
@@ -67,6 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("stage", choices=[function.__name__ for function in STAGES])
     options.add_argument("--all-shapes", action="store_true", help="B = 4 and 32, C = 100, 1,000 and 10,000")
     options.add_argument("--seconds", type=float, default=math.inf, help="begin no other shape after this time")
+    options.add_argument("--out", type=Path, metavar="FOLDER", help="of the rows; default: bench/results")
     args = options.parse_args(arguments)
     {function.__name__: function for function in STAGES}[args.stage](args)
 
@@ -108,72 +113,76 @@ def step(args: argparse.Namespace) -> None:
     # The goal is one of bf16, and compilation takes half a minute.
     for compiles in (False, True) if args.device.type == "cuda" and args.precision == "bf16" else (False,):
         for B, C in shapes:
-            shape = argparse.Namespace(**vars(args) | {"batch": B, "classes": C})
+            case = case_of(args)._replace(batch=B, classes=C)
             name = f"{args.precision}, {B} images, {C} classes" + (", compiled" if compiles else "")
             if time.monotonic() - begin > args.seconds:
                 tell(f"{name}: no time left")
                 continue
             try:
-                tell(f"{name}: {step_of_shape(shape, compiles, compares=not compiles and (B, C) == shapes[0])}")
+                rows = rows_of(args, case, compiles)
+                if rows[-1]["implementation"] == GRAPHED and not compiles and (B, C) == shapes[0]:
+                    rows[-1] |= differences(case, args.precision)
             except torch.OutOfMemoryError:
                 tell(f"{name}: out of memory")
+            else:
+                for row in rows:
+                    tell(f"{name}: {row['implementation']} {measure.shown(row)}")
+                save(args, rows, "gpu_step", args.out)
             gc.collect()
 
 
-def step_of_shape(args: argparse.Namespace, compiles: bool, compares: bool) -> str:
-    """Time the steps of a shape: the published one, eager or by torch.compile, and ours, eager and as a graph."""
-    inputs, on_gpu = inputs_of(args), args.device.type == "cuda"
-    published = Published(inputs, args.skip_layers)
-    ours = skip_step(inputs, args.skip_layers, "fast", args.precision, None if compiles else published)
-    floor = floor_of(ours, args.device)
+def rows_of(args: argparse.Namespace, case: Case, compiles: bool) -> list[dict[str, Any]]:
+    """Rows of our step, of the published one, eager or by torch.compile, and last of ours as a graph."""
+    inputs, on_gpu = inputs_of(case), case.device.type == "cuda"
+    published = Published(inputs, case.skip_layers)
+    ours = skip_step(inputs, case.skip_layers, "fast", args.precision, None if compiles else published)
+    floor = floor_of(ours, case.device)
     steps: dict[str, Callable[[], Any]] = {OURS: with_update(ours)}
     if compiles:
         for mode in COMPILER_MODES:
             steps[COMPILED[mode]] = with_update(published.compiled(args.precision, mode))
     else:
         steps[PUBLISHED] = with_update(published.step(args.precision))
-    if on_gpu:
-        steps[GRAPHED], graph = graphed_step(args)
+    graph = graphed_step(case, args.precision) if on_gpu else None
+    if graph is not None:
+        steps[GRAPHED] = graph.run
     for run in steps.values():
         for _ in range(WARMUP + 1):  # the last captures a graph
             run()
-    notes = []
-    if on_gpu and graph.is_captured:
-        notes.append(launches_of(steps[GRAPHED], args.device))
-        if compares:
-            notes.append(comparison(*differences(args)))
-    elif on_gpu:  # its steps are eager
-        notes.append("no graph was captured")
+    note = ""
+    if graph is not None and not graph.step.is_captured:  # its steps are eager
         del steps[GRAPHED]
-    seconds = measure.time_alternately(steps, args.rounds, args.device, calls=_CALLS if on_gpu else 1)
-    columns = {name: measure.milliseconds(times, 3) for name, times in seconds.items()}
-    for name, row in columns.items():
-        row["peak_mib"] = round(testing.peak_bytes(steps[name], args.device, warm_up=False) / 2**20)
-        print(f"{name:21} {measure.shown(row)}", flush=True)
-    best = GRAPHED if GRAPHED in steps else OURS
-    times = [f"{name} {row['p50_ms']} ms" for name, row in columns.items()]
-    above = columns[best]["p50_ms"] / (1000 * floor)
-    faster = [
-        f"{measure.median_ratio(seconds[name], seconds[best]):.2f} times as fast as {name}{goal_of(args, name)}"
-        for name in steps
-        if name not in (OURS, GRAPHED)
-    ]
-    return "; ".join([", ".join(times), f"{above:.2f} times the floor of {1000 * floor:.3f} ms", *notes, *faster])
+        note = "no graph was captured"
+    seconds = measure.time_alternately(steps, args.rounds, case.device, calls=_CALLS if on_gpu else 1)
+    best = seconds.get(GRAPHED, seconds[OURS])
+    of_case = {"model": case.model, "B": case.batch, "C": case.classes, "K": ours.K, "skip_layers": case.skip_layers}
+    rows = []
+    for name, times in seconds.items():
+        row = dict.fromkeys(_COLUMNS, "") | {"implementation": name, **of_case, "precision": args.precision}
+        row |= measure.milliseconds(times, 3) | {"rounds": args.rounds}
+        row["peak_mib"] = round(testing.peak_bytes(steps[name], case.device, warm_up=False) / 2**20)
+        row |= {"floor_ms": round(1000 * floor, 3), "above_floor": round(measure.quantile(times, 0.5) / floor, 2)}
+        if name not in (OURS, GRAPHED):
+            row |= {"faster": round(measure.median_ratio(times, best), 2), "wanted": goal_of(case, name)}
+        rows.append(row)
+    if GRAPHED in steps:
+        rows[-1] |= launches_of(steps[GRAPHED], case.device)
+    rows[0]["note"] = note
+    return rows
 
 
-def goal_of(args: argparse.Namespace, name: str) -> str:
-    """The goal of our speed-up, which is one of an H100 over the compiled step."""
-    is_h100 = args.device.type == "cuda" and "H100" in torch.cuda.get_device_name(args.device)
-    return f" (goal: {GOALS[args.batch]})" if is_h100 and name in COMPILED.values() and args.batch in GOALS else ""
+def goal_of(case: Case, name: str) -> str:
+    """The goal of our speed-up, which is one of an H100 over the compiled step, or ""."""
+    is_h100 = case.device.type == "cuda" and "H100" in torch.cuda.get_device_name(case.device)
+    return f"≥ {GOALS[case.batch]}" if is_h100 and name in COMPILED.values() and case.batch in GOALS else ""
 
 
 def full(args: argparse.Namespace) -> None:
     """Time training of a whole CLIP on pairs: with its own blocks, the same compiled, and by `sk.fuse`."""
-    inputs = _random_inputs(args.model, args.batch, args.batch, args.device)
-    inputs.model.train().requires_grad_(True)
-    models = fuse.implementations(inputs.model, ("eager", "compile", "fuse-fast"))
-    rows = fuse.rows_of(args, models, inputs, "pairs", args.precision)
+    names = ("eager", "compile", "fuse-fast")
+    rows = fuse.rows_of(args, args.model, args.batch, args.precision, names, ("pairs",))
     tell(f"{args.batch} pairs: " + ", ".join(f"{row['implementation']} {row['p50_ms']} ms" for row in rows))
+    save(args, rows, "fuse", args.out)
 
 
 def floor_of(step: Step, device: torch.device) -> float:
@@ -184,85 +193,83 @@ def floor_of(step: Step, device: torch.device) -> float:
     return measure.floor(flops, measure.DTYPES[step.precision], _PASSES * trained, device)
 
 
-def inputs_of(args: argparse.Namespace) -> Inputs:
+def case_of(args: argparse.Namespace) -> Case:
+    return Case(args.model, args.batch, args.classes, args.device, args.skip_layers)
+
+
+def inputs_of(case: Case) -> Inputs:
     """Random inputs, with a model of their own."""
-    inputs = _random_inputs(args.model, args.batch, args.classes, args.device)
+    inputs = _random_inputs(case.model, case.batch, case.classes, case.device)
     return inputs._replace(model=copy.deepcopy(inputs.model))
 
 
 _random_inputs = functools.cache(random_inputs)  # seconds for each model
 
 
-def graphed_step(
-    args: argparse.Namespace, blocks: int | None = None
-) -> tuple[Callable[[], sk.SkipOutput], GraphedStep]:
-    """Our step with its update, of `blocks` in each tower if given; on a GPU a replayed CUDA graph."""
-    model, tokens, images, labels = inputs_of(args)
-    skip: Skip = args.skip_layers
+class Graphed(NamedTuple):
+    """Our step with its update; on a GPU a replayed CUDA graph from the call after WARMUP on."""
+
+    run: Callable[[], sk.SkipOutput]
+    step: GraphedStep
+    clip: sk.SkipCLIP
+
+
+def graphed_step(case: Case, precision: str, *, blocks: int | None = None, captures: bool = True) -> Graphed:
+    """Make the step, of `blocks` in each tower if given; without `captures` its calls are eager, with the same K."""
+    model, tokens, images, labels = inputs_of(case)
+    skip: Any = case.skip_layers
     if blocks is not None:
-        depths = [len(tower.transformer.resblocks) for tower in (model.visual, model)]
-        skip = depths[0] - blocks, depths[1] - blocks
+        skip = tuple(len(tower.transformer.resblocks) - blocks for tower in (model.visual, model))
     clip = sk.SkipCLIP(model, tokens, skip_layers=skip, memory="fast")
     features, labels = clip.encode_lower(images), labels.contiguous()
     optimizer = sk.FusedSGD(clip.trainable_parameters(), lr=1e-5, momentum=0.9)
-    with autocast(features.device, args.precision):
-        step = sk.graphed(clip, optimizer, batch_size=len(labels))
+    with autocast(features.device, precision):
+        # Batches of another size than that of a graph run eagerly.
+        step = sk.graphed(clip, optimizer, batch_size=len(labels) if captures else len(labels) + 1)
 
     def run() -> sk.SkipOutput:
-        with autocast(features.device, args.precision):
+        with autocast(features.device, precision):
             return step(features, labels)
 
-    return run, step
+    return Graphed(run, step, clip)
 
 
-def differences(args: argparse.Namespace) -> tuple[float, float]:
-    """Largest relative difference of a weight after eager steps, from as many others, and after replays.
+def differences(case: Case, precision: str) -> dict[str, str]:
+    """Differences of the weights after eager steps from those after as many others, and after replays.
 
-    It is 0.0 if all bits are equal, and infinite if the steps keep other classes. PyTorch's attention may add gradients
-    in another order in each run: then replays cannot have the bits of eager steps either.
+    Each is relative to its weight, the largest of all: 0 if all bits are equal, infinite if the steps keep other
+    classes. PyTorch's attention may add gradients in another order in each run: then replays cannot have the bits of
+    eager steps either.
     """
-    first, second, replayed = (weights_after_steps(args, captures) for captures in (False, False, True))
-    return difference(first, second), difference(first, replayed)
+    first, second, replayed = (weights_after_steps(case, precision, captures) for captures in (False, False, True))
+    found = {"eager_difference": difference(first, second), "replay_difference": difference(first, replayed)}
+    return {column: f"{value:.1e}" if value else "0" for column, value in found.items()}
 
 
 Trained = tuple[list[list[int]], list[Tensor]]
 """Classes of the steps, and the weights after them."""
 
 
-def weights_after_steps(args: argparse.Namespace, captures: bool) -> Trained:
-    run, step = graphed_step(args)
-    if not captures:
-        step._batch_size = -1  # no batch has this size, so nothing is captured
+def weights_after_steps(case: Case, precision: str, captures: bool) -> Trained:
+    run, _, clip = graphed_step(case, precision, captures=captures)
     classes = [run().class_ids.tolist() for _ in range(WARMUP + 1 + _REPLAYS)]
-    return classes, [weight.detach() for weight in step._clip.trainable_parameters()]
+    return classes, [weight.detach() for weight in clip.trainable_parameters()]
 
 
 def difference(one: Trained, other: Trained) -> float:
     if one[0] != other[0]:
         return math.inf
-    return max(
-        0.0 if torch.equal(x, y) else max(testing.relative_error(y, x), sys.float_info.min)
-        for x, y in zip(one[1], other[1], strict=True)
-    )
+    return max(testing.relative_error(y, x) for x, y in zip(one[1], other[1], strict=True))
 
 
-def comparison(eager: float, replayed: float) -> str:
-    """The differences in words. If eager steps differ from each other, replays cannot have their bits."""
-    if eager:
-        return f"eager steps differ from each other by {eager:.1e}, replays from them by {replayed:.1e}"
-    if replayed == math.inf:
-        return "replays keep other classes (goal: equal bits)"
-    return f"replays differ by {replayed:.1e} (goal: equal bits)" if replayed else "replays equal in all bits"
-
-
-def launches_of(run: Callable[[], Any], device: torch.device) -> str:
+def launches_of(run: Callable[[], Any], device: torch.device) -> dict[str, int]:
     """Kernels, and copies and fills of memory, that a call runs on a GPU."""
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         run()
         measure.synchronize(device)
     names = [event.name for event in profiler.events() if event.device_type == DeviceType.CUDA]
     copies = sum(name.startswith(("Memcpy", "Memset")) for name in names)
-    return f"{len(names) - copies} kernels and {copies} copies or fills"
+    return {"kernels": len(names) - copies, "copies": copies}
 
 
 def one_step(args: argparse.Namespace) -> None:
@@ -272,7 +279,7 @@ def one_step(args: argparse.Namespace) -> None:
     the kernels of a graph. The steps before it compile kernels and create the state of the optimizer. Two blocks of
     each tower are left, one of them pooled: the others have the same launches, and each launch is repeated many times.
     """
-    run, _ = graphed_step(args, _PROFILED)
+    run = graphed_step(case_of(args), args.precision, blocks=_PROFILED).run
     for _ in range(WARMUP - 1):
         run()
     measure.synchronize(args.device)
@@ -281,7 +288,7 @@ def one_step(args: argparse.Namespace) -> None:
 
 
 def profile_step(args: argparse.Namespace) -> None:
-    (run, _), on_gpu = graphed_step(args), args.device.type == "cuda"
+    run, on_gpu = graphed_step(case_of(args), args.precision).run, args.device.type == "cuda"
     for _ in range(WARMUP + 1 if on_gpu else 1):  # the last captures a graph
         run()
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:

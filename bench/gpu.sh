@@ -57,7 +57,7 @@ stage() { # NAME SECONDS COMMAND …
     *) status="exit status $status, see $out/$1.txt" ;;
   esac
   echo "$1: $status ($((SECONDS - begin)) s)"
-  grep -E "$results" "$out/$1.txt" | head -n 40 | sed 's/^/  /'
+  grep -E "$results" "$out/$1.txt" | head -n 80 | sed 's/^/  /'
 }
 
 run() {
@@ -66,9 +66,9 @@ run() {
   stage tests 100 "$python" -m pytest -v -m gpu -n $(($(nproc) < 8 ? $(nproc) : 8)) --maxschedchunk 1 \
     -p no:cacheprovider --continue-on-collection-errors \
     $(grep -rlE 'mark\.gpu|: Backend' tests --include='test_*.py') # others import more
-  stage step 150 "$python" -m bench.gpu step --precision bf16 ${STEP:---all-shapes} --seconds "$(scaled 116)"
-  stage step_fp32 35 "$python" -m bench.gpu step --precision fp32 $STEP
-  stage full 45 "$python" -m bench.gpu full --batch 32 --rounds 10 $STEP
+  stage step 150 "$python" -m bench.gpu step --precision bf16 ${STEP:---all-shapes} --seconds "$(scaled 116)" --out "$out"
+  stage step_fp32 35 "$python" -m bench.gpu step --precision fp32 $STEP --out "$out"
+  stage full 45 "$python" -m bench.gpu full --batch 32 --rounds 10 $STEP --out "$out"
   stage operators 75 "$python" -m pytest bench/operators -q -p no:cacheprovider --minutes="$(scaled 10)e-1" --save "$out"
   stage tune 600 "$python" -m bench.tune --seconds "$(scaled 570)" --out "$out"
   stage profile 20 "$python" -m bench.gpu profile_step $STEP

@@ -39,6 +39,16 @@ class Inputs(NamedTuple):
     labels: Tensor  # [B], one class for all images, as the published sampler draws
 
 
+class Case(NamedTuple):
+    """Model, sizes and device of steps that are compared."""
+
+    model: str
+    batch: int
+    classes: int
+    device: torch.device
+    skip_layers: int | None = None  # None: half of the blocks of each tower
+
+
 def parser(description: str, *, several: bool = False, **defaults: Any) -> argparse.ArgumentParser:
     """A parser with the common options; with `several`, the options of cases take lists."""
     parser = command(description)

@@ -19,6 +19,19 @@ OURS = "skipkernels"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _COPIED = 1 << 28  # bytes: larger than any cache
 Key = TypeVar("Key")
+_SHOWN = {
+    "saved_mib": "{} MiB saved",
+    "peak_mib": "{} MiB at the peak",
+    "training_mib": "{} MiB to train",
+    "above_floor": "{:.2f} times the floor",
+    "faster": "skipkernels is {:.2f} times as fast",
+    "wanted": "goal: {}",
+    "kernels": "{} kernels",
+    "copies": "{} copies or fills",
+    "eager_difference": "weights differ by {} between eager runs",
+    "replay_difference": "by {} after replays",
+    "note": "{}",
+}
 
 
 def default_device() -> torch.device:
@@ -150,13 +163,11 @@ def milliseconds(seconds: list[float], digits: int = 1) -> dict[str, float]:
 
 
 def shown(row: dict[str, Any]) -> str:
-    """The times of a row as text, or the reason why there are none."""
+    """The measurements of a row as text, or the reason why there are none."""
     if row["p50_ms"] == "":
         return str(row["note"])
-    forms = {"saved_mib": "{} MiB saved", "peak_mib": "{} MiB at the peak", "training_mib": "{} MiB to train"}
-    forms |= {"above_floor": "{:.2f} times the floor", "faster": "skipkernels is {:.2f} times as fast"}
-    parts = [form.format(row[column]) for column, form in forms.items() if row.get(column, "") != ""]
-    return ", ".join([f"{row['p50_ms']:9.1f} ms (p20 {row['p20_ms']:.1f}, p80 {row['p80_ms']:.1f})", *parts])
+    parts = [form.format(row[column]) for column, form in _SHOWN.items() if row.get(column, "") != ""]
+    return ", ".join([f"{row['p50_ms']:9} ms (p20 {row['p20_ms']}, p80 {row['p80_ms']})", *parts])
 
 
 def median_ratio(numerators: list[float], denominators: list[float]) -> float:

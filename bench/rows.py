@@ -99,10 +99,10 @@ def slug(device: str) -> str:
     return re.sub(r"[^a-z0-9_]+", "-", device.lower()).strip("-")
 
 
-def save(args: argparse.Namespace, rows: list[dict[str, Any]], table: str) -> None:
+def save(args: argparse.Namespace, rows: list[dict[str, Any]], table: str, results: Path | None = None) -> None:
     """Append rows, with the columns of the machine, unless --no-save was given."""
     if rows and not args.no_save:
-        print(f"appended to {append_rows([machine_columns(args.device) | row for row in rows], table)}")
+        print(f"appended to {append_rows([machine_columns(args.device) | row for row in rows], table, results)}")
 
 
 def append_rows(rows: list[dict[str, Any]], name: str, results: Path | None = None) -> Path:

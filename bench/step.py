@@ -24,6 +24,7 @@ above the memory before the model is made. Besides the step that is weights, mom
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import itertools
 import tempfile
@@ -32,13 +33,14 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
+import torch
 
 from skipkernels import testing
 from skipkernels.memory import PeakMemory, free_bytes
 from skipkernels.selection import RankSampler
 
 from . import measure
-from .inputs import parser, random_inputs
+from .inputs import Case, parser, random_inputs
 from .measure import OURS
 from .rows import PRECISIONS, save
 from .training import Published, Step, full_fine_tuning, prompt_tuning, skip_step, with_update
@@ -71,9 +73,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = options.parse_args(arguments)
     keys = [(_NAMES[word], precision) for precision in args.precision for word in _NAMES if word in args.implementation]
     for model, batch in itertools.product(args.model, args.batch):
-        probes = [probe(args, model, batch, classes, keys) for classes in _PROBED]
+        case_of = functools.partial(Case, model, batch, device=args.device, skip_layers=args.skip_layers)
+        probes = [probe(case_of(classes), keys) for classes in _PROBED]
         for classes in args.classes:
-            rows = rows_of(args, model, batch, classes, keys, probes)
+            rows = rows_of(args, case_of(classes), keys, probes)
             for row in rows:
                 print(f"{row['implementation']:24} {row['precision']}  C = {classes:5}  {measure.shown(row)}")
             if not args.skip_layers:
@@ -88,17 +91,21 @@ def kept(classes: int, batch: int, name: str) -> int:
 # ---- predictions -----------------------------------------------------------------------------------------------------
 
 
-def probe(args: argparse.Namespace, model: str, batch: int, classes: int, keys: Sequence[Key]) -> dict[Key, Probe]:
-    """Measure the steps with few classes. The compiled step has the cost of the published one."""
-    uncompiled = dict.fromkeys((PUBLISHED if name == COMPILED else name, precision) for name, precision in keys)
+def uncompiled(key: Key) -> Key:
+    """The key of the same step, not compiled: what compiled code saves cannot be counted."""
+    return (PUBLISHED, key[1]) if key[0] == COMPILED else key
+
+
+def probe(case: Case, keys: Sequence[Key]) -> dict[Key, Probe]:
+    """Measure the steps with few classes."""
     found = {}
-    for key, step in build(args, model, batch, classes, list(uncompiled), Path()).items():
+    for key, step in build(case, list(dict.fromkeys(map(uncompiled, keys)))).items():
         saved = testing.saved_bytes(step.loss)
-        found[key] = measure.time_alternately({key: step}, 1, args.device, warm_up=False)[key][0], saved
+        found[key] = measure.time_alternately({key: step}, 1, case.device, warm_up=False)[key][0], saved
     return found
 
 
-def extrapolate(few: Probe, more: Probe, classes: tuple[int, int], K: int) -> Probe:
+def extrapolate(few: Probe, more: Probe, classes: Sequence[int], K: int) -> Probe:
     """Time and bytes with K classes, linear in the number of classes and never falling with it.
 
     >>> extrapolate((2.0, 100), (4.0, 500), (10, 30), 50)
@@ -109,36 +116,33 @@ def extrapolate(few: Probe, more: Probe, classes: tuple[int, int], K: int) -> Pr
     return seconds, saved
 
 
-def reason_to_skip(args: argparse.Namespace, batch: int, classes: int, key: Key, probes: list[dict[Key, Probe]]) -> str:
+def reason_to_skip(case: Case, key: Key, probes: Sequence[dict[Key, Probe]], longest: float) -> str:
     """The reason why a step is not run, or ""."""
-    name, precision = key
-    probed = PUBLISHED if name == COMPILED else name, precision
-    K, few, more = (kept(C, batch, name) for C in (classes, *_PROBED))
-    seconds, saved = extrapolate(probes[0][probed], probes[1][probed], (few, more), K)
-    free = free_bytes(args.device)
+    K, *probed = (kept(classes, case.batch, key[0]) for classes in (case.classes, *_PROBED))
+    few, more = (each[uncompiled(key)] for each in probes)
+    seconds, saved = extrapolate(few, more, probed, K)
+    free = free_bytes(case.device)
     if 1.25 * saved > 0.9 * free:  # temporaries and gradients are extra
-        of = "" if K == classes else f"{K} of "
-        keep = f"{of}{classes} classes keep about {saved / 2**30:.1f} GiB for backward"
+        of = "" if K == case.classes else f"{K} of "
+        keep = f"{of}{case.classes} classes keep about {saved / 2**30:.1f} GiB for backward"
         return f"does not fit: {keep}, {free / 2**30:.1f} are free"
-    return f"left out: a step takes about {seconds:.0f} s" if seconds > args.longest else ""
+    return f"left out: a step takes about {seconds:.0f} s" if seconds > longest else ""
 
 
 # ---- measurements ----------------------------------------------------------------------------------------------------
 
 
-def build(
-    args: argparse.Namespace, model: str, batch: int, classes: int, keys: Sequence[Key], folder: Path
-) -> dict[Key, Step]:
-    """The steps to time, checked against another computation of the same result."""
-    inputs = random_inputs(model, batch, classes, args.device)
-    skip = args.skip_layers or half_of(inputs.model)
-    published = Published(inputs, skip) if {PUBLISHED, COMPILED} & {name for name, _ in keys} else None
-    texts = folder / "texts" if classes > _MANY else None
+def build(case: Case, keys: Sequence[Key], folder: Path | None = None) -> dict[Key, Step]:
+    """The steps to time, checked against another computation of the same result; `folder` is for many text features."""
+    inputs = random_inputs(case.model, case.batch, case.classes, case.device)
+    skip = case.skip_layers or half_of(inputs.model)
+    published = Published(inputs, skip) if PUBLISHED in {uncompiled(key)[0] for key in keys} else None
+    texts = folder / "texts" if folder and case.classes > _MANY else None
     make: dict[str, Callable[[str], Step]] = {
         OURS: lambda precision: skip_step(inputs, skip, "fast", precision, published, texts),
         MIN: lambda precision: skip_step(inputs, skip, "min", precision, published, texts),
         FULL: lambda precision: full_fine_tuning(inputs, precision),
-        PROMPTS: lambda precision: prompt_tuning(inputs, precision, open_clip.get_tokenizer(model)),
+        PROMPTS: lambda precision: prompt_tuning(inputs, precision, open_clip.get_tokenizer(case.model)),
     }
     if published is not None:
         make |= {PUBLISHED: published.step, COMPILED: published.compiled}
@@ -146,52 +150,50 @@ def build(
 
 
 def rows_of(
-    args: argparse.Namespace, model: str, batch: int, classes: int, keys: list[Key], probes: list[dict[Key, Probe]]
+    args: argparse.Namespace, case: Case, keys: Sequence[Key], probes: Sequence[dict[Key, Probe]]
 ) -> list[dict[str, Any]]:
     """A row of each implementation: times and sizes, or the reason why there are none."""
-    reasons = {key: reason_to_skip(args, batch, classes, key, probes) for key in keys}
+    reasons = {key: reason_to_skip(case, key, probes, args.longest) for key in keys}
     run = [key for key in keys if not reasons[key]]
     gc.collect()  # models of earlier sizes are in reference cycles
     with tempfile.TemporaryDirectory() as folder:
-        found = timed(args, build(args, model, batch, classes, run, Path(folder))) if run else {}
+        found = timed(build(case, run, Path(folder)), args.rounds, case.device) if run else {}
     rows = []
     for key in keys:
         name, precision = key
-        case = {"implementation": name, "model": model, "B": batch, "C": classes, "K": kept(classes, batch, name)}
-        row = dict.fromkeys(_COLUMNS, "") | case | {"precision": precision, "note": reasons[key]} | found.get(key, {})
+        sizes = {"B": case.batch, "C": case.classes, "K": kept(case.classes, case.batch, name)}
+        row = {"implementation": name, "model": case.model, **sizes, "precision": precision, "note": reasons[key]}
+        row = dict.fromkeys(_COLUMNS, "") | row | found.get(key, {})
         if key in found and name in (OURS, MIN) and not any(other == PUBLISHED for other, _ in run):
             row["note"] = f"gradients compared at {_PROBED[1]} classes: the published step is not run here"
         if key in found and name != COMPILED and args.training:
-            peak = measure.in_new_process(training_bytes, args, model, batch, classes, key)
-            row["training_mib"] = round(peak / 2**20, 1)
+            row["training_mib"] = round(measure.in_new_process(training_bytes, case, key) / 2**20, 1)
         rows.append(row)
     return rows
 
 
-def timed(args: argparse.Namespace, steps: dict[Key, Step]) -> dict[Key, dict[str, Any]]:
+def timed(steps: dict[Key, Step], rounds: int, device: torch.device) -> dict[Key, dict[str, Any]]:
     """Columns of the steps: sizes, then times in turn, then peak memory."""
-    # What compiled code saves cannot be counted: that of the same step.
-    counted = {key: steps.get((PUBLISHED, key[1]), step) if key[0] == COMPILED else step for key, step in steps.items()}
-    saved = {key: testing.saved_bytes(step.loss) for key, step in counted.items()}
-    found = measure.compare(dict(steps), args.rounds, args.device)
+    saved = {key: testing.saved_bytes(steps.get(uncompiled(key), step).loss) for key, step in steps.items()}
+    found = measure.compare(dict(steps), rounds, device)
     for key, step in steps.items():
         step.model.zero_grad()  # free the gradients of the rounds before measuring memory
-        peak = testing.peak_bytes(step, args.device, warm_up=False)
+        peak = testing.peak_bytes(step, device, warm_up=False)
         skip = step.skip_layers if isinstance(step.skip_layers, int) else "+".join(map(str, step.skip_layers))
-        sizes = {"saved_mib": round(saved[key] / 2**20, 1), "peak_mib": round(peak / 2**20, 1)}
-        found[key] |= {"skip_layers": skip, "K": step.K} | sizes
+        found[key] |= {"skip_layers": skip, "K": step.K}
+        found[key] |= {"saved_mib": round(saved[key] / 2**20, 1), "peak_mib": round(peak / 2**20, 1)}
     return found
 
 
-def training_bytes(args: argparse.Namespace, model: str, batch: int, classes: int, key: Key) -> int:
+def training_bytes(case: Case, key: Key) -> int:
     """Peak memory of the second step with its update, above the memory before the model is made."""
+    small = case._replace(model="vit-tiny", classes=_PROBED[0], skip_layers=None)
+    with_update(build(small, [key])[key])()  # load libraries
+    testing.release_freed_memory()
+    before = PeakMemory(case.device).read()
     with tempfile.TemporaryDirectory() as folder:
-        small = argparse.Namespace(**vars(args) | {"skip_layers": None})
-        with_update(build(small, "vit-tiny", batch, _PROBED[0], [key], Path(folder))[key])()  # load libraries
-        testing.release_freed_memory()
-        before = PeakMemory(args.device).read()
-        train = with_update(build(args, model, batch, classes, [key], Path(folder))[key])
-        return testing.peak_bytes(train, args.device, above=before)  # of the second call
+        train = with_update(build(case, [key], Path(folder))[key])
+        return testing.peak_bytes(train, case.device, above=before)  # of the second call
 
 
 def half_of(model: Any) -> tuple[int, int]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
+import csv
 import itertools
-import math
 import os
 import re
 import subprocess
@@ -16,7 +15,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from bench import gpu, inputs, measure, training
+from bench import gpu, inputs, measure, rows, training
 from bench.rows import machine_columns
 from skipkernels import testing
 from skipkernels.graphs import graphed_step
@@ -82,7 +81,7 @@ def test_script_runs_the_named_stages_and_scales_their_limits(tmp_path):
     (out / "machine.txt").write_text("limits of time: 250 %\ntorch==2.15\n")
     assert re.findall(r"(\w+): done", script(out, "tune", "step").stdout) == ["step", "tune"]
     assert {path.name for path in out.iterdir()} == {"machine.txt", "summary.txt", "step.txt", "tune.txt"}
-    step = f"-m bench.gpu step --precision bf16 --all-shapes --seconds {2.5 * 116:.0f}\n"
+    step = f"-m bench.gpu step --precision bf16 --all-shapes --seconds {2.5 * 116:.0f} --out {out}\n"
     assert (out / "step.txt").read_text() == step
     assert (out / "tune.txt").read_text() == f"-m bench.tune --seconds {2.5 * 570:.0f} --out {out}\n"
 
@@ -123,80 +122,78 @@ def test_limits_scale_with_the_machine(bandwidth, cores, scale):
 def as_on_a_gpu(monkeypatch) -> None:
     """The CPU in place of a GPU: every path but the capture and the counting of launches."""
     monkeypatch.setattr(gpu, "_random_inputs", lambda *case: inputs.random_inputs(*case[:3], measure.CPU))
-    monkeypatch.setattr(gpu, "launches_of", lambda run, device: "1 kernel")
+    monkeypatch.setattr(gpu, "launches_of", lambda run, device: {"kernels": 5, "copies": 2})
+    monkeypatch.setattr(rows, "machine_columns", lambda device: {"device": "NVIDIA H100 PCIe"})
     monkeypatch.setattr(training.Published, "compiled", lambda published, precision, mode: published.step(precision))
     monkeypatch.setattr(measure, "seconds_of", lambda function, device, calls=1, before=None: 0.001 * calls)
 
 
-@pytest.mark.parametrize(
-    ("captured", "printed"),
-    [
-        (True, "skipkernels as a graph 10.0 ms; 0.00 times the floor of .* ms; 1 kernel; replays equal in all bits; "),
-        (False, "published 10.0 ms; 0.00 times the floor of .* ms; no graph was captured; "),  # not called a graph
-    ],
-)
-def test_step_on_a_gpu(as_on_a_gpu, monkeypatch, capsys, captured, printed):
+@pytest.mark.parametrize("captured", [True, False])
+def test_step_on_a_gpu(as_on_a_gpu, monkeypatch, capsys, tmp_path, captured):
+    """Rows have what is printed; eager steps are not called a graph."""
     monkeypatch.setattr(graphed_step.GraphedStep, "is_captured", captured)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 PCIe")
-    monkeypatch.setattr(gpu, "floor_of", lambda step, device: 10.0)
-    gpu.main(["step", *CUT, "--precision", "bf16", "--batch", "4", "--device", "cuda"])
+    monkeypatch.setattr(gpu, "floor_of", lambda step, device: 0.005)
+    options = [option for option in CUT if option != "--no-save"]
+    gpu.main(["step", *options, "--precision", "bf16", "--device", "cuda", "--out", str(tmp_path)])
+    found = list(csv.DictReader((tmp_path / "nvidia-h100-pcie/gpu_step.csv").open()))
+    graph = [gpu.GRAPHED] if captured else []
+    names = [gpu.OURS, gpu.PUBLISHED, *graph, gpu.OURS, *gpu.COMPILED.values(), *graph]
+    assert [row["implementation"] for row in found] == names
     results = [line for line in capsys.readouterr().out.splitlines() if line.startswith("result: ")]
-    assert re.match(f"result: bf16, 4 images, 20 classes: .*{printed}1.00 times as fast as published$", results[0])
-    assert re.match("result: bf16, 4 images, 20 classes, compiled: skipkernels 10.0 ms, published, comp", results[1])
-    assert ("as a graph" in results[0] + results[1]) == captured
-    assert results[1].endswith("1.00 times as fast as published, compiled with CUDA graphs (goal: 3)")
+    case = "result: bf16, 4 images, 20 classes"
+    time = "     10.0 ms (p20 10.0, p80 10.0), 0 MiB at the peak, 2.00 times the floor"
+    faster = "skipkernels is 1.00 times as fast"
+    compared = "weights differ by 0 between eager runs, by 0 after replays"  # both are eager here
+    assert results == [
+        f"{case}: skipkernels {time}" + ("" if captured else ", no graph was captured"),
+        f"{case}: published {time}, {faster}",
+        *[f"{case}: {name} {time}, 5 kernels, 2 copies or fills, {compared}" for name in graph],
+        f"{case}, compiled: skipkernels {time}" + ("" if captured else ", no graph was captured"),
+        *[f"{case}, compiled: {name} {time}, {faster}, goal: ≥ 3" for name in gpu.COMPILED.values()],
+        *[f"{case}, compiled: {name} {time}, 5 kernels, 2 copies or fills" for name in graph],
+    ]
+    assert {row["floor_ms"] for row in found} == {"5.0"} and {row["K"] for row in found} == {"11"}
 
 
 def test_all_shapes_within_the_time(as_on_a_gpu, monkeypatch, capsys):
     """All of them without torch.compile, then with it; one without memory does not stop the others."""
     began = []
 
-    def step_of_shape(args, compiles, compares):
-        began.append((args.batch, args.classes, compiles, compares))
-        if args.classes == 10000:
+    def rows_of(args, case, compiles):
+        began.append((case.batch, case.classes, compiles))
+        if case.classes == 10000:
             raise torch.OutOfMemoryError
-        return "1 ms"
+        return [{"implementation": gpu.GRAPHED, "p50_ms": "", "note": "1 ms"}]
 
-    monkeypatch.setattr(gpu, "step_of_shape", step_of_shape)
+    compared = []
+    monkeypatch.setattr(gpu, "differences", lambda case, precision: compared.append(case) or {})
+    monkeypatch.setattr(gpu, "rows_of", rows_of)
     times = itertools.count()
     monkeypatch.setattr(time, "monotonic", lambda: next(times))
-    gpu.main("step --precision bf16 --all-shapes --device cuda --seconds 8".split())
+    gpu.main("step --precision bf16 --all-shapes --device cuda --seconds 8 --no-save".split())
     assert [(B, C) for B, C, *_ in began] == [*gpu._SHAPES, *gpu._SHAPES[:2]]
-    assert [compiles for *_, compiles, _ in began] == [False] * 6 + [True] * 2
-    assert [compares for *_, compares in began] == [True] + [False] * 7
+    assert [compiles for *_, compiles in began] == [False] * 6 + [True] * 2
+    assert [(case.batch, case.classes) for case in compared] == [gpu._SHAPES[0]]
     results = capsys.readouterr().out.splitlines()
-    assert results[0] == "result: bf16, 4 images, 1000 classes: 1 ms" and len(results) == 12
+    assert results[0] == "result: bf16, 4 images, 1000 classes: skipkernels as a graph 1 ms" and len(results) == 12
     assert results[4] == "result: bf16, 4 images, 10000 classes: out of memory"
     assert results[8] == "result: bf16, 4 images, 100 classes, compiled: no time left"
 
 
 @pytest.mark.parametrize(
-    ("eager", "replayed", "text"),
-    [
-        (0.0, 0.0, "replays equal in all bits"),
-        (0.0, math.inf, "replays keep other classes (goal: equal bits)"),
-        (0.0, 1e-7, "replays differ by 1.0e-07 (goal: equal bits)"),
-        (2e-7, 1e-7, "eager steps differ from each other by 2.0e-07, replays from them by 1.0e-07"),
-    ],
+    ("change", "expected"), [(0.0, "0"), (1e-7, r"\d\.\de-\d\d"), (None, "inf")], ids=["equal", "one weight", "classes"]
 )
-def test_differences_in_words(eager, replayed, text):
-    assert gpu.comparison(eager, replayed) == text
-
-
-def test_replays_are_compared_in_bits(monkeypatch):
+def test_replays_are_compared_in_bits(monkeypatch, change, expected):
     """Without a GPU both steps are eager, and have equal bits but for this change."""
-    args = argparse.Namespace(
-        model="vit-tiny", batch=4, classes=20, device=measure.CPU, skip_layers=3, precision="bf16"
-    )
-    made, made_as = [], gpu.graphed_step
+    weights_after_steps = gpu.weights_after_steps
 
-    def another(*arguments, **options):
-        run, step = made_as(*arguments, **options)
-        made.append(step._clip.model.visual.proj)
-        if len(made) == 3:
-            made[2].data[0, 0] += 1e-7
-        return run, step
+    def changed(case, precision, captures):
+        classes, weights = weights_after_steps(case, precision, captures)
+        if captures:
+            weights[0].flatten()[0].add_(change or 0.0)
+        return classes[::-1] if captures and change is None else classes, weights
 
-    monkeypatch.setattr(gpu, "graphed_step", another)
-    eager, replayed = gpu.differences(args)
-    assert eager == 0 < replayed < 1e-5
+    monkeypatch.setattr(gpu, "weights_after_steps", changed)
+    found = gpu.differences(inputs.Case("vit-tiny", 4, 20, measure.CPU, 3), "bf16")
+    assert found["eager_difference"] == "0" and re.fullmatch(expected, found["replay_difference"])
