@@ -108,15 +108,20 @@ def pareto_svg(name: str, points: Mapping[str, TimedAccuracy], colours: Mapping[
     line = [points[label] for label in pareto(points)]
 
     def draw(axes: Axes) -> None:
+        from matplotlib.ticker import LogLocator
+
         axes.step(
             [each.seconds for each in line], [each.accuracy for each in line], "-", where="post", color=GREY, lw=1
         )
         for label, (seconds, accuracy, half) in points.items():
             axes.errorbar([seconds], [accuracy], yerr=[half], color=colours[label], marker="o", capsize=3)
-        axes.set_xscale("symlog", linthresh=shortest, linscale=0.5, subs=(2, 5))  # with 0, of what trains nothing
+        axes.set_xscale("symlog", linthresh=shortest, linscale=0.5)  # with 0, of what trains nothing
         axes.margins(x=0.05, y=0.2)
         within_per_cent(axes)
+        decades = LogLocator(subs=(1, 2, 5), numticks=6).tick_values(shortest, longest)
+        axes.set_xticks([0, *(tick for tick in decades if shortest <= tick <= longest)])
         axes.xaxis.set_major_formatter(lambda value, position: f"{value:g}")
+        axes.minorticks_off()
         axes.set_xlabel("tuning, s (logarithmic)")
         axes.grid(axis="y", color=GREY, alpha=0.25, linewidth=0.8)
 

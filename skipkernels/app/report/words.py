@@ -13,8 +13,15 @@ HEADS = {
     "auto": "a choice of heads",
 }
 """Names of heads."""
-# Options of others are their names.
-_METHODS = {"skip": "Skip Tuning", "full": "full fine-tuning", "auto": "a choice of candidates"}
+_METHODS = {
+    "skip": "Skip Tuning",
+    "full": "full fine-tuning",
+    "linear-probe": "linear probe",
+    "coop": "CoOp",
+    "clip-adapter": "CLIP-Adapter",
+    "lora": "LoRA",
+    "auto": "a choice of candidates",
+}
 _TESTS = {
     "base": "trained classes",
     "new": "new classes",
@@ -29,7 +36,7 @@ def name_of_method(method: str) -> str:
     """Return the name of a method, or the text itself.
 
     >>> name_of_method("skip"), name_of_method("linear-probe")
-    ('Skip Tuning', 'linear-probe')
+    ('Skip Tuning', 'linear probe')
     """
     return _METHODS.get(method, method)
 

@@ -193,7 +193,7 @@ def test_run_ends_with_its_command(monkeypatch):
 def test_compare_command(tmp_path, capsys, in_process):
     arguments = "compare --methods zero-shot linear-probe --seeds 1 --shots 2 --max-classes 6 --device cpu".split()
     assert main([*arguments, "--out", str(tmp_path)]) == 0
-    assert "linear-probe" in capsys.readouterr().out
+    assert "linear probe" in capsys.readouterr().out
     found = json.loads((tmp_path / "compare.json").read_text())
     assert found["summary"]["linear-probe"]["accuracy, %"]["new"] is None
     zero_shot = found["summary"]["zero-shot"]["accuracy, %"]["new"]
