@@ -22,7 +22,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from rich.console import Console
@@ -35,7 +34,7 @@ from .measure import DTYPES, OURS
 from .operators import Case, Run
 from .operators.gate import Gate
 from .operators.record import cases_of
-from .operators.test_operators import in_turn
+from .operators.replays import in_turn
 from .rows import command
 
 MOST = 0.97  # a smaller gain may be noise
@@ -70,17 +69,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
         path = args.out / path.name
-    chosen: dict[Place, Options] = {}  # also those of an earlier run, perhaps of other operators
-    if path.exists():
-        chosen = {
-            place_of(kernel, each): each.options for kernel, own in launching.read_table(path).items() for each in own
-        }
-    begin, timed = time.monotonic(), set()
+    chosen = read_chosen(path)  # also those of an earlier run, perhaps of other operators
+    end, timed = time.monotonic() + args.seconds, set()
     for op, dtype, case in cases(args.op, args.dtype, args.device):
         with replaced() as taken:
             case.runs[OURS]()
         for place, entry in taken.items():
-            if place in timed or time.monotonic() - begin > args.seconds:
+            if place in timed or time.monotonic() > end:
                 continue
             timed.add(place)
             candidates = sound(op, dtype, target, place, neighbours(entry.options), console)
@@ -89,6 +84,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if not args.no_save:
                 path.write_text(text_of(table_with(device, chosen)))
     console.print(f"result: {len(timed)} entries timed; the table is {path}", soft_wrap=True)
+
+
+def read_chosen(path: Path) -> dict[Place, Options]:
+    """Options of the entries of a table; none if there is no file."""
+    table = launching.read_table(path) if path.exists() else {}
+    return {place_of(kernel, entry): entry.options for kernel, entries in table.items() for entry in entries}
 
 
 def cases(ops: Sequence[str], dtypes: Sequence[str], device: torch.device) -> Iterator[tuple[str, str, Case]]:
@@ -107,14 +108,13 @@ def cases(ops: Sequence[str], dtypes: Sequence[str], device: torch.device) -> It
 def replaced(place: Place = (), options: Options | None = None) -> Iterator[dict[Place, launching.Entry]]:
     """Take the defaults, but `options` in place of those of one entry; the entries that are taken are returned."""
     taken: dict[Place, launching.Entry] = {}
-    entry_of = launching.entry_of
 
     def record(kernel: str, device: launching.Target, itemsize: int, **sizes: int) -> launching.Entry:
-        entry = entry_of(kernel, device._replace(name=""), itemsize, **sizes)
+        entry = launching.entry_of(kernel, device._replace(name=""), itemsize, **sizes)
         taken[found := place_of(kernel, entry)] = entry
         return entry if found != place or options is None else entry._replace(options=options)
 
-    with mock.patch.object(launching, "entry_of", record):
+    with launching.entries_from(record):
         yield taken
 
 
@@ -133,11 +133,11 @@ def _text(place: Place) -> str:
 def neighbours(options: Options) -> list[Options]:
     """One block halved, doubled or as it is, with as many warps, half and twice; or one stage less or more."""
     blocks = [name for name in options if name.startswith(("BLOCK", "CHUNK"))]
-    found: list[Options] = []
-    for block, factor in [("", 1.0), *itertools.product(blocks, (0.5, 2.0))]:
-        for warps in (1.0, 0.5, 2.0):
-            factors = {block: factor, "num_warps": warps}
-            found.append({name: value * factors.get(name, 1) for name, value in options.items()})
+    scaled = [{}, *({block: factor * options[block]} for block in blocks for factor in (0.5, 2.0))]
+    warps = options["num_warps"]
+    found: list[Options] = [
+        {**options, **block, "num_warps": number} for block in scaled for number in (warps, 0.5 * warps, 2.0 * warps)
+    ]
     if "num_stages" in options:
         found += [{**options, "num_stages": options["num_stages"] + more} for more in (-1, 1)]
     whole = [{name: type(options[name])(value) for name, value in each.items()} for each in found if _is_possible(each)]

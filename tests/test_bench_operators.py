@@ -7,7 +7,7 @@ import itertools
 import math
 import re
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from unittest.mock import Mock
 
 import pytest
@@ -60,10 +60,18 @@ def doubling(factor: float = 2.0, flops: int = 0) -> Case:
 
 
 def timed(monkeypatch, case: Case, implementation: str, deadline: float = math.inf) -> None:
-    """Run a benchmark without a fixture to time it: what is timed fails with a TypeError."""
+    """Run a benchmark; with pytest-benchmark disabled nothing is timed."""
     monkeypatch.setattr(test_operators, "prepared", lambda *_: (case, Gate(case, torch.float32, CPU)))
-    config = types.SimpleNamespace(option=types.SimpleNamespace(device=CPU, deadline=deadline))
-    test_operators.test_operator(None, config, "class_scores", "fp32", case.shape, implementation)
+    option = types.SimpleNamespace(device=CPU, deadline=deadline)
+    test_operators.test_operator(requesting(option), "class_scores", "fp32", case.shape, implementation)
+
+
+def requesting(option: types.SimpleNamespace, seconds: Sequence[float] = ()) -> types.SimpleNamespace:
+    """Stand-in for pytest's request, with a benchmark that took these times."""
+    benchmark = Mock(stats=Mock(stats=Mock(data=seconds)) if seconds else None)
+    return types.SimpleNamespace(
+        config=types.SimpleNamespace(option=option), getfixturevalue=Mock(return_value=benchmark)
+    )
 
 
 @pytest.mark.parametrize(
@@ -84,8 +92,7 @@ def test_operator_of_a_peer_without_a_time(monkeypatch, implementation, outcome,
 def test_operator_of_a_wrong_result_fails(monkeypatch):
     with pytest.raises(pytest.fail.Exception, match="wrong: result 0 is off by 5.0e-04"):
         timed(monkeypatch, doubling(2.001), "skipkernels")
-    with pytest.raises(TypeError):
-        timed(monkeypatch, doubling(2.001), "eager")
+    timed(monkeypatch, doubling(2.001), "eager")
 
 
 def case_of(name: str, dtype: torch.dtype) -> Case:
@@ -97,7 +104,7 @@ def case_of(name: str, dtype: torch.dtype) -> Case:
 
 
 def test_operator_saves_rows(monkeypatch, tmp_path, capsys):
-    """With stand-ins for pytest-benchmark, which calls what is timed, and for pytest's report."""
+    """With a stand-in for pytest's report."""
     monkeypatch.setattr("bench.rows.RESULTS", tmp_path)
     monkeypatch.setattr(measure, "bandwidth", lambda device: 1e9)
     monkeypatch.setattr(testing, "peak_bytes", lambda run, device: 0)
@@ -105,19 +112,38 @@ def test_operator_saves_rows(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(test_operators, "prepared", lambda *_: (case, Gate(case, torch.float32, CPU)))
     option = types.SimpleNamespace(device=CPU, deadline=math.inf, measured=[], save=tmp_path)
     for implementation, seconds in {"skipkernels": 0.002, "eager": 0.004, "peer": 0.001}.items():
-        benchmark = Mock(stats=Mock(stats=Mock(data=[seconds] * 3)))
-        config = types.SimpleNamespace(option=option)
-        test_operators.test_operator(benchmark, config, "class_scores", "fp32", case.shape, implementation)
-        benchmark.assert_called_once_with(case.runs[implementation])
+        request = requesting(option, [seconds] * 3)
+        test_operators.test_operator(request, "class_scores", "fp32", case.shape, implementation)
+        request.getfixturevalue("benchmark").assert_called_once_with(case.runs[implementation])
     rows = latest_rows("operators")
     assert [(row["implementation"], row["p50_ms"], row["faster"], row["wanted"], row["note"]) for row in rows] == [
         ("skipkernels", "2.0", "", "", ""), ("eager", "4.0", "2.0", "≥ 1", ""), ("peer", "1.0", "0.5", "", "peer 1.2"),
     ]  # fmt: skip
     kind = KINDS["operators"]
     assert all({*MACHINE, *kind.case.split(), kind.measured} <= row.keys() for row in rows)
-    conftest.pytest_terminal_summary(types.SimpleNamespace(config=config, write_line=print))
+    conftest.pytest_terminal_summary(types.SimpleNamespace(config=request.config, write_line=print))
     text = "another implementation is faster in 1 of 2 comparisons; class_scores N1024 fp32 peer"
     assert capsys.readouterr().out == f"result: {text}\n"
+
+
+def test_operator_on_a_gpu_prints_times_of_replays(monkeypatch, capsys):
+    """With times of replays in place of a GPU, without pytest-benchmark."""
+    case, gate = doubling(), Gate(doubling(), torch.float32, CPU)
+    monkeypatch.setattr(measure, "bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(testing, "peak_bytes", lambda run, device: 0)
+    monkeypatch.setattr(test_operators, "prepared", lambda *_: (case, gate))
+    times = {"skipkernels": [0.002], "eager": [0.004], "peer": "no CUDA graph: why"}
+    monkeypatch.setattr(test_operators, "in_turn", lambda case, names, device: times)
+    request = requesting(types.SimpleNamespace(device=CUDA, deadline=math.inf, measured=[], save=None))
+    for implementation in ("skipkernels", "eager"):
+        test_operators.test_operator(request, "class_scores", "fp32", case.shape, implementation)
+    with pytest.raises(pytest.xfail.Exception, match="no CUDA graph: why"):
+        test_operators.test_operator(request, "class_scores", "fp32", case.shape, "peer")
+    conftest.pytest_terminal_summary(types.SimpleNamespace(config=request.config, write_line=print))
+    output = capsys.readouterr().out
+    assert re.search(r"class_scores . N1024 . fp32  . eager  +. 4.0 ", output)
+    assert output.endswith("result: another implementation is faster in 0 of 1 comparisons\n")
+    request.getfixturevalue.assert_not_called()
 
 
 # ---- the cases ---------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Options of the microbenchmarks, and a line that says which of ours are slower."""
+"""Options of the microbenchmarks, and what is printed at the end: rows on a GPU, and which of ours are slower."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import measure
+from bench import measure, tables
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,7 +26,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    compared = [row for row in terminalreporter.config.option.measured if row["faster"] != ""]
+    option = terminalreporter.config.option
+    if option.measured and option.device.type == "cuda":  # on a CPU pytest-benchmark has a table
+        tables.show(list(option.measured[0]), [row.values() for row in option.measured])
+    compared = [row for row in option.measured if row["faster"] != ""]
     case = ("op", "shape", "dtype", "implementation")
     slower = [" ".join(row[column] for column in case) for row in compared if row["faster"] < 1]
     if compared:

@@ -22,7 +22,7 @@ import functools
 import json
 import re
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -139,7 +139,7 @@ class Entry(NamedTuple):
 
 def launch_options(kernel: str, x: Tensor, **sizes: int) -> Mapping[str, Any]:
     """Return the options of a launch on the device of x, for elements of its dtype and these sizes."""
-    return entry_of(kernel, target(x.device), x.element_size(), **sizes).options
+    return _choose(kernel, target(x.device), x.element_size(), **sizes).options
 
 
 @functools.lru_cache(maxsize=1024)
@@ -152,6 +152,20 @@ def entry_of(kernel: str, device: Target, itemsize: int, **sizes: int) -> Entry:
             f"launch_options: expected an entry of {kernel} for {itemsize} bytes and {sizes or 'any size'}; the tables "
             f"for {device} in {TABLES} have none. Add an entry without sizes."
         ) from None
+
+
+_choose: Callable[..., Entry] = entry_of
+
+
+@contextlib.contextmanager
+def entries_from(choose: Callable[..., Entry]) -> Iterator[None]:
+    """Take entries from a function with the arguments of `entry_of`, in all threads: backward runs in another one."""
+    global _choose
+    before, _choose = _choose, choose
+    try:
+        yield
+    finally:
+        _choose = before
 
 
 @functools.lru_cache

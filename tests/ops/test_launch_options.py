@@ -45,17 +45,16 @@ def row(text: str) -> dict[str, int]:
 @pytest.mark.parametrize("backend", [INTERPRETED], indirect=True)
 @pytest.mark.parametrize("factor", [0.5, 2], ids=["half", "twice"])
 @pytest.mark.parametrize("operator", OPERATORS, ids=lambda each: each.name)
-def test_results_with_other_tables(backend: Backend, monkeypatch, operator, factor):
+def test_results_with_other_tables(backend: Backend, operator, factor):
     """A table may have any powers of two."""
-    entry_of = launching.entry_of
 
     def another(*call: Any, **sizes: int) -> launching.Entry:
-        entry = entry_of(*call, **sizes)
+        entry = launching.entry_of(*call, **sizes)
         scaled = {name: max(1, int(value * factor)) for name, value in entry.options.items() if name != "MEASURE"}
         return entry._replace(options={**entry.options, **scaled})
 
-    monkeypatch.setattr(launching, "entry_of", another)
-    operator.check_no_worse_than_eager(operator.case(operator.small, backend.device))
+    with launching.entries_from(another):
+        operator.check_no_worse_than_eager(operator.case(operator.small, backend.device))
 
 
 @pytest.mark.parametrize("size", ["C", "N"], ids=["too small", "unknown"])
