@@ -23,7 +23,7 @@ from tests.features.caches import images, skip_clip
 from tests.processes import run_in_processes
 
 PACKAGE = Path(sk.__file__).parent
-ON_THE_CPU = ("sampler.py", "probabilities.py", "identity.py")  # of any device
+ON_THE_CPU = ("sampler.py", "probabilities.py")  # of any device
 
 
 class WithoutFp64(TorchDispatchMode):

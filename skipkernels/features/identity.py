@@ -41,6 +41,7 @@ def dataset_identity(dataset: Any, given: Any = None) -> dict[str, str | int]:
     Raises:
         CacheError: If a file cannot be read, or a transform has no repr that depends on its contents alone.
 
+    >>> import torch
     >>> dataset_identity([(torch.zeros(3, 2, 2), 1)], {"name": "zeros", "version": 2})
     {'number of images': 1, 'given identity': '{"name": "zeros", "version": 2}'}
     >>> dataset_identity([("an image", 1)])["images"]

@@ -85,7 +85,7 @@ def checksums(seed: int, row_numbers: Sequence[int], parts: Sequence[Tensor]) ->
 
 def probe_of(features: Tensor) -> tuple[float, ...]:
     """Some features of a fixed input: another activation or number of heads changes them, but no weight."""
-    numbers = features.cpu().double().flatten()
+    numbers = features.cpu().flatten()
     return tuple(numbers[torch.linspace(0, len(numbers) - 1, _PROBED).long()].tolist())
 
 
