@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from ..peers import Peer
 
@@ -54,23 +55,19 @@ class Arguments(NamedTuple):
     """Arguments of a function, and the gradients of its results."""
 
     inputs: Sequence[Any]
-    """Positional; all floating-point tensors but the last `constants` get gradients."""
+    """Positional; floating-point tensors get gradients."""
     d_outputs: Sequence[Tensor] = ()
     """None for the forward pass alone."""
     options: dict[str, Any] = {}
-    """Keyword arguments."""
-    constants: int = 0
+    """Keyword arguments, without gradients."""
 
     def converted(self, convert: Callable[[Tensor], Tensor]) -> Arguments:
         """The same with new tensors, of which those that get gradients are leaves."""
-        differentiated = len(self.inputs) - self.constants if self.d_outputs else 0
-        inputs = [
-            convert(x.detach()).requires_grad_(place < differentiated and x.is_floating_point())
-            if isinstance(x, Tensor)
-            else x
-            for place, x in enumerate(self.inputs)
-        ]
-        return self._replace(inputs=inputs, d_outputs=[convert(x) for x in self.d_outputs])
+        new = Arguments(*tree_map_only(Tensor, lambda x: convert(x.detach()), tuple(self)))
+        for x in new.inputs if new.d_outputs else ():
+            if isinstance(x, Tensor) and x.is_floating_point():
+                x.requires_grad_()
+        return new
 
     def run(self, function: Callable[..., Any]) -> Run:
         """A run that returns the results of a function, and the gradients of its inputs."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,50 +34,42 @@ def eager(x: Tensor, cos: Tensor, sin: Tensor, heads: int, interleaved: bool) ->
     return torch.cat([result.flatten(0, 1).flatten(1), copied], dim=1)
 
 
-def ours(x: Tensor, cos: Tensor, sin: Tensor, heads: int, interleaved: bool) -> Tensor:
-    return functional.rotary_embedding(x, cos, sin, heads=heads, interleaved=interleaved)
-
-
 def cases(dtype: torch.dtype, device: torch.device = CPU) -> Iterator[Case]:
     random = Random(dtype, device)
     for N, T, H, E, interleaved in SHAPES:
         angles = random(T, E // 2, dtype=torch.float32)
         yield case(
             f"N{N}-T{T}-H{H}-E{E}" + ("" if interleaved else "-halves"),
-            {OURS: ours, "eager": eager},
+            {OURS: functional.rotary_embedding, "eager": eager},
             reference.rotary_embedding,
             Arguments(
-                [random(N * T, 3 * H * E), angles.cos(), angles.sin()],
                 [random(N * T, 3 * H * E)],
-                {"heads": 2 * H, "interleaved": interleaved},
-                constants=2,
+                [random(N * T, 3 * H * E)],
+                {"cos": angles.cos(), "sin": angles.sin(), "heads": 2 * H, "interleaved": interleaved},
             ),
             # Forward and backward read one and write one, and the cosines and sines.
             Work(4 * N * T * 3 * H * E * dtype.itemsize + 4 * angles.nbytes),
         )
 
 
-def launches(dtype: torch.dtype) -> Iterator[Call]:
+LAUNCHED = ((4, 577, 16, 64, True), (3, 5, 6, 80, True), (4, 577, 16, 64, False))
+
+
+def launches(dtype: torch.dtype, shapes: Iterable[tuple[Any, ...]] = LAUNCHED) -> Iterator[Call]:
     """Query, key and value of PE-Core's L/14; heads that are no power of two; the gradient, with pairs of halves."""
-    yield from launches_of(((4, 577, 16, 64, True), (3, 5, 6, 80, True), (4, 577, 16, 64, False)), dtype)
-
-
-def launches_of_widths(dtype: torch.dtype) -> Iterator[Call]:
-    widths = 16, 32, 48, 64, 80, 96, 128, 256, 512
-    yield from launches_of([(4, 50, 4, E, interleaved) for E in widths for interleaved in (True, False)], dtype)
-
-
-def launches_of(shapes: Iterable[tuple[int, int, int, int, bool]], dtype: torch.dtype) -> Iterator[Call]:
-    for n, T, H, E, interleaved in shapes:
-        x, angles = on_meta(n * T, 3 * H * E, dtype=dtype), on_meta(T, E // 2, dtype=torch.float32)
+    for N, T, H, E, interleaved in shapes:
+        x, angles = on_meta(N * T, 3 * H * E, dtype=dtype), on_meta(T, E // 2, dtype=torch.float32)
         form = "" if interleaved else "-halves-inverse"
-        yield Call(f"N{n}-T{T}-H{H}-E{E}{form}", (x, angles, angles, 2 * H, interleaved, not interleaved))
+        yield Call(f"N{N}-T{T}-H{H}-E{E}{form}", (x, angles, angles, 2 * H, interleaved, not interleaved))
+
+
+WIDTHS = [(4, 50, 4, E, interleaved) for E in (16, 32, 48, 64, 80, 96, 128, 256, 512) for interleaved in (True, False)]
 
 
 RECORD = Record(
     cases=cases,
     launches={"rotary_embedding": launches},
-    widths={"rotary_embedding": launches_of_widths},
+    widths={"rotary_embedding": functools.partial(launches, shapes=WIDTHS)},
     small_calls={
         "rotary_embedding": lambda randn: ({"x": randn(6, 12)}, {"cos": randn(3, 2), "sin": randn(3, 2), "heads": 2})
     },

@@ -8,7 +8,7 @@ with its own masks; the prefix keys are expanded.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -22,21 +22,20 @@ from ..measure import CPU, OURS
 from . import Arguments, Case, Random, Work, case
 from .record import Call, Record, ids, on_meta
 
-S, P, H, E = 5, 6, 8, 64
-CLASSES = (26, 77, 500, 1380)
+SHAPES = tuple((K, 5, 6, 8, 64) for K in (26, 77, 500, 1380))  # classes, tokens of a suffix and of the prefix, H, E
 
 
 def over_prompts(attention: Callable[..., Tensor], *, whole: bool = False) -> Callable[..., Tensor]:
     """Attention over keys and values of prompts, for the queries of the suffixes or of `whole` prompts."""
 
-    def function(packed: Tensor, **_: int) -> Tensor:
-        prefix, suffixes = packed.unflatten(1, (3, H, E)).split([P, len(packed) - P])
-        suffixes = suffixes.unflatten(0, (-1, S))
+    def function(packed: Tensor, heads: int, prefix_length: int, max_length: int) -> Tensor:
+        tokens = packed.unflatten(1, (3, heads, -1))
+        prefix, suffixes = tokens[:prefix_length], tokens[prefix_length:].unflatten(0, (-1, max_length))
         prompts = torch.cat([prefix.expand(len(suffixes), *prefix.shape), suffixes], dim=1)  # [K, P + S, 3, H, E]
         query, key, value = prompts.unbind(2)
         out = attention(query if whole else suffixes[:, :, 0], key, value, causal=True)
-        first = out[0, :P] if whole else attention(*prefix[None].unbind(2), causal=True)[0]
-        return torch.cat([first, out[:, -S:].flatten(0, 1)]).flatten(1)
+        first = out[0, :prefix_length] if whole else attention(*prefix[None].unbind(2), causal=True)[0]
+        return torch.cat([first, out[:, -max_length:].flatten(0, 1)]).flatten(1)
 
     return function
 
@@ -53,19 +52,15 @@ def cases(dtype: torch.dtype, device: torch.device = CPU) -> Iterator[Case]:
     random = Random(dtype, device)
     functions = {OURS: functional.shared_prefix_attention, "eager": over_prompts(sdpa, whole=True)}
     functions |= {"eager suffixes": over_prompts(sdpa)}
-    for K in CLASSES:
-        R = P + K * S
+    for K, S, P, H, E in SHAPES:
+        packed = random(P + K * S, 3 * H * E)
         yield case(
             f"K{K}-S{S}-P{P}-H{H}-E{E}",
             functions,
             reference.shared_prefix_attention,
-            Arguments([random(R, 3 * H * E)], [random(R, H * E)], {"heads": H, "prefix_length": P, "max_length": S}),
-            Work(
-                # Forward reads three widths of a row and writes one, backward reads four and writes three.
-                11 * R * H * E * dtype.itemsize,
-                flops=2 * 7 * (K * S * (P + (S + 1) // 2) + P * (P + 1) // 2) * H * E,
-                target="≥ 3",
-            ),
+            Arguments([packed], [random(len(packed), H * E)], {"heads": H, "prefix_length": P, "max_length": S}),
+            # Forward reads three widths of a row and writes one, backward reads four and writes three.
+            Work(11 * packed.nbytes // 3, flops=7 * flops(packed.shape, H, P, None, S), target="≥ 3"),
             peers.adapted(peers.attentions(device), over_prompts),
         )
 
@@ -79,17 +74,7 @@ def launches_of_layout(dtype: torch.dtype) -> Iterator[Call]:
     yield Call("K107-P5-R891", (ids(107), ids(1000), ids(1000), 5, 891))
 
 
-def launches(dtype: torch.dtype) -> Iterator[Call]:
-    yield from launches_of(LAUNCHED, dtype)
-
-
-def launches_of_widths(dtype: torch.dtype) -> Iterator[Call]:
-    """Suffixes within a tile and longer ones, with heads of every width that has a kernel, in steps of 8."""
-    widths = range(8, MAX_E + 1, 8)
-    yield from launches_of([(50, S, P, 8, E) for E in widths for S, P in ((5, 6), (40, 70))], dtype)
-
-
-def launches_of(shapes: Iterable[tuple[int, ...]], dtype: torch.dtype) -> Iterator[Call]:
+def launches(dtype: torch.dtype, shapes: Sequence[tuple[int, ...]] = LAUNCHED) -> Iterator[Call]:
     for K, S, P, H, E in shapes:
         packed = on_meta(P + K * S, 3 * H * E, dtype=dtype)
         for offsets in (None, ids(K + 1)):
@@ -97,20 +82,22 @@ def launches_of(shapes: Iterable[tuple[int, ...]], dtype: torch.dtype) -> Iterat
             yield Call(f"K{K}-S{S}-P{P}-H{H}-E{E}{form}", (packed, H, P, offsets, S, E**-0.5))
 
 
-def launches_backward(dtype: torch.dtype, calls: Callable[..., Iterator[Call]] = launches) -> Iterator[Call]:
-    for shape, (packed, H, *options) in calls(dtype):
+def launches_backward(dtype: torch.dtype, shapes: Sequence[tuple[int, ...]] = LAUNCHED) -> Iterator[Call]:
+    for shape, (packed, H, *options) in launches(dtype, shapes):
         R, width = packed.shape
         d_out, lse = on_meta(R, width // 3, dtype=dtype), on_meta(R, H, dtype=torch.float64)
         yield Call(shape, (d_out, packed, lse, H, *options))
 
 
-def flops(packed: torch.Size, heads: int, P: int, offsets: torch.Size | None, max_length: int, scale: float) -> int:
+def flops(packed: torch.Size, heads: int, P: int, offsets: torch.Size | None, max_length: int, *_: float) -> int:
     """FLOPs of a product: a token attends to half of its sequence, on average; one of a suffix also to the prefix."""
     T = packed[0] - P
     length = T / (offsets[0] - 1) if offsets is not None else max_length
     return round(2 * (T * (P + (length + 1) / 2) + P * (P + 1) / 2) * (packed[1] // 3))
 
 
+# Suffixes within a tile and longer ones, with heads of every width that has a kernel, in steps of 8.
+WIDTHS = [(50, S, P, 8, E) for E in range(8, MAX_E + 1, 8) for S, P in ((5, 6), (40, 70))]
 RECORD = Record(
     cases=cases,
     launches={
@@ -119,8 +106,8 @@ RECORD = Record(
         "shared_prefix_attention_backward": launches_backward,
     },
     widths={
-        "shared_prefix_attention": launches_of_widths,
-        "shared_prefix_attention_backward": functools.partial(launches_backward, calls=launches_of_widths),
+        "shared_prefix_attention": functools.partial(launches, shapes=WIDTHS),
+        "shared_prefix_attention_backward": functools.partial(launches_backward, shapes=WIDTHS),
     },
     small_calls={
         "shared_prefix_attention": lambda randn: (

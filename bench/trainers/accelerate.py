@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from .common import Problem
 
 
-def train(module: Any, problem: Problem, folder: Path) -> None:
+def train(module: Any, problem: Problem, _: Path) -> None:
     accelerator = accelerator_on_cpu()
     optimizer, loader = problem.optimizer(module), DataLoader(problem.dataset, problem.batch_size)
     prepared, optimizer, loader = accelerator.prepare(module, optimizer, loader)

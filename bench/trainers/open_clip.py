@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,11 +17,9 @@ from skipkernels.integrations.open_clip import ClassLoss, ClassModel
 from .common import NaiveCLIP, Problem
 
 
-def train(module: Any, problem: Problem, folder: Path) -> None:
-    model, loss = plug(module)
-    fit(
-        model, loss, problem.optimizer(module), data(problem.images, problem.tokens[problem.labels], problem.batch_size)
-    )
+def train(module: Any, problem: Problem, _: Path) -> None:
+    pairs = data(problem.images, problem.tokens[problem.labels], problem.batch_size)
+    fit(*plug(module), problem.optimizer(module), pairs)
 
 
 def plug(module: Any) -> tuple[nn.Module, nn.Module]:
@@ -39,7 +36,6 @@ def fit(
     **options: Any,
 ) -> None:
     """Train any model with open_clip's trainer for an epoch."""
-    logging.getLogger().setLevel(logging.WARNING)
     args = arguments(skip_scheduler=schedule is None, **options)
     train_one_epoch(model, {"train": data}, loss, 0, optimizer, None, schedule, None, args)
 
