@@ -45,8 +45,8 @@ class BlockWeights:
         return getattr(self, name), getattr(self, f"{name}_bias")
 
 
-# What a family reads: weights by their fields in `BlockWeights`, or in parts, in order, one below the other. (Parts are
-# joined in each pass and not here: what autograd saves is then the caller's parameters, and no copy of them.)
+# What a family reads: weights by their fields in `BlockWeights`, or in parts of equal height, one below the other.
+# Parts are joined in each pass and not here: what autograd saves is then the caller's parameters, and no copy of them.
 GivenWeights = dict[str, Tensor]
 PARTS = {"in_proj": ("query", "key", "value"), "mlp_in": ("mlp_gate", "mlp_value")}
 PARTS |= {f"{name}_bias": tuple(f"{part}_bias" for part in parts) for name, parts in PARTS.items()}
