@@ -5,7 +5,7 @@
 //   d_x = d_residual = d_hidden + rstd · (g − mean(g) − x̂ · mean(g · x̂))
 //   d_weight = Σ d_normed · x̂,   d_bias = Σ d_normed   over all rows
 //
-// RMSNorm: mean = 0 and mean(g) = 0; the pointer of the means is null.
+// With rms, RMSNorm: mean = 0 and mean(g) = 0; the pointer of the means is null.
 //
 // Map: blocks of rows are tasks (RowPlan). Forward and backward read a row from memory once, and then from the L1
 // cache. If the features have several types, each row is converted to the type of arithmetic in a buffer, and results
@@ -273,7 +273,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> add_l
     const Tensor& d_normed_, const std::optional<Tensor>& d_hidden_, const Tensor& hidden_, const Tensor& mean_,
     const Tensor& rstd_, const Tensor& weight_, const std::optional<Tensor>& bias_, bool need_x, bool need_weight,
     bool need_bias, bool need_sums, bool /* partial: the sums are cheap to complete here */,
-    std::optional<ScalarType> cast, bool need_normed) {
+    std::optional<ScalarType> cast, bool need_normed, bool rms) {
   STD_TORCH_CHECK(
       hidden_.dim() > 0 && hidden_.size(hidden_.dim() - 1) > 0, NAME, ": hidden must be [..., W] with W at least 1.");
   const int64_t W = hidden_.size(hidden_.dim() - 1), R = hidden_.numel() / W;
@@ -296,7 +296,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> add_l
   dispatch_features(hidden, NAME, [&](auto type) {
     using T = decltype(type);
     using A = accumulate_t<T>;
-    const bool rms = mean.numel() == 0;
     STD_TORCH_CHECK(
         (rms || mean.numel() == R) && rstd.numel() == R && mean.scalar_type() == scalar_type_of<A> &&
             rstd.scalar_type() == scalar_type_of<A>,

@@ -81,8 +81,8 @@ def launches_backward(dtype: torch.dtype) -> Iterator[Call]:
     yield Call(f"{shape}-frozen", (x, x, *saved, None, True, False, False, False, False, None, False))
     yield Call(f"{shape}-first", (x, None, *saved, None, False, True, True, False, False, None, False))
     no_mean = (x, on_meta(0, dtype=torch.float32), statistic, weight)
-    yield Call(f"{shape}-rms", (x, x, *no_mean, None, True, True, False, False, False, None, False))
-    yield Call(f"{shape}-rms-block", (x, x, *no_mean, None, True, True, False, True, True, None, True))
+    yield Call(f"{shape}-rms", (x, x, *no_mean, None, True, True, False, False, False, None, False, True))
+    yield Call(f"{shape}-rms-block", (x, x, *no_mean, None, True, True, False, True, True, None, True, True))
     for shape, x, low, weight in mixed_rows(dtype):
         statistic = on_meta(x.shape[0], dtype=torch.float32)
         yield Call(shape, (low, x, x, statistic, statistic, weight, weight, True, True, True, True, True, dtype, True))

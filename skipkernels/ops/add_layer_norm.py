@@ -5,7 +5,7 @@
     d_x = d_residual = d_hidden + rstd · (g − mean(g) − x̂ · mean(g · x̂))
     d_weight = Σ d_normed · x̂,   d_bias = Σ d_normed   over all rows
 
-With `rms`, an RMSNorm: mean = 0 and mean(g) = 0; the result `mean` is empty, by which backward recognises it.
+With `rms`, an RMSNorm: mean = 0 and mean(g) = 0; the result `mean` is empty, and backward does not read it.
 
 x, residual and normed may have different dtypes. Without a residual `hidden` is empty: an operator must not return one
 of its inputs. Saved for backward: hidden, the weight, and mean and rstd of each row, in fp32 (fp64 for fp64).
@@ -68,6 +68,7 @@ class NormArguments(NamedTuple):
     partial: bool  # partial sums in place of sums over all rows, on a GPU
     cast: torch.dtype | None  # second dtype of d_x
     need_normed: bool  # normed, computed again
+    rms: bool = False  # RMSNorm
 
 
 @triton.jit
@@ -302,7 +303,7 @@ def _launch_backward(*arguments: Any) -> NormResults:
         d_normed_ptr=call.d_normed.contiguous(),
         d_hidden_ptr=_contiguous(call.d_hidden),
         hidden_ptr=call.hidden.contiguous(),
-        mean_ptr=call.mean.contiguous() if call.mean.numel() else None,
+        mean_ptr=None if call.rms else call.mean.contiguous(),
         rstd_ptr=call.rstd.contiguous(),
         weight_ptr=call.weight.contiguous(),
         bias_ptr=_contiguous(call.bias) if call.need_normed else None,
@@ -389,10 +390,10 @@ def _fallback_backward(*arguments: Any) -> NormResults:
     hidden_wide, d_normed_wide, rstd = hidden.to(dtype).contiguous(), d_normed.to(dtype).contiguous(), rstd[..., None]
 
     def unit() -> Tensor:
-        return (hidden_wide - mean[..., None] if mean.numel() else hidden_wide) * rstd
+        return (hidden_wide if call.rms else hidden_wide - mean[..., None]) * rstd
 
     d_x: Tensor | None
-    if mean.numel():
+    if not call.rms:
         d_x, d_weight, d_bias = torch.ops.aten.native_layer_norm_backward(
             d_normed_wide,
             hidden_wide,
@@ -403,7 +404,7 @@ def _fallback_backward(*arguments: Any) -> NormResults:
             torch.zeros_like(weight, dtype=dtype),
             needs,
         )
-    else:  # RMSNorm; or no rows
+    else:
         g = d_normed_wide * weight.to(dtype)
         d_x = (g - unit() * (g * unit()).mean(dim=-1, keepdim=True)) * rstd if call.need_x else None
         terms = (d_normed_wide * unit(), call.need_weight), (d_normed_wide, call.need_bias)
@@ -457,9 +458,9 @@ def _has_kernel(hidden: Tensor) -> bool:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, residual, weight, *_ = inputs
+    x, residual, weight, *_, rms = inputs
     hidden, _, mean, rstd = output
-    ctx.residual_dtype = None if residual is None else residual.dtype
+    ctx.rms, ctx.residual_dtype = rms, None if residual is None else residual.dtype
     ctx.mark_non_differentiable(mean, rstd, *([hidden] if residual is None else []))
     ctx.save_for_backward(x if residual is None else hidden, mean, rstd, weight)
 
@@ -472,7 +473,7 @@ def _backward(ctx: Any, d_hidden: Tensor | None, d_normed: Tensor | None, *_: No
         return d_hidden, d_hidden if cast is None or d_hidden is None else d_hidden.to(cast)
     call = NormArguments(
         d_normed, d_hidden, hidden, mean, rstd, weight, None, need_x or need_residual, need_weight, need_bias,
-        need_sums=False, partial=False, cast=cast, need_normed=False,
+        need_sums=False, partial=False, cast=cast, need_normed=False, rms=ctx.rms,
     )  # fmt: skip
     d_x, d_weight, d_bias, d_x_cast, *_ = add_layer_norm_backward(*call)
     return d_x, d_x if cast is None else d_x_cast, d_weight, d_bias
@@ -492,7 +493,7 @@ add_layer_norm = registration.define(
 add_layer_norm_backward = registration.define(
     "add_layer_norm_backward(Tensor d_normed, Tensor? d_hidden, Tensor hidden, Tensor mean, Tensor rstd, Tensor weight,"
     " Tensor? bias, bool need_x, bool need_weight, bool need_bias, bool need_sums, bool partial, ScalarType? cast,"
-    " bool need_normed)"
+    " bool need_normed, bool rms=False)"
     " -> (Tensor d_x, Tensor d_weight, Tensor d_bias, Tensor d_x_cast, Tensor normed, Tensor d_hidden_sum,"
     " Tensor d_x_sum, Tensor partial_sums)",
     fallback=_fallback_backward,

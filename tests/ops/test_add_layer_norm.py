@@ -154,7 +154,7 @@ def test_backward_of_a_block(backend: Backend, shape, rms, dtypes):
     saved = d_normed, d_hidden, hidden, mean, rstd, weight
 
     def backward(*options) -> NormResults:
-        return NormResults(*add_layer_norm_backward(*saved, *options))
+        return NormResults(*add_layer_norm_backward(*saved, *options, rms))
 
     plain = backward(bias, True, True, True, False, False, None, False)
     recomputed = (None if rms else bias, True, True, True, True)
@@ -180,7 +180,7 @@ def test_backward_of_a_block(backend: Backend, shape, rms, dtypes):
         for name, total in zip(names, totals, strict=True):  # fp32 sums of numbers up to 4
             torch.testing.assert_close(total, getattr(found, name), rtol=1e-5, atol=4e-7 * shape[0])
     if shape[0] == 1:
-        backend.opcheck(add_layer_norm_backward, (*saved, *recomputed, False, cast, True), compiled=False)
+        backend.opcheck(add_layer_norm_backward, (*saved, *recomputed, False, cast, True, rms), compiled=False)
 
 
 def test_rms_norm_with_a_bias(backend: Backend):

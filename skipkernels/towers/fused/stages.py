@@ -391,6 +391,7 @@ def norm_backward(
         partial=gradients.partial and (need_weights or need_sums),
         cast=call.dtype if casts else None,
         need_normed=gradients.needs(_MULTIPLIED_BY[name]),
+        rms=call.settings.rms,
     )
     found = NormResults(*add_layer_norm_backward(*arguments))
     sums = {name: found.d_weight, bias_name: found.d_bias}  # in the order of the columns of `partial_sums`
