@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import skipkernels as sk
-from skipkernels.testing import relative_error, saved_bytes
+from skipkernels.testing import gradients, relative_error, saved_bytes
 
 from . import measure
 from .inputs import Inputs, autocast, parser, random_inputs
@@ -61,10 +61,7 @@ def loss_of(model: Any, inputs: Inputs, part: str, precision: str) -> Tensor:
 
 def gradients_of(model: Any, loss: Callable[[], Tensor]) -> Tensor:
     """Gradient of all weights in one vector."""
-    loss().backward()
-    found = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-    model.zero_grad()
-    return found
+    return torch.cat([gradient.flatten() for gradient in gradients(model, loss()).values()])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

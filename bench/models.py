@@ -31,6 +31,7 @@ from rich.progress import track
 from torch import nn
 
 import skipkernels as sk
+from skipkernels.testing import gradients
 from skipkernels.towers.base import UnsupportedModel
 from skipkernels.towers.block import unfused
 from tests.models import openai_models, uncompared
@@ -195,20 +196,17 @@ def compare(name: str, model: Any, tokens: torch.Tensor) -> Row:
         model.logit_scale.fill_(2.7)  # CLIP's initial value for every model
     images, labels = torch.randn(2, 3, *clip.image_size), torch.tensor([1, 3])
     out = clip(images, labels)
-    out.loss.backward()
-    ours = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
+    ours = gradients(model, out.loss)
     with unfused(model.modules()):
         outputs = clip.images.tower.reference_forward(images), clip.texts.tower.reference_forward(tokens)
         image, text = (F.normalize(x, dim=-1) for x in outputs)
         loss = F.cross_entropy(model.logit_scale.exp() * image @ text.T, labels)
-        loss.backward()
+        theirs = gradients(model, loss)
     # Gradients that are rounding only are not compared; a key bias, for example, changes nothing.
-    largest = max(p.grad.norm() for p in model.parameters() if p.grad is not None)
+    largest = max(gradient.norm() for gradient in theirs.values())
     errors = [
-        ((gradient - theirs).norm() / theirs.norm().clamp_min(1e-4 * largest)).item()
-        for name, gradient in ours.items()
-        if (theirs := model.get_parameter(name).grad) is not None
+        ((ours[name] - theirs[name]).norm() / theirs[name].norm().clamp_min(1e-4 * largest)).item()
+        for name in ours.keys() & theirs.keys()
     ]
     off = [name for name, reduction in clip.reductions.items() if not reduction.enabled]
     return Row(name, "", ", ".join(off), abs(out.loss.item() - loss.item()) / loss.item(), max(errors))

@@ -17,7 +17,7 @@ from skipkernels.app.data import Task, TestSet
 from skipkernels.app.data.images import DatasetImages
 from skipkernels.app.methods.coop import CoOp
 from skipkernels.selection import RankSampler
-from skipkernels.testing import relative_error
+from skipkernels.testing import gradients, relative_error
 
 from .inputs import Inputs, autocast, class_names
 from .published import PublishedStep
@@ -83,7 +83,7 @@ class Published:
 
     def gradients(self, precision: str, class_ids: Tensor) -> dict[str, Tensor]:
         """Gradients of the trainable parameters, by name."""
-        return _gradients(self.loss(precision, class_ids), self._model)
+        return gradients(self._model, self.loss(precision, class_ids))
 
     def step(self, precision: str, loss: Callable[[], Tensor] | None = None) -> Step:
         """The step to time."""
@@ -140,7 +140,7 @@ def skip_step(
                 raise SystemExit("the two steps choose other classes: no timing")
         with autocast(images.device, precision):
             out = clip(features, labels)
-        found = _gradients(out.loss, model)
+        found = gradients(model, out.loss)
         _refuse_wrong(found, *(against.gradients(p, out.class_ids) for p in (precision, "fp32")), precision)
     return step if memory == "fast" else step._replace(name=f"{step.name}, memory={memory}")
 
@@ -156,13 +156,6 @@ def step_of(clip: sk.SkipCLIP, features: Tensor, labels: Tensor, skip_layers: Sk
             return clip(features, labels).loss
 
     return Step("skipkernels", K, skip_layers, precision, clip.model, loss)
-
-
-def _gradients(loss: Tensor, model: Any) -> dict[str, Tensor]:
-    loss.backward()
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return found
 
 
 def _refuse_wrong(ours: dict[str, Tensor], theirs: dict[str, Tensor], truth: dict[str, Tensor], precision: str) -> None:

@@ -48,6 +48,14 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
     return float(difference / size) if size > 0 else float(difference)
 
 
+def gradients(model: torch.nn.Module, loss: Tensor, *, retain_graph: bool = False) -> dict[str, Tensor]:
+    """Run `loss.backward()`; return the gradients of the parameters of a model by name, and leave it none."""
+    loss.backward(retain_graph=retain_graph)
+    found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    model.zero_grad()
+    return found
+
+
 def saved_bytes(step: Callable[[], Any]) -> int:
     """Bytes that autograd saves for the backward of `step()`: each storage once, without parameters.
 

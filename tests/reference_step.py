@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import skipkernels as sk
+from skipkernels.testing import gradients
 from skipkernels.towers.block import unfused
 
 # Relative to the norm of the gradient: two orders of summation through a few blocks at a temperature of 14. A gradient
@@ -26,10 +27,7 @@ def reference_gradients(
         image, text = clip.images.tower.reference_forward(images), clip.texts.tower.reference_forward(tokens)
         image, text = (nn.functional.normalize(x, dim=-1) for x in (image, text))
         loss = nn.functional.cross_entropy(clip.model.logit_scale.exp() * image @ text.T, labels)
-        loss.backward()
-    found = {name: p.grad for name, p in clip.model.named_parameters() if p.grad is not None}
-    clip.model.zero_grad()
-    return loss.detach(), found
+        return loss.detach(), gradients(clip.model, loss)
 
 
 def assert_matches_reference_step(clip: sk.SkipCLIP, images: Tensor, tokens: Tensor, labels: Tensor) -> None:
@@ -45,6 +43,14 @@ def assert_matches_reference_step(clip: sk.SkipCLIP, images: Tensor, tokens: Ten
     out.loss.backward()
     assert_equal_gradients(clip.model, expected, images.dtype)
     clip.model.zero_grad()
+
+
+def assert_close_by_name(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    """Compare tensors relative to their norms; far below the largest, a gradient is rounding only."""
+    assert found.keys() == expected.keys()
+    largest = max(x.norm() for x in expected.values())
+    for name, x in expected.items():
+        assert (found[name] - x).norm() <= tolerance * max(x.norm(), 1e-3 * largest), name
 
 
 def assert_equal_gradients(model: nn.Module, expected: dict[str, Tensor], dtype: torch.dtype = torch.float64) -> None:

@@ -43,14 +43,6 @@ def drawn(clip: sk.SkipCLIP, steps: int = 3) -> list[list[int]]:
     return [clip(IMAGES.to(clip.images.tower.dtype), LABELS).class_ids.tolist() for _ in range(steps)]
 
 
-def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
-    """Gradients of the parameters of a model, which have none afterwards."""
-    loss.backward()
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return found
-
-
 def assert_same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert one.keys() == other.keys() and all(one[name].equal(value) for name, value in other.items())
 

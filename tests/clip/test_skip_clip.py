@@ -14,7 +14,7 @@ import skipkernels as sk
 from skipkernels import retrieval, testing
 from skipkernels.clip import builder
 from skipkernels.towers.base import Cut, Tower
-from tests.clip.clips import IMAGES, LABELS, C, assert_same_bits, gradients, make_clip, mixup, three_templates
+from tests.clip.clips import IMAGES, LABELS, C, assert_same_bits, make_clip, mixup, three_templates
 from tests.models import tiny_batch, tiny_clip, tiny_tokens
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -200,7 +200,7 @@ def test_split_step_equals_forward(inputs, labels, mode):
             whole, split = clips[0](x, labels).loss, clips[1].loss(clips[1].encode_image(x), labels)
             assert whole.equal(split)
             if mode != "no_grad":
-                assert_same_bits(gradients(clips[0], whole), gradients(clips[1], split))
+                assert_same_bits(testing.gradients(clips[0], whole), testing.gradients(clips[1], split))
     assert clips[0].get_extra_state().equal(clips[1].get_extra_state())
 
 

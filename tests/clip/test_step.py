@@ -18,9 +18,9 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 import skipkernels as sk
 from skipkernels import functional
 from skipkernels.selection import RankSampler
-from skipkernels.testing import saved_bytes
+from skipkernels.testing import gradients, saved_bytes
 from tests import naive
-from tests.clip.clips import IMAGES, LABELS, C, class_weights, drawn, gradients, make_clip, mixup, three_templates
+from tests.clip.clips import IMAGES, LABELS, C, class_weights, drawn, make_clip, mixup, three_templates
 from tests.models import tiny_batch, tiny_clip, tiny_tokens
 from tests.naive_step import assert_step_equals_naive, plain_copy
 from tests.reference_step import assert_equal_gradients
@@ -165,9 +165,7 @@ def test_forward_return_logits():
     for out in (clip(IMAGES, LABELS, return_logits=True), clip(IMAGES, mixup(LABELS))):  # soft labels have logits
         loss = F.cross_entropy(out.logits, out.targets)
         assert out.loss.item() == pytest.approx(loss.item(), rel=1e-12)
-        loss.backward(retain_graph=True)
-        expected = {name: p.grad.clone() for name, p in clip.model.named_parameters() if p.grad is not None}
-        clip.zero_grad()
+        expected = gradients(clip.model, loss, retain_graph=True)
         out.loss.backward()
         assert_equal_gradients(clip.model, expected)
         clip.zero_grad()

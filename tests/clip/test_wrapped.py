@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import skipkernels as sk
 from skipkernels.features import FeatureCache
+from skipkernels.testing import gradients
 from tests.models import tiny_batch, tiny_clip, tiny_tokens
 from tests.processes import run_in_processes
 from tests.timm_models import vit
@@ -152,8 +153,7 @@ def test_ddp_selects_classes_per_process(results):
 @pytest.mark.parametrize("kind", ["fused, ddp", "fused, fsdp2"])
 def test_fused_blocks_in_two_processes_match_one(results, kind):
     model = vit().visual.trunk
-    (model(tiny_batch(8, CLASSES)[0]).square().sum() / 2).backward()
-    expected = {name: p.grad for name, p in model.named_parameters()}
+    expected = gradients(model, model(tiny_batch(8, CLASSES)[0]).square().sum() / 2)
     for found in results:
         assert distance(found[kind], expected) <= 1e-12 * max(x.abs().max() for x in expected.values())
 

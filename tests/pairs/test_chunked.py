@@ -11,17 +11,13 @@ import torch.nn.functional as F
 
 import skipkernels as sk
 from skipkernels.pairs.chunked import check_chunk
-from skipkernels.testing import allocated_bytes, relative_error, saved_bytes
+from skipkernels.testing import allocated_bytes, gradients, relative_error, saved_bytes
 from tests.models import tiny_batch, tiny_clip, tiny_tokens
 
 
 def pair_batch(dtype=torch.float64):
     """Five images, and the ids of their captions among 13, one of them twice."""
     return tiny_batch(5, 13, dtype)[0], torch.tensor([7, 0, 12, 7, 3])
-
-
-def gradients_of(clip) -> dict[str, torch.Tensor]:
-    return {name: p.grad.clone() for name, p in clip.named_parameters() if p.grad is not None}
 
 
 def test_forward_of_chunks_saves_the_batch_and_gradients_of_embeddings(monkeypatch):
@@ -57,9 +53,7 @@ def test_both_passes_have_the_same_autocast_and_random_numbers(monkeypatch):
     for dtype in (torch.bfloat16, torch.float16):
         with torch.autocast("cpu", dtype):
             whole = sk.pairs.pair_loss(clip, images, ids)
-        whole.backward()
-        expected = gradients_of(clip)
-        clip.zero_grad()
+        expected = gradients(clip, whole)
         passes, encode = [], clip.images.encode
 
         def recorded(x, rate, encode=encode, passes=passes):
@@ -75,14 +69,13 @@ def test_both_passes_have_the_same_autocast_and_random_numbers(monkeypatch):
                 assert not dropped or clip(images, ids).loss.requires_grad, "no cast without a graph is left"
             torch.rand(3)
             state = torch.get_rng_state()
-            loss.backward()
+            found = gradients(clip, loss)
             assert torch.get_rng_state().equal(state)
             first, second = [passes[:3], passes[-3:]]
             assert all(a.equal(b) and a.dtype == dtype for a, b in zip(first, second, strict=True))
             if not dropped:
                 torch.testing.assert_close(loss, whole, rtol=1e-3, atol=1e-3)
-                assert max(relative_error(g, expected[name]) for name, g in gradients_of(clip).items()) < 0.1
-            clip.zero_grad()
+                assert max(relative_error(g, expected[name]) for name, g in found.items()) < 0.1
         monkeypatch.undo()
 
 
@@ -95,11 +88,9 @@ def test_hooks_of_parameters_are_called_once_and_a_second_backward_is_equal():
     for name, parameter in trained.items():
         parameter.register_post_accumulate_grad_hook(lambda _, name=name: calls.update([name]))
     loss = sk.pairs.pair_loss(clip, images, ids, chunk=2)
-    loss.backward(retain_graph=True)
-    once = gradients_of(clip)
+    once = gradients(clip, loss, retain_graph=True)
     assert calls == dict.fromkeys(trained, 1) and once.keys() == trained.keys()
-    loss.backward()
-    assert all(gradient.equal(2 * once[name]) for name, gradient in gradients_of(clip).items())
+    assert all(gradient.equal(once[name]) for name, gradient in gradients(clip, loss).items())
 
 
 def test_random_numbers_of_texts_do_not_depend_on_images_that_do_not_train(monkeypatch):
@@ -123,11 +114,8 @@ def test_random_numbers_of_texts_do_not_depend_on_images_that_do_not_train(monke
 def test_chunks_of_a_tower_that_does_not_train_and_without_gradients():
     clip = sk.SkipCLIP(tiny_clip(), tiny_tokens(13), skip_layers=1, train_text=False)
     images, ids = pair_batch()
-    sk.pairs.pair_loss(clip, images, ids).backward()
-    expected = gradients_of(clip)
-    clip.zero_grad()
-    sk.pairs.pair_loss(clip, images, ids, chunk=2).backward()
-    found = gradients_of(clip)
+    expected = gradients(clip, sk.pairs.pair_loss(clip, images, ids))
+    found = gradients(clip, sk.pairs.pair_loss(clip, images, ids, chunk=2))
     assert found.keys() == expected.keys()
     assert all(relative_error(x, expected[name]) < 1e-10 for name, x in found.items())
     with torch.no_grad():

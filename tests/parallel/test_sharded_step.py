@@ -23,6 +23,7 @@ from skipkernels.clip import SkipOutput
 from tests.models import tiny_batch, tiny_tokens, uncompared
 from tests.parallel.sharded import CLASSES, small_clip, tokens_of
 from tests.processes import run_in_processes
+from tests.reference_step import assert_close_by_name
 
 STEPS = 2
 SIZES = (2, 4)
@@ -246,21 +247,13 @@ def results(folder) -> dict[int, list[dict[str, Any]]]:
     return {size: run_in_processes(size, folder, in_process, size, folder) for size in reversed(SIZES)}
 
 
-def assert_close(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
-    largest = max(x.norm() for x in expected.values())
-    assert got.keys() == expected.keys()
-    for name, x in expected.items():
-        # Far below the largest, a gradient is rounding only, such as that of a key's bias.
-        assert (got[name] - x).norm() <= tolerance * max(x.norm(), 1e-3 * largest), name
-
-
 def assert_same_training(processes: list[dict[str, Any]], expected: dict[str, Any]) -> None:
     for got in processes:
         assert got["losses"] == processes[0]["losses"], "to the bit"
         assert all(map(torch.equal, got["ids"], expected["ids"]))
         assert got["losses"] == pytest.approx(expected["losses"], rel=FP64)
         for kind in ("gradients", "weights"):
-            assert_close(got[kind], expected[kind], FP64)
+            assert_close_by_name(got[kind], expected[kind], FP64)
     for name, weight in processes[0]["weights"].items():
         assert all(other["weights"][name].equal(weight) for other in processes), name
 

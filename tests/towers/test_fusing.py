@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
 
@@ -15,12 +16,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 
 import skipkernels as sk
-from skipkernels import reference
+from skipkernels import reference, testing
 from skipkernels.testing import SLACK, relative_error, saved_bytes
 from skipkernels.towers.base import UnsupportedModel
 from skipkernels.towers.block import FusedBlock
 from skipkernels.towers.registry import build_towers
 from tests.models import random_weights, tiny_batch, tiny_clip, tiny_tokens
+from tests.reference_step import assert_close_by_name
 from tests.towers.families import FAMILIES
 
 
@@ -41,17 +43,10 @@ def loss_of(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 def gradients(model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
     loss = loss_of(model, images)
-    loss.backward()
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None} | {"loss": loss.detach()}
-    model.zero_grad()
-    return found
+    return testing.gradients(model, loss) | {"loss": loss.detach()}
 
 
-def assert_equal(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = 1e-9) -> None:
-    assert got.keys() == expected.keys()
-    largest = max(x.norm() for x in expected.values())
-    for name, x in expected.items():
-        assert (got[name] - x).norm() <= tolerance * (x.norm() + 1e-3 * largest), name
+assert_equal = functools.partial(assert_close_by_name, tolerance=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -64,10 +59,10 @@ def test_fuse_same_gradients(name):
     expected, kinds = gradients(model, images), [type(module) for module in model.modules()]
     assert sk.fuse(model) is model and sum(isinstance(module, FusedBlock) for module in model.modules()) == 6
     assert [getattr(type(module), "caller_class", type(module)) for module in model.modules()] == kinds
-    assert_equal(gradients(model, images), expected, 1e-9 if dtype == torch.float64 else 1e-4)
+    assert_equal(gradients(model, images), expected, tolerance=1e-9 if dtype == torch.float64 else 1e-4)
     sk.unfuse(model)
     assert [type(module) for module in model.modules()] == kinds
-    assert_equal(gradients(model, images), expected, 1e-15)
+    assert_equal(gradients(model, images), expected, tolerance=1e-15)
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
@@ -126,8 +121,8 @@ def test_compiled_model_with_fused_blocks():
     model, (images, _) = timm_vit(), tiny_batch(3, 3)
     expected = gradients(model, images)
     compiled = torch.compile(sk.fuse(model), backend="aot_eager")
-    compiled(images).square().sum().backward()
-    assert_equal({name: p.grad for name, p in model.named_parameters()} | {"loss": expected["loss"]}, expected)
+    found = testing.gradients(model, compiled(images).square().sum())
+    assert_equal(found | {"loss": expected["loss"]}, expected)
 
 
 def test_checkpointed_blocks():
@@ -179,8 +174,7 @@ def test_flat_parameters_of_fsdp1(original, process_group, recwarn):
         model, cpu = prepare(timm_vit()), torch.device("cpu")
         wrapped = FullyShardedDataParallel(model, use_orig_params=original, device_id=cpu)
         loss = wrapped(images).square().sum()
-        loss.backward()
-        found.append({"loss": loss.detach()} | {name: p.grad for name, p in wrapped.named_parameters()})
+        found.append({"loss": loss.detach()} | testing.gradients(wrapped, loss))
     assert_equal(found[1], found[0])
     assert not [warning for warning in recwarn if "not fused" in str(warning.message)]
 
