@@ -122,7 +122,7 @@ def test_differs_from():
         ({"class_weight": "balanced", "method": "full"}, "class_weight: balanced has no effect with `method=full`"),
         ({"class_weight": 1.5}, "class_weight must be balanced, or above 0 and at most 1; got 1.5"),
         ({"class_weight": 0}, "class_weight must be balanced, or above 0 and at most 1; got 0"),
-        ({"validation": 1.5}, "validation must be a share between 0 and 1; got 1.5"),
+        ({"validation": 1.5}, "validation must be a share between 0 and 1, or a text; got 1.5"),
         ({"method": "auto", "refresh": "epoch"}, "refresh: epoch needs a chosen method and head; add `method=skip`"),
         ({"prior": "balanced"}, "prior: balanced is that of a head; add `head=anchored`"),
         ({"method": "lora", "blend": 0.5}, "blend: 0.5 has no effect with `method"),
