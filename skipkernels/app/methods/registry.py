@@ -9,18 +9,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import Method
 
-_METHODS: dict[str, tuple[str, str]] = {  # class, and words for --help
-    "skip": ("skip:Skip", "Skip Tuning"),
-    "zero-shot": ("zero_shot:ZeroShot", "no training"),
-    "full": ("full:Full", "full fine-tuning"),
-    "linear-probe": ("linear_probe:LinearProbe", "a linear classifier of embeddings"),
-    "coop": ("coop:CoOp", "learned prompts"),
-    "clip-adapter": ("clip_adapter:CLIPAdapter", "a small network on embeddings"),
-    "lora": ("lora:LoRA", "low-rank updates of attention"),
+_METHODS: dict[str, tuple[str, str, str]] = {  # class, name in reports, and words for --help
+    "skip": ("skip:Skip", "Skip Tuning", "Skip Tuning"),
+    "zero-shot": ("zero_shot:ZeroShot", "zero-shot", "no training"),
+    "full": ("full:Full", "full fine-tuning", "full fine-tuning"),
+    "linear-probe": ("linear_probe:LinearProbe", "linear probe", "a linear classifier of embeddings"),
+    "coop": ("coop:CoOp", "CoOp", "learned prompts"),
+    "clip-adapter": ("clip_adapter:CLIPAdapter", "CLIP-Adapter", "a small network on embeddings"),
+    "lora": ("lora:LoRA", "LoRA", "low-rank updates of attention"),
 }
 AUTO = "auto"
 """Name of the choice between candidates, which is no method: see `train.candidates`."""
-METHOD_HELP = ", ".join(f"{name} ({words})" for name, (_, words) in _METHODS.items())
+METHOD_NAMES = {name: in_reports for name, (_, in_reports, _) in _METHODS.items()} | {AUTO: "a choice of candidates"}
+"""Names of methods in reports."""
+METHOD_HELP = ", ".join(f"{name} ({words})" for name, (*_, words) in _METHODS.items())
 
 
 class _Methods(Mapping[str, "type[Method]"]):

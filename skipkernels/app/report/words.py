@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ...options import Shots
 from ..config import TuneConfig
+from ..methods.registry import METHOD_NAMES
 from .formats import plural
 
 HEADS = {
@@ -13,15 +14,6 @@ HEADS = {
     "auto": "a choice of heads",
 }
 """Names of heads."""
-_METHODS = {
-    "skip": "Skip Tuning",
-    "full": "full fine-tuning",
-    "linear-probe": "linear probe",
-    "coop": "CoOp",
-    "clip-adapter": "CLIP-Adapter",
-    "lora": "LoRA",
-    "auto": "a choice of candidates",
-}
 _TESTS = {
     "base": "trained classes",
     "new": "new classes",
@@ -38,7 +30,7 @@ def name_of_method(method: str) -> str:
     >>> name_of_method("skip"), name_of_method("linear-probe")
     ('Skip Tuning', 'linear probe')
     """
-    return _METHODS.get(method, method)
+    return METHOD_NAMES.get(method, method)
 
 
 def name_of_classifier(method: str, head: str | None, *, factor: float | None = 1.0, blend: float = 1.0) -> str:
