@@ -32,13 +32,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import skipkernels as sk
+from skipkernels.app.train.precision import autocast
 from skipkernels.features import FeatureCache
 from skipkernels.features.layout import STORED_DTYPES
 from skipkernels.memory import PeakMemory
 from skipkernels.testing import relative_error
 
 from . import measure
-from .inputs import autocast, parser, random_inputs
+from .inputs import parser, random_inputs
 from .rows import save
 
 Rows = list[dict[str, Any]]
@@ -74,7 +75,7 @@ def build(args: argparse.Namespace) -> Rows:
 
     def built(dtype: str = "bf16") -> FeatureCache:
         options = {"dtype": dtype, "batch_size": args.batch, "overwrite": True, "progress": False}
-        with autocast(args.device, args.precision):
+        with autocast(args.precision, args.device):
             return FeatureCache.build(scratch.name, clip, dataset, **options)
 
     with scratch:
@@ -104,7 +105,7 @@ def published(model: Any, dataset: TensorDataset, args: argparse.Namespace) -> l
     cut = model.visual.transformer.resblocks[args.skip_layers - 1]
     hook = cut.register_forward_hook(lambda module, inputs, output: kept.append(output.cpu()))
     try:
-        with autocast(args.device, args.precision):
+        with autocast(args.precision, args.device):
             for images, _labels in DataLoader(dataset, batch_size=args.batch):
                 model.encode_image(images.to(args.device))
     finally:
@@ -168,7 +169,7 @@ def steps_of(args: argparse.Namespace, folder: Path | None) -> tuple[float, floa
     at_the_cut, losses, seconds = clip.encode_lower(images), [], []
     for _ in range(args.rounds):
         started = time.perf_counter()
-        with autocast(args.device, args.precision):
+        with autocast(args.precision, args.device):
             loss = clip(at_the_cut, labels).loss
         loss.backward()
         losses.append(loss.item())

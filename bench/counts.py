@@ -35,11 +35,11 @@ from torch import Tensor
 
 import skipkernels as sk
 from skipkernels import testing
+from skipkernels.app.train.precision import autocast
 from skipkernels.ops import launching
 
 from . import measure, recording, tables
 from .flops import flops_of
-from .inputs import autocast
 from .meta_device import WithoutProducts
 from .recording import Recording
 from .rows import PRECISIONS, RESULTS, command
@@ -127,7 +127,7 @@ def _step(clip: sk.SkipCLIP, features: Tensor, labels: Tensor, precision: str) -
     """FLOPs and bytes of forward, backward and update."""
 
     def loss() -> Tensor:
-        with autocast(measure.CPU, precision):
+        with autocast(precision, measure.CPU):
             return clip(features, labels).loss
 
     saved = testing.saved_bytes(loss)
@@ -142,7 +142,7 @@ def _step(clip: sk.SkipCLIP, features: Tensor, labels: Tensor, precision: str) -
 
 def _predict(clip: sk.SkipCLIP, features: Tensor, precision: str) -> dict[str, int]:
     def predict() -> Tensor:
-        with autocast(measure.CPU, precision):
+        with autocast(precision, measure.CPU):
             return clip.predict(features)
 
     predict()

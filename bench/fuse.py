@@ -21,10 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import skipkernels as sk
+from skipkernels.app.train.precision import autocast
 from skipkernels.testing import gradients, relative_error, saved_bytes
 
 from . import measure
-from .inputs import Inputs, autocast, parser, random_inputs
+from .inputs import Inputs, parser, random_inputs
 from .rows import save
 
 PARTS = ("image", "pairs")
@@ -50,7 +51,7 @@ def _with_checkpointing(model: Any) -> Any:
 
 def loss_of(model: Any, inputs: Inputs, part: str, precision: str) -> Tensor:
     """Contrastive loss of pairs, or the sum of the image embeddings."""
-    with autocast(inputs.images.device, precision):
+    with autocast(precision, inputs.images.device):
         image = model.encode_image(inputs.images, normalize=True)
         if part == "image":
             return image.float().sum()

@@ -36,12 +36,13 @@ from torch.profiler import ProfilerActivity, profile
 
 import skipkernels as sk
 from skipkernels import testing
+from skipkernels.app.train.precision import autocast
 from skipkernels.graphs.graphed_step import WARMUP, GraphedStep
 from skipkernels.ops import OPERATORS, launching
 
 from . import fuse, measure, peers
 from .flops import flops_of
-from .inputs import Case, Inputs, autocast, parser, random_inputs
+from .inputs import Case, Inputs, parser, random_inputs
 from .measure import OURS
 from .operators.record import small_call
 from .rows import machine_columns, save
@@ -223,12 +224,12 @@ def graphed_step(case: Case, precision: str, *, blocks: int | None = None, captu
     clip = sk.SkipCLIP(model, tokens, skip_layers=skip, memory="fast")
     features, labels = clip.encode_lower(images), labels.contiguous()
     optimizer = sk.FusedSGD(clip.trainable_parameters(), lr=1e-5, momentum=0.9)
-    with autocast(features.device, precision):
+    with autocast(precision, features.device):
         # Batches of another size than that of a graph run eagerly.
         step = sk.graphed(clip, optimizer, batch_size=len(labels) if captures else len(labels) + 1)
 
     def run() -> sk.SkipOutput:
-        with autocast(features.device, precision):
+        with autocast(precision, features.device):
             return step(features, labels)
 
     return Graphed(run, step, clip)

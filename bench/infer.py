@@ -25,11 +25,12 @@ import torch
 from torch import Tensor
 
 import skipkernels as sk
+from skipkernels.app.train.precision import autocast
 from skipkernels.testing import relative_error
 
 from . import measure
 from .flops import flops_of
-from .inputs import Inputs, autocast, parser, random_inputs
+from .inputs import Inputs, parser, random_inputs
 from .measure import OURS
 from .rows import save
 
@@ -76,7 +77,7 @@ def runs_of(inputs: Inputs, batch: int, skip_layers: int, precision: str) -> dic
     @torch.no_grad()
     def run(evaluation: Evaluation) -> Tensor:
         # Entered for each call: its cache of cast weights is dropped at exit.
-        with autocast(inputs.images.device, precision):
+        with autocast(precision, inputs.images.device):
             return torch.cat(evaluation())
 
     evaluations = evaluations_of(inputs, batch, skip_layers, precision)
@@ -89,7 +90,7 @@ def evaluations_of(inputs: Inputs, batch: int, skip_layers: int, precision: str)
     # A copy, since SkipCLIP freezes weights, and autocast caches casts of trainable weights only.
     clip = sk.SkipCLIP(copy.deepcopy(model), tokens, skip_layers=skip_layers)
     batches = inputs.images.split(batch)
-    with autocast(inputs.images.device, precision):
+    with autocast(precision, inputs.images.device):
         at_the_cut = [clip.encode_lower(images) for images in batches]
 
     def published() -> list[Tensor]:

@@ -96,8 +96,3 @@ def class_names(count: int) -> list[str]:
         longest = [f"{adjective} {name}" for adjective in adjectives for name in longest]
         names = [*names, *longest]
     return names[:count]
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The autocast context of a precision."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")

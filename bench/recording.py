@@ -14,13 +14,14 @@ from torch.utils.flop_counter import flop_registry
 
 import skipkernels as sk
 from skipkernels import casts
+from skipkernels.app.train.precision import autocast
 from skipkernels.casts import Casts
 from skipkernels.ops import registration
 from skipkernels.ops.sgd_momentum import tables_of_graph
 from skipkernels.selection import RankSampler
 
 from .flops import formulas
-from .inputs import autocast, random_inputs
+from .inputs import random_inputs
 from .launches import ARCHITECTURES, recording
 from .measure import CPU
 from .meta_device import PRODUCTS, WithoutProducts, meta_as_gpu
@@ -189,7 +190,7 @@ def of_step(clip: sk.SkipCLIP, features: Tensor, labels: Tensor, precision: str)
 def second(step: Callable[[], Any], precision: str) -> Recording:
     """Record the second call of a step; the first makes the state of its optimizer."""
     found = Recording()
-    with meta_as_gpu(), autocast(CPU, precision):
+    with meta_as_gpu(), autocast(precision, CPU):
         step()
         with tables_of_graph(), found:  # tables of the update are no nodes of a graph
             step()

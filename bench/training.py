@@ -16,10 +16,11 @@ import skipkernels as sk
 from skipkernels.app.data import Task, TestSet
 from skipkernels.app.data.images import DatasetImages
 from skipkernels.app.methods.coop import CoOp
+from skipkernels.app.train.precision import autocast
 from skipkernels.selection import RankSampler
 from skipkernels.testing import gradients, relative_error
 
-from .inputs import Inputs, autocast, class_names
+from .inputs import Inputs, class_names
 from .published import PublishedStep
 
 # Relative error of a gradient against the published step in fp32. Ours may exceed that of the published step in the
@@ -78,7 +79,7 @@ class Published:
 
     def loss(self, precision: str, class_ids: Tensor | None = None) -> Tensor:
         """Loss of the batch over `class_ids`, by default the selected classes."""
-        with autocast(self._features.device, precision):
+        with autocast(precision, self._features.device):
             return self._step(self._features, self._labels, class_ids)[0]
 
     def gradients(self, precision: str, class_ids: Tensor) -> dict[str, Tensor]:
@@ -96,7 +97,7 @@ class Published:
         self._step.sampler = _ConstantSize(RankSampler(), self._features.device)
 
         def loss(class_ids: Tensor | None = None) -> Tensor:
-            with autocast(self._features.device, precision):
+            with autocast(precision, self._features.device):
                 return function(self._features, self._labels, class_ids)[0]
 
         with torch.no_grad():
@@ -138,7 +139,7 @@ def skip_step(
         with torch.no_grad():
             if not clip(features, labels).class_ids.equal(against.chosen):
                 raise SystemExit("the two steps choose other classes: no timing")
-        with autocast(images.device, precision):
+        with autocast(precision, images.device):
             out = clip(features, labels)
         found = gradients(model, out.loss)
         _refuse_wrong(found, *(against.gradients(p, out.class_ids) for p in (precision, "fp32")), precision)
@@ -152,7 +153,7 @@ def step_of(clip: sk.SkipCLIP, features: Tensor, labels: Tensor, skip_layers: Sk
         K = clip.sampler.expected_keep(C, B)  # each step draws another tail, rounded down or up
 
     def loss() -> Tensor:
-        with autocast(features.device, precision):
+        with autocast(precision, features.device):
             return clip(features, labels).loss
 
     return Step("skipkernels", K, skip_layers, precision, clip.model, loss)
@@ -180,7 +181,7 @@ def _refuse_another(loss: Tensor, expected: Tensor, precision: str, implementati
 def _own_loss(inputs: Inputs, precision: str) -> Tensor:
     """The cross-entropy of the model's own logits."""
     model, tokens, images, labels = inputs
-    with torch.no_grad(), autocast(images.device, precision):
+    with torch.no_grad(), autocast(precision, images.device):
         return F.cross_entropy(model.get_logits(images, tokens)[0], labels)
 
 
@@ -206,7 +207,7 @@ def full_fine_tuning(inputs: Inputs, precision: str) -> Step:
     step = full_step(model, tokens)
 
     def loss() -> Tensor:
-        with autocast(images.device, precision):
+        with autocast(precision, images.device):
             return step(images, labels)
 
     with torch.no_grad():
@@ -229,7 +230,7 @@ def prompt_tuning(inputs: Inputs, precision: str, tokenizer: Callable[[list[str]
         coop.context.copy_(coop.model.token_embedding(words))
 
     def loss() -> Tensor:
-        with autocast(images.device, precision):
+        with autocast(precision, images.device):
             return coop.step(images, labels).loss
 
     with torch.no_grad():
