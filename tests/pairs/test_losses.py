@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import runpy
 from pathlib import Path
 
@@ -13,7 +12,6 @@ import torch.nn.functional as F
 
 import skipkernels as sk
 from skipkernels.selection import base_keep
-from skipkernels.testing import saved_bytes
 from tests import naive
 from tests.models import tiny_batch, tiny_clip, tiny_tokens
 from tests.naive_step import assert_same_loss, plain_copy
@@ -72,23 +70,18 @@ def test_pair_loss_takes_new_captions_features_and_smaller_batches():
 
 
 @pytest.mark.parametrize("kind", ["ids", "tokens"])
-def test_pair_loss_in_every_mode(kind, tmp_path):
-    model, (images, tokens, ids) = tiny_clip(torch.float32), pair_batch(torch.float32)
+def test_pair_loss_under_autocast_and_in_evaluation(kind, tmp_path):
+    images, tokens, ids = pair_batch(torch.float32)
     captions = ids if kind == "ids" else tokens[ids]
-    losses, bytes_of = {}, {}
-    for memory in ("fast", "min"):
-        clip = sk.SkipCLIP(model, tokens, skip_layers=1, memory=memory, text_cache=tmp_path)
-        bytes_of[memory] = saved_bytes(functools.partial(sk.pairs.pair_loss, clip, images, captions))
-        losses[memory] = sk.pairs.pair_loss(clip, images, captions)
-    torch.testing.assert_close(losses["fast"], losses["min"])
-    assert bytes_of["min"] < bytes_of["fast"]
+    clip = sk.SkipCLIP(tiny_clip(torch.float32), tokens, skip_layers=1, text_cache=tmp_path)
+    expected = sk.pairs.pair_loss(clip, images, captions)
     with torch.autocast("cpu", torch.bfloat16):
         half = sk.pairs.pair_loss(clip, images, captions)
     half.backward()
     # bf16 has 8 bits: the error of cosines is about 2^-8, and the temperature multiplies it by 14.
-    assert half.dtype == torch.float32 and half.item() == pytest.approx(losses["fast"].item(), abs=14 * 2**-6)
+    assert half.dtype == torch.float32 and half.item() == pytest.approx(expected.item(), abs=14 * 2**-6)
     clip.eval()
-    torch.testing.assert_close(sk.pairs.pair_loss(clip, images, captions), losses["fast"])
+    torch.testing.assert_close(sk.pairs.pair_loss(clip, images, captions), expected)
 
 
 def test_example_improves_recall(capsys):
