@@ -43,7 +43,7 @@ class Row(NamedTuple):
 
 def rows_of(task: str, seed: int, folder: Path) -> Iterator[Row]:
     """Tune, and yield the thresholds for an accuracy."""
-    options = {"protocol": "base-to-new", "validation": 0.5, "seed": seed, "device": "cpu", "log": "none"}
+    options = {"protocol": "base-to-new", "validation": 0.5, "seed": seed, "device": "cpu"}
     metrics = sk.tune(data=f"pictograms:{task}", out=folder, **options)
     classifier = sk.Classifier.load(folder, device="cpu")
     names = {
