@@ -284,7 +284,7 @@ def test_the_head_of_a_given_method_is_chosen(tmp_path):
     with shortened():
         metrics = tune(small(tmp_path / "run", **AUTO | {"method": "lora", "head": "auto"}))
     names = [row["name"] for row in metrics["candidates"]]
-    assert names == ["zero-shot", "lora", "lora + anchored probe", "lora + Gaussian head", "lora + linear probe"]
+    assert names == ["zero-shot", "LoRA", "LoRA + anchored probe", "LoRA + Gaussian head", "LoRA + linear probe"]
     assert metrics["method"] == "lora" and not metrics["candidates"][0]["chosen"]
 
 
