@@ -14,7 +14,6 @@ from bench import measure, tables
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", type=torch.device, default=measure.default_device(), help="default: a GPU, if any")
-    parser.addoption("--shapes", type=int, help="only this many shapes of each operator")
     parser.addoption("--minutes", type=float, default=math.inf, help="skip what has not begun after this time")
     parser.addoption("--save", type=Path, metavar="FOLDER", help="append rows to FOLDER/DEVICE/operators.csv")
 
