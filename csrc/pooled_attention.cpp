@@ -1,6 +1,6 @@
 // pooled_attention: one query per sequence, that of the pooled token, against all keys of the sequence.
 //
-//   weight_n = exp(scale · ⟨q, k_n⟩ − lse),   n < length
+//   weight_n = exp(scale · ⟨q, k_n⟩ − lse)
 //   out = Σ_n weight_n v_n
 //   d_weight_n = ⟨d_out, v_n⟩,   d_score_n = weight_n (d_weight_n − Σ_n weight_n d_weight_n)
 //   d_q = scale Σ_n d_score_n k_n,   d_k_n = scale d_score_n q,   d_v_n = weight_n d_out
@@ -20,14 +20,10 @@ template <class T>
 struct Problem {
   int64_t B, N, H, E;
   accumulate_t<T> scale;
-  const int64_t* lengths; // null: all N keys
   Tokens<const T> query; // [B, H, E]
   Tokens<const T> key, value; // of the first sequence
   int64_t stride_key, stride_value; // from a sequence to the next
 
-  int64_t length(int64_t b) const {
-    return lengths == nullptr ? N : lengths[b];
-  }
   Tokens<const T> keys(int64_t b) const {
     return {key.data + b * stride_key, key.stride_token, key.stride_head};
   }
@@ -112,16 +108,16 @@ SKIPKERNELS_INLINE void add_weighted(
 template <class T, class A = accumulate_t<T>>
 SKIPKERNELS_INLINE void attend_body(
     const Problem<T>& problem, const Forward<T>& result, Workspace<T>& workspace, int64_t b, int64_t h0, int64_t h1) {
-  const int64_t length = problem.length(b), width = workspace.width;
+  const int64_t N = problem.N, width = workspace.width;
   A *out = workspace.out.get(), *weight = workspace.weight.get();
   load_heads(workspace.query.get(), width, problem.query, b, h0, h1, problem.E);
-  multiply_keys(weight, workspace.query.get(), problem.keys(b), workspace, length, h0, h1, problem.E);
+  multiply_keys(weight, workspace.query.get(), problem.keys(b), workspace, N, h0, h1, problem.E);
   for (int64_t h = h0; h < h1; ++h)
     result.lse[b * problem.H + h] =
-        softmax_row(weight + (h - h0) * workspace.columns, problem.scale, length, whole_vectors<A>(length));
+        softmax_row(weight + (h - h0) * workspace.columns, problem.scale, N, whole_vectors<A>(N));
   std::fill(out, out + (h1 - h0) * width, A(0));
-  for (int64_t n = 0; n < length; n += BLOCK)
-    add_weighted(out, weight, problem.values(b), workspace, n, std::min(BLOCK, length - n), h0, h1, problem.E);
+  for (int64_t n = 0; n < N; n += BLOCK)
+    add_weighted(out, weight, problem.values(b), workspace, n, std::min(BLOCK, N - n), h0, h1, problem.E);
   for (int64_t h = h0; h < h1; ++h)
     store_rows(result.out, b, h, out + (h - h0) * width, width, A(1), 1, problem.E);
 }
@@ -129,21 +125,21 @@ SKIPKERNELS_INLINE void attend_body(
 template <class T, class A = accumulate_t<T>>
 SKIPKERNELS_INLINE void attend_body(
     const Problem<T>& problem, const Backward<T>& result, Workspace<T>& workspace, int64_t b, int64_t h0, int64_t h1) {
-  const int64_t length = problem.length(b), width = workspace.width, columns = workspace.columns;
+  const int64_t N = problem.N, width = workspace.width, columns = workspace.columns;
   A *query = workspace.query.get(), *d_out = workspace.out.get(), *d_query = workspace.d_query.get();
   A *weight = workspace.weight.get(), *d_weight = workspace.d_weight.get();
   load_heads(query, width, problem.query, b, h0, h1, problem.E);
   load_heads(d_out, width, result.d_out, b, h0, h1, problem.E);
-  multiply_keys(weight, query, problem.keys(b), workspace, length, h0, h1, problem.E);
-  multiply_keys(d_weight, d_out, problem.values(b), workspace, length, h0, h1, problem.E);
+  multiply_keys(weight, query, problem.keys(b), workspace, N, h0, h1, problem.E);
+  multiply_keys(d_weight, d_out, problem.values(b), workspace, N, h0, h1, problem.E);
   for (int64_t h = h0; h < h1; ++h) {
-    const int64_t row = (h - h0) * columns, end = whole_vectors<A>(length);
-    softmax_row(weight + row, problem.scale, length, end);
-    score_gradient_row(d_weight + row, weight + row, length, end);
+    const int64_t row = (h - h0) * columns, end = whole_vectors<A>(N);
+    softmax_row(weight + row, problem.scale, N, end);
+    score_gradient_row(d_weight + row, weight + row, N, end);
   }
   std::fill(d_query, d_query + (h1 - h0) * width, A(0));
-  for (int64_t n = 0; n < length; n += BLOCK) {
-    const int64_t count = std::min(BLOCK, length - n);
+  for (int64_t n = 0; n < N; n += BLOCK) {
+    const int64_t count = std::min(BLOCK, N - n);
     if (result.d_query.data != nullptr)
       add_weighted(d_query, d_weight, problem.keys(b), workspace, n, count, h0, h1, problem.E);
     for (int64_t i = n; i < n + count; ++i)
@@ -151,16 +147,13 @@ SKIPKERNELS_INLINE void attend_body(
         const int64_t at = (h - h0) * columns + i;
         if (result.d_key.data != nullptr)
           store_rows(
-              result.d_key, b * problem.N + i, h, query + (h - h0) * width, width, problem.scale * d_weight[at], 1,
+              result.d_key, b * N + i, h, query + (h - h0) * width, width, problem.scale * d_weight[at], 1,
               problem.E);
         if (result.d_value.data != nullptr)
           store_rows(
-              result.d_value, b * problem.N + i, h, d_out + (h - h0) * width, width, weight[at], 1, problem.E);
+              result.d_value, b * N + i, h, d_out + (h - h0) * width, width, weight[at], 1, problem.E);
       }
   }
-  for (const Tokens<T>& gradient : {result.d_key, result.d_value})
-    for (int64_t i = length; gradient.data != nullptr && i < problem.N; ++i)
-      std::fill(gradient.at(b * problem.N + i, h0), gradient.at(b * problem.N + i, h1), T());
   for (int64_t h = h0; h < h1 && result.d_query.data != nullptr; ++h)
     store_rows(result.d_query, b, h, d_query + (h - h0) * width, width, problem.scale, 1, problem.E);
 }
@@ -202,9 +195,8 @@ void attend_all(const Problem<T>& problem, const Result& result) {
 // from accessing memory out of bounds.
 struct Inputs {
   Tensor query, key, value;
-  std::vector<int64_t> lengths; // empty: all keys
 
-  Inputs(const Tensor& query_, const Tensor& key_, const Tensor& value_, const std::optional<Tensor>& lengths_)
+  Inputs(const Tensor& query_, const Tensor& key_, const Tensor& value_)
       : query(with_contiguous_heads(query_)), key(with_contiguous_heads(key_)), value(with_contiguous_heads(value_)) {
     STD_TORCH_CHECK(
         query.dim() == 3 && query.numel() > 0, NAME, ": query must be [B, H, E] with B, H and E at least 1.");
@@ -213,15 +205,6 @@ struct Inputs {
           x.dim() == 4 && x.size(0) == query.size(0) && x.size(1) == key.size(1) && x.size(2) == query.size(1) &&
               x.size(3) == query.size(2) && x.numel() > 0 && x.scalar_type() == query.scalar_type(),
           NAME, ": key and value must be [B, N, H, E] with N at least 1, in the dtype of query.");
-    if (!lengths_)
-      return;
-    STD_TORCH_CHECK(
-        lengths_->dim() == 1 && lengths_->size(0) == query.size(0) && lengths_->scalar_type() == ScalarType::Long, NAME,
-        ": lengths must be int64 [B].");
-    lengths = integers(*lengths_);
-    for (const int64_t length : lengths)
-      if (length < 1 || length > key.size(1))
-        refuse(NAME, ": lengths must be 1 to N=", key.size(1), "; got ", length, ".");
   }
 
   template <class T>
@@ -232,7 +215,6 @@ struct Inputs {
         query.size(1),
         query.size(2),
         accumulate_t<T>(scale),
-        lengths.empty() ? nullptr : lengths.data(),
         tokens_of<T>(query),
         tokens_of<T>(key),
         tokens_of<T>(value),
@@ -242,8 +224,8 @@ struct Inputs {
 };
 
 std::tuple<Tensor, Tensor> pooled_attention(
-    const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& lengths, double scale) {
-  const Inputs inputs(query, key, value, lengths);
+    const Tensor& query, const Tensor& key, const Tensor& value, double scale) {
+  const Inputs inputs(query, key, value);
   Tensor out = make_empty({query.size(0), query.size(1), query.size(2)}, query.scalar_type());
   Tensor lse = make_empty({query.size(0), query.size(1)}, ScalarType::Double);
   dispatch_features(query, NAME, [&](auto type) {
@@ -253,12 +235,11 @@ std::tuple<Tensor, Tensor> pooled_attention(
   return {out, lse};
 }
 
-// out and lse are not read (the Triton kernel reads them): the scores of a row and its softmax are recomputed in full.
+// lse is not read (the Triton kernel reads it): the scores of a row and its softmax are recomputed in full.
 std::tuple<Tensor, Tensor, Tensor> pooled_attention_backward(
-    const Tensor& d_out, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& /*out*/,
-    const Tensor& /*lse*/, const std::optional<Tensor>& lengths, double scale, bool need_query, bool need_key,
-    bool need_value) {
-  const Inputs inputs(query, key, value, lengths);
+    const Tensor& d_out, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& /*lse*/,
+    double scale, bool need_query, bool need_key, bool need_value) {
+  const Inputs inputs(query, key, value);
   STD_TORCH_CHECK(
       d_out.dim() == 3 && d_out.size(0) == query.size(0) && d_out.size(1) == query.size(1) &&
           d_out.size(2) == query.size(2) && d_out.scalar_type() == query.scalar_type(),

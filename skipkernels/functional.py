@@ -6,7 +6,7 @@ Shapes: B images, C classes, K classes kept in this step, D width of the joint e
 tokens, P tokens of the shared prompt prefix, S tokens of a class suffix, H heads, E = W/H width of a head.
 
 An unsupported or mismatched dtype raises a TypeError; a mismatched shape or device, or an invalid option or value, a
-ValueError. Values of tensors (labels, indices, lengths, offsets, `logit_scale`) are validated on the CPU only.
+ValueError. Values of tensors (labels, indices, offsets, `logit_scale`) are validated on the CPU only.
 """
 
 from __future__ import annotations
@@ -533,19 +533,17 @@ def pooled_attention(
     key: Tensor,
     value: Tensor,
     *,
-    lengths: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
     """Attention of one query per sequence, the query of the pooled token, over all keys of the sequence.
 
-        out_b = Σ_n weight_bn v_bn,   weight_bn = softmax_n(scale · ⟨q_b, k_bn⟩),   n < length_b
+        out_b = Σ_n weight_bn v_bn,   weight_bn = softmax_n(scale · ⟨q_b, k_bn⟩)
 
     Args:
         query: [B, H, E], in fp32, bf16, fp16 or fp64.
         key: [B, N, H, E] in the dtype of `query`. Views with gaps between heads or tokens, such as a part of a packed
             projection, are not copied.
         value: [B, N, H, E].
-        lengths: int64 [B], number of keys of each sequence, 1 to N; default: N. Not validated on a GPU.
         scale: factor of the products; default: 1/sqrt(E).
 
     Returns:
@@ -556,8 +554,6 @@ def pooled_attention(
         >>> value = torch.tensor([1.0, 2.0, 6.0]).view(1, 3, 1, 1)   # [B=1, N=3, H=1, E=1]
         >>> pooled_attention(query, value, value).item()
         3.0
-        >>> pooled_attention(query, value, value, lengths=torch.tensor([2])).item()
-        1.5
     """
     name = "pooled_attention"
     check_shape(name, "query", query, B=None, H=None, E=None)
@@ -565,11 +561,7 @@ def pooled_attention(
     B, H, E = query.shape
     _check_like(name, "key", key, ("query", query), B=B, N=None, H=H, E=E)
     _check_like(name, "value", value, ("query", query), B=B, N=key.shape[1], H=H, E=E)
-    if lengths is not None:
-        check_dtype(name, "lengths", lengths, [torch.int64], "Use lengths.long().")
-        check_shape(name, "lengths", lengths, ("query", query), B=B)
-        check_device(name, "lengths", lengths, ("query", query))
-    return call_and_explain(_pooled_attention, query, key, value, lengths, E**-0.5 if scale is None else scale)[0]
+    return call_and_explain(_pooled_attention, query, key, value, E**-0.5 if scale is None else scale)[0]
 
 
 def sgd_momentum_(

@@ -240,28 +240,16 @@ def packed_suffixes(padded: Tensor, offsets: Tensor, T: int) -> Tensor:
     return padded[suffix, position].masked_fill(behind, 0)
 
 
-def pooled_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lengths: Tensor | None = None,
-    scale: float | None = None,
-) -> Tensor:
+def pooled_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
     """Attention of one query per sequence over its keys, see `functional.pooled_attention`."""
-    return pooled_attention_and_lse(query, key, value, lengths, scale)[0]
+    return pooled_attention_and_lse(query, key, value, scale)[0]
 
 
 def pooled_attention_and_lse(
-    query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None = None, scale: float | None = None
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """`pooled_attention`, and the log-sum-exp of the scores, [B, H]."""
-    visible = None
-    if lengths is not None:
-        visible = torch.arange(key.shape[1], device=key.device) < lengths[:, None]
-        # Also set masked keys and values to zero, because they may be NaN, and 0 · NaN is NaN.
-        key, value = (x.masked_fill(~visible[:, :, None, None], 0) for x in (key, value))
-        visible = visible[:, None, None]
-    out, lse = _attention(query[:, None], key, value, visible, scale)
+    out, lse = _attention(query[:, None], key, value, None, scale)
     return out.squeeze(1), lse.squeeze(1)
 
 

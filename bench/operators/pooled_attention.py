@@ -15,7 +15,7 @@ from skipkernels.ops.pooled_attention import MAX_WIDTH
 from .. import peers
 from ..measure import CPU, OURS
 from . import Arguments, Case, Random, Work, case
-from .record import Call, Record, ids, on_meta
+from .record import Call, Record, on_meta
 
 SHAPES = ((4, 197, 12, 64), (32, 197, 12, 64), (4, 577, 16, 64), (26, 11, 8, 64), (1380, 11, 8, 64))  # B, N, H, E
 
@@ -48,15 +48,13 @@ LAUNCHED = ((4, 197, 12, 64), (4, 577, 16, 80), (26, 11, 8, 32), (4, 50, 4, 256)
 def launches(dtype: torch.dtype, shapes: Sequence[tuple[int, ...]] = LAUNCHED) -> Iterator[Call]:
     for B, N, H, E in shapes:
         query, key = on_meta(B, H, E, dtype=dtype), on_meta(B, N, H, E, dtype=dtype)
-        for lengths in (None, ids(B)):
-            form = "" if lengths is None else "-lengths"
-            yield Call(f"B{B}-N{N}-H{H}-E{E}{form}", (query, key, key, lengths, E**-0.5))
+        yield Call(f"B{B}-N{N}-H{H}-E{E}", (query, key, key, E**-0.5))
 
 
 def launches_backward(dtype: torch.dtype, shapes: Sequence[tuple[int, ...]] = LAUNCHED) -> Iterator[Call]:
-    for shape, (query, key, value, lengths, scale) in launches(dtype, shapes):
+    for shape, (query, key, value, scale) in launches(dtype, shapes):
         lse = on_meta(*query.shape[:2], dtype=torch.float64)
-        yield Call(shape, (query, query, key, value, query, lse, lengths, scale, True, True, True))
+        yield Call(shape, (query, query, key, value, lse, scale, True, True, True))
 
 
 WIDTHS = [(4, 50, 4, E) for E in (8, 32, 64, 96, 128, 192, 256, 384, 512, 768, MAX_WIDTH)]
@@ -70,7 +68,7 @@ RECORD = Record(
     small_calls={
         "pooled_attention": lambda randn: (
             {"query": randn(2, 2, 4), "key": randn(2, 3, 2, 4), "value": randn(2, 3, 2, 4)},
-            {"lengths": torch.tensor([3, 2])},
+            {},
         )
     },
     flops={

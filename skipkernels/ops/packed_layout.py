@@ -50,10 +50,11 @@ def _packed_layout_kernel(
     tl.store(last_rows_ptr + k, P + offset + length - 1)
     if k == K - 1:
         tl.store(offsets_ptr + K, offset + length)
-    # 3. Row numbers: of this class, of the prefix, and of the spare rows, which repeat the first ones
+    # 3. Row numbers: of this class, of the prefix, and of the spare rows, which repeat the first ones. All end at R
     for first in range(0, length, BLOCK_J):
         offs = first + lane
-        tl.store(row_numbers_ptr + P + offset + offs, start + offs, mask=offs < length)  # [BLOCK_J]
+        mask = (offs < length) & (P + offset + offs < R)
+        tl.store(row_numbers_ptr + P + offset + offs, start + offs, mask=mask)  # [BLOCK_J]
     for first in range(k * BLOCK_J, P, K * BLOCK_J):
         offs = first + lane
         tl.store(row_numbers_ptr + offs, offs.to(tl.int64), mask=offs < P)  # [BLOCK_J]

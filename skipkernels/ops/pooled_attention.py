@@ -1,12 +1,12 @@
 """`pooled_attention`: attention of one query per sequence, of the pooled token, over all keys of the sequence.
 
-    weight_n = exp(scale · ⟨q, k_n⟩ − lse),   n < length
+    weight_n = exp(scale · ⟨q, k_n⟩ − lse)
     out      = Σ_n weight_n v_n
 
     d_weight_n = ⟨d_out, v_n⟩,   d_score_n = weight_n (d_weight_n − Σ_n weight_n d_weight_n)
     d_q = scale Σ_n d_score_n k_n,   d_k_n = scale d_score_n q,   d_v_n = weight_n d_out
 
-Saved for backward: the inputs, the result and lse, fp64 [B, H]. Gradients of keys and values past the length are 0.
+Saved for backward: the inputs and lse, fp64 [B, H].
 
 With one query, time is that of reading keys and values. On a GPU a program computes one head of one sequence.
 """
@@ -34,9 +34,7 @@ class Backward(NamedTuple):
     query: Tensor  # [B, H, E]
     key: Tensor  # [B, N, H, E]
     value: Tensor  # [B, N, H, E]
-    out: Tensor  # [B, H, E]
     lse: Tensor  # [B, H]
-    lengths: Tensor | None  # [B]
     scale: float
     need_query: bool
     need_key: bool
@@ -58,7 +56,6 @@ def _pooled_attention_fwd_kernel(
     query_ptr,
     key_ptr,
     value_ptr,
-    lengths_ptr,
     out_ptr,
     lse_ptr,
     N,
@@ -69,13 +66,11 @@ def _pooled_attention_fwd_kernel(
     stride_key_b,
     stride_key_n,
     stride_key_h,
-    stride_lengths,
     scale,
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr,
 ):
-    """out = Σ_n exp(s_n − lse) v_n,   lse = log Σ_n exp(s_n),   s_n = scale · ⟨q, k_n⟩,   n < length.
+    """out = Σ_n exp(s_n − lse) v_n,   lse = log Σ_n exp(s_n),   s_n = scale · ⟨q, k_n⟩.
 
     One program: one head of one sequence; a loop over its keys with a running maximum and sum.
     """
@@ -87,16 +82,13 @@ def _pooled_attention_fwd_kernel(
     # 1. Query of the head
     query = tl.load(query_ptr + b * stride_query_b + head * stride_query_h + offs_e, mask=mask_e, other=0.0)
     query = query.to(tl.float32)  # [BLOCK_E]
-    length = N
-    if HAS_LENGTHS:
-        length = tl.load(lengths_ptr + b * stride_lengths).to(tl.int32)
     # 2. Online maximum, sum and weighted values
     top = float("-inf")
     total = 0.0
     out = tl.zeros([BLOCK_E], tl.float32)
-    for start_n in range(0, length, BLOCK_N):
+    for start_n in range(0, N, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
-        mask_n = offs_n < length
+        mask_n = offs_n < N
         key = load_rows(key_ptr, offs_n, mask_n, stride_key_n, 0, E, BLOCK_E)  # [BLOCK_N, BLOCK_E]
         value = load_rows(value_ptr, offs_n, mask_n, stride_key_n, 0, E, BLOCK_E)  # [BLOCK_N, BLOCK_E]
         score = scale * tl.sum(query[None, :] * key.to(tl.float32), axis=1)  # [BLOCK_N]
@@ -119,7 +111,6 @@ def _pooled_attention_bwd_kernel(
     query_ptr,
     key_ptr,
     value_ptr,
-    lengths_ptr,
     lse_ptr,
     d_query_ptr,
     d_key_ptr,
@@ -134,18 +125,16 @@ def _pooled_attention_bwd_kernel(
     stride_key_b,
     stride_key_n,
     stride_key_h,
-    stride_lengths,
     scale,
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr,
     NEED_QUERY: tl.constexpr,
     NEED_KEY: tl.constexpr,
     NEED_VALUE: tl.constexpr,
 ):
-    """d_q = scale Σ_n d_score_n k_n,   d_k_n = scale d_score_n q,   d_v_n = weight_n d_out; 0 past the length.
+    """d_q = scale Σ_n d_score_n k_n,   d_k_n = scale d_score_n q,   d_v_n = weight_n d_out.
 
-    One program: one head of one sequence; a loop over its keys for the mean of d_weight, then one over all N rows.
+    One program: one head of one sequence; a loop over its keys for the mean of d_weight, then one for the gradients.
     """
     b, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     key_ptr += b * stride_key_b + head * stride_key_h
@@ -161,15 +150,12 @@ def _pooled_attention_bwd_kernel(
     # 2. mean = Σ_n weight_n d_weight_n
     mean = 0.0
     lse, exp_rest = load_lse(lse_ptr, of_head, True)  # [] each
-    length = N
-    if HAS_LENGTHS:
-        length = tl.load(lengths_ptr + b * stride_lengths).to(tl.int32)
     if NEED_QUERY or NEED_KEY:
         # Not ⟨d_out, out⟩: if one key has nearly all the weight, the rounding of `out` is more than the gradient.
         total = 0.0
-        for start_n in range(0, length, BLOCK_N):
+        for start_n in range(0, N, BLOCK_N):
             offs_n = start_n + tl.arange(0, BLOCK_N)
-            mask_n = offs_n < length
+            mask_n = offs_n < N
             key = load_rows(key_ptr, offs_n, mask_n, stride_key_n, 0, E, BLOCK_E)  # [BLOCK_N, BLOCK_E]
             value = load_rows(value_ptr, offs_n, mask_n, stride_key_n, 0, E, BLOCK_E)  # [BLOCK_N, BLOCK_E]
             score = scale * tl.sum(query[None, :] * key.to(tl.float32), axis=1)  # [BLOCK_N]
@@ -178,18 +164,18 @@ def _pooled_attention_bwd_kernel(
             mean += tl.sum(weight * d_weight, axis=0)
             total += tl.sum(weight, axis=0)
         mean /= total  # total is 1 up to rounding
-    # 3. Gradients; past the length the weights are 0
+    # 3. Gradients
     gradient = (b * N * H + head) * E
     d_query = tl.zeros([BLOCK_E], tl.float32)
     for start_n in range(0, N, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
-        mask_n = offs_n < length
+        mask_n = offs_n < N
         key = load_rows(key_ptr, offs_n, mask_n, stride_key_n, 0, E, BLOCK_E).to(tl.float32)  # [BLOCK_N, BLOCK_E]
         score = scale * tl.sum(query[None, :] * key, axis=1)  # [BLOCK_N]
         weight = exp_rest * tl.exp(tl.where(mask_n, score, float("-inf")) - lse)  # [BLOCK_N]
         if NEED_VALUE:
             d_value = weight[:, None] * d_out[None, :]  # [BLOCK_N, BLOCK_E]
-            store_rows(d_value_ptr + gradient, d_value, offs_n, offs_n < N, H * E, 0, E, BLOCK_E)  # [BLOCK_N, BLOCK_E]
+            store_rows(d_value_ptr + gradient, d_value, offs_n, mask_n, H * E, 0, E, BLOCK_E)  # [BLOCK_N, BLOCK_E]
         if NEED_QUERY or NEED_KEY:
             value = load_rows(value_ptr, offs_n, mask_n, stride_key_n, 0, E, BLOCK_E)  # [BLOCK_N, BLOCK_E]
             d_score = weight * (tl.sum(d_out[None, :] * value.to(tl.float32), axis=1) - mean)  # [BLOCK_N]
@@ -197,21 +183,21 @@ def _pooled_attention_bwd_kernel(
             if NEED_KEY:
                 d_key = scale * d_score[:, None] * query[None, :]  # [BLOCK_N, BLOCK_E]
                 # [BLOCK_N, BLOCK_E]
-                store_rows(d_key_ptr + gradient, d_key, offs_n, offs_n < N, H * E, 0, E, BLOCK_E)
+                store_rows(d_key_ptr + gradient, d_key, offs_n, mask_n, H * E, 0, E, BLOCK_E)
     if NEED_QUERY:
         d_query = (scale * d_query).to(d_query_ptr.dtype.element_ty)
         tl.store(d_query_ptr + of_head * E + offs_e, d_query, mask=mask_e)  # [BLOCK_E]
 
 
-def _launch(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def _launch(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     B, H, E = query.shape
     if E > MAX_WIDTH:
-        return _fallback(query, key, value, lengths, scale)
+        return _fallback(query, key, value, scale)
     out, lse = query.new_empty(query.shape), query.new_empty((B, H), dtype=torch.float64)  # [B, H, E], [B, H]
     launch(
         _pooled_attention_fwd_kernel,
         (B, H),
-        **_arguments(query, key, value, lengths, scale),
+        **_arguments(query, key, value, scale),
         **launch_options("pooled_attention_fwd", key, E=E),
         out_ptr=out,
         lse_ptr=lse,
@@ -229,7 +215,7 @@ def _launch_backward(*arguments: Any) -> tuple[Tensor, ...]:
     launch(
         _pooled_attention_bwd_kernel,
         (B, H),
-        **_arguments(*call.inputs, call.lengths, call.scale),
+        **_arguments(*call.inputs, call.scale),
         **launch_options("pooled_attention_bwd", call.key, E=E),
         d_out_ptr=d_out,
         stride_d_out_b=d_out.stride(0),
@@ -245,14 +231,13 @@ def _launch_backward(*arguments: Any) -> tuple[Tensor, ...]:
     return d_query, d_key, d_value
 
 
-def _arguments(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None, scale: float) -> dict[str, Any]:
+def _arguments(query: Tensor, key: Tensor, value: Tensor, scale: float) -> dict[str, Any]:
     (query,), (key, value) = in_one_layout(query), in_one_layout(key, value)
     return dict(
         device=query.device,
         query_ptr=query,
         key_ptr=key,
         value_ptr=value,
-        lengths_ptr=lengths,
         N=key.shape[1],
         H=query.shape[1],
         E=query.shape[2],
@@ -261,31 +246,23 @@ def _arguments(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None
         stride_key_b=key.stride(0),
         stride_key_n=key.stride(1),
         stride_key_h=key.stride(2),
-        stride_lengths=0 if lengths is None else lengths.stride(0),
         scale=scale,
         BLOCK_E=triton.next_power_of_2(query.shape[2]),
-        HAS_LENGTHS=lengths is not None,
     )
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None, scale: float) -> None:
-    N = key.shape[1]
-    if lengths is not None and (wrong := lengths[(lengths < 1) | (lengths > N)]).numel() > 0:
-        raise ValueError(f"pooled_attention: lengths must be 1 to N={N}; got {wrong[0]}.")
-
-
-def _fallback(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    out, lse = reference.pooled_attention_and_lse(query, key, value, lengths, scale)
+def _fallback(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    out, lse = reference.pooled_attention_and_lse(query, key, value, scale)
     return out.contiguous(), lse.contiguous()
 
 
 def _fallback_backward(*arguments: Any) -> tuple[Tensor, ...]:
     call = Backward(*arguments)
-    function = functools.partial(reference.pooled_attention, lengths=call.lengths, scale=call.scale)
+    function = functools.partial(reference.pooled_attention, scale=call.scale)
     return autograd.reference_gradients(function, call.inputs, call.needs, call.d_out)
 
 
-def _fake(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def _fake(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     lse_dtype = reference.accumulation_dtype(query.device)
     return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=lse_dtype)
 
@@ -299,10 +276,10 @@ pooled_attention_backward = registration.define(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    query, key, value, lengths, ctx.scale = inputs
-    out, lse = output
+    *tensors, ctx.scale = inputs
+    _, lse = output
     ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(query, key, value, out, lse, lengths)
+    ctx.save_for_backward(*tensors, lse)
 
 
 def _backward(ctx: Any, d_out: Tensor, _: None) -> tuple[Tensor, ...]:
@@ -310,12 +287,10 @@ def _backward(ctx: Any, d_out: Tensor, _: None) -> tuple[Tensor, ...]:
 
 
 pooled_attention = registration.define(
-    "pooled_attention(Tensor query, Tensor key, Tensor value, Tensor? lengths, float scale)"
-    " -> (Tensor out, Tensor lse)",
+    "pooled_attention(Tensor query, Tensor key, Tensor value, float scale) -> (Tensor out, Tensor lse)",
     fallback=_fallback,
     fake=_fake,
     launch=_launch,
-    check=_check,
     fallback_note=f"fp64, heads of more than {MAX_WIDTH}",
     backward=autograd.GradientRule(_save, _backward),
     autocast_arguments=3,

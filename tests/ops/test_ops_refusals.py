@@ -59,7 +59,7 @@ GOOD = {
         **{name: torch.ones(3, 2) for name in ("cos", "sin")},
         "heads": 2,
     },
-    "pooled_attention": lambda: {"query": QUERY, "key": KEY, "value": KEY, "lengths": ids(1, 5, 3)},
+    "pooled_attention": lambda: {"query": QUERY, "key": KEY, "value": KEY},
     "shared_prefix_attention": lambda: {"packed": torch.randn(8, 24), "heads": 2, "prefix_length": 2, "max_length": 3},
     "sgd_momentum_": trained,
 }
@@ -160,9 +160,6 @@ BAD = {
         ({"key": KEY[:, :0]}, ValueError, r"key must be \[B=3, N, H=2, E=4\] with N ≥ 1 to match query .*; got \[3, 0"),
         ({"key": KEY.half()}, TypeError, r"key must be float32; got torch.float16. Convert one"),
         ({"value": KEY[:, :4]}, ValueError, r"value must be \[B=3, N=5, H=2, E=4\] to match query .*; got \[3, 4"),
-        ({"lengths": ids(1, 2)}, ValueError, r"lengths must be \[B=3\] to match query \[3, 2, 4\]; got \[2\]"),
-        ({"lengths": ids(1, 0, 5)}, ValueError, r"lengths must be 1 to N=5; got 0"),
-        ({"lengths": ids(1, 6, 5)}, ValueError, r"lengths must be 1 to N=5; got 6"),
     ],
     "shared_prefix_attention": [
         ({"packed": torch.randn(8, 2, 12)}, ValueError, r"packed must be \[R, 3W\] with R, 3W ≥ 1; got \[8, 2, 12\]"),

@@ -1,4 +1,4 @@
-"""pooled_attention: the shared tests, lengths, and scores of any size."""
+"""pooled_attention: the shared tests, and a single key."""
 
 from __future__ import annotations
 
@@ -9,22 +9,16 @@ from tests.ops.backends import Backend
 from tests.ops.harness import Case, Operator, shared_tests
 
 
-def make(B, N, H, E, *, dtype, seed=0, lengths=None, **options) -> Case:
-    """Random `lengths` if "drawn"."""
+def make(B, N, H, E, *, dtype, seed=0, **options) -> Case:
     rng = torch.Generator().manual_seed(seed)
     shapes = {"query": (B, H, E), "key": (B, N, H, E), "value": (B, N, H, E)}
     inputs = {name: torch.randn(shape, generator=rng).to(dtype).requires_grad_() for name, shape in shapes.items()}
-    if lengths is not None:
-        options["lengths"] = torch.randint(1, N + 1, (B,), generator=rng)
     return Case(inputs, options)
 
 
-def eager(query, key, value, lengths=None, scale=None):
-    mask = None
-    if lengths is not None:
-        mask = (torch.arange(key.shape[1], device=key.device) < lengths[:, None])[:, None, None]
+def eager(query, key, value, scale=None):
     q, k, v = query[:, :, None], key.transpose(1, 2), value.transpose(1, 2)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)[:, :, 0]
+    return F.scaled_dot_product_attention(q, k, v, scale=scale)[:, :, 0]
 
 
 OPERATOR = Operator(
@@ -45,9 +39,8 @@ OPERATOR = Operator(
     small=(3, 9, 2, 16),
     large=[(4, 197, 12, 64), (1, 3000, 5, 40)],
     features=("query", "key", "value"),
-    variants=[{}, {"lengths": "drawn"}],
     too_slow=lambda B, N, H, E: B * H * N > 1200,
-    saves=lambda case: [case.inputs["query"].numel(), case.inputs["query"][..., 0].numel()],  # the result, and lse
+    saves=lambda case: [case.inputs["query"][..., 0].numel()],  # lse
 )
 
 TestPooledAttention = shared_tests(OPERATOR)
@@ -59,14 +52,3 @@ def test_one_key_returns_its_value(backend: Backend):
     assert torch.equal(found["out"], case.inputs["value"][:, 0]) and found["d_value"].any()
     for name in ("d_query", "d_key"):  # the weight is 1 whatever the score is
         assert found[name].abs().max() < 1e-6
-
-
-def test_keys_past_the_length_are_ignored(backend: Backend):
-    case = OPERATOR.case((4, 70, 2, 16), backend.device, lengths="drawn")
-    clean = OPERATOR.kernel(case)
-    past = torch.arange(70, device=backend.device) >= case.options["lengths"][:, None]
-    for name in ("key", "value"):
-        case.inputs[name].data[past] = torch.nan
-    spoilt = OPERATOR.kernel(case)
-    assert all(torch.equal(x, spoilt[name]) for name, x in clean.items())
-    assert not spoilt["d_key"][past].any() and not spoilt["d_value"][past].any()
