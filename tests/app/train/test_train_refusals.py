@@ -22,7 +22,7 @@ from tests.app.runs import fails
 # ---- options ---------------------------------------------------------------------------------------------------------
 
 OPTIONS: list[tuple[list[str], str]] = [
-    (["--max-classes", "1"], "--max-classes must be at least 2"),
+    (["--max-classes", "1"], "--max-classes must be a whole number, at least 2"),
     (["--model", "ViT-B-61"], "did you mean"),
     (["--model", "ViT-B-16"], "ViT-B-16 needs weights"),
     (["--model", "ViT-B-16", "--pretrained", "nonsense"], "no tag 'nonsense'"),
