@@ -8,6 +8,7 @@ import pytest
 
 import skipkernels as sk
 from bench import inputs, measure, training
+from skipkernels.app.train.precision import autocast
 from skipkernels.graphs import graphed_step as graphed
 from skipkernels.testing import relative_error
 
@@ -31,7 +32,7 @@ def test_no_worse_than_the_published_step(model, classes, skip, precision):
     for _ in range(graphed.WARMUP + 2):
         if before or optimizer.state:
             before = {name: optimizer.state[p]["momentum_buffer"].double().clone() for name, p in trained.items()}
-        with inputs.autocast(device, precision):
+        with autocast(precision, device):
             class_ids = step(features, labels).class_ids
     assert step.is_captured == (device.type == "cuda")
     theirs, right = published.gradients(precision, class_ids), exact.gradients("fp32", class_ids)  # without autocast
