@@ -171,6 +171,7 @@ def _clip_gradients(module: nn.Module, d_inputs: tuple, d_outputs: tuple) -> tup
     return tuple(None if d is None else d.clamp(-1e-5, 1e-5) for d in d_inputs)
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # PyTorch's, of frozen modules
 @pytest.mark.parametrize("skip", [0, 1])
 @pytest.mark.parametrize(
     ("register", "hook"),
