@@ -46,6 +46,7 @@ KINDS = {
     "when_cost": Kind("bench.when --cost", "task method epoch", "train_s"),
     "when_steps": Kind("bench.when --steps", "task method", "step_s"),
     "when_tail": Kind("bench.when --tail", "method seed", "accuracy"),
+    "unknown": Kind("bench.unknown", "task seed target", "task"),
     "trainers": Kind("bench.trainers", "trainer model B C K precision implementation", "p50_ms"),
     "cache_build": Kind("bench.cache build", "model images B precision dtype extraction", "images_s"),
 }

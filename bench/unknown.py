@@ -9,10 +9,11 @@ classes"), and those of the other tasks. An image is kept if the probability of 
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
 
@@ -21,35 +22,22 @@ from skipkernels.app.data.pictograms import TASKS, TEST, Drawings, names_of
 from skipkernels.app.train.calibration import class_probabilities
 
 from . import tables
-from .rows import RESULTS, command
+from .rows import command, save
 
-TABLE = RESULTS / "unknown.csv"
 SEEDS = (0, 1, 2)
+# A threshold, and per cent of images that it keeps; the accuracy is that of the known images that it keeps.
+COLUMNS = ("threshold", "validation", "known", "accuracy", "new_classes", "other_tasks")
 
 
-class Row(NamedTuple):
-    """A threshold of a run, and per cent of images that it keeps: of validation, of test, and of unknown images."""
-
-    task: str
-    seed: int
-    target: str
-    threshold: str
-    validation: str
-    known: str
-    accuracy: str  # of the known images that are kept
-    new_classes: str
-    other_tasks: str
-
-
-def rows_of(task: str, seed: int, folder: Path) -> Iterator[Row]:
+def rows_of(task: str, seed: int, folder: Path) -> Iterator[dict[str, Any]]:
     """Tune, and yield the thresholds for an accuracy."""
     options = {"protocol": "base-to-new", "validation": 0.5, "seed": seed, "device": "cpu"}
     metrics = sk.tune(data=f"pictograms:{task}", out=folder, **options)
     classifier = sk.Classifier.load(folder, device="cpu")
     names = {
         "known": classifier.classes,
-        "new classes": [name for name in names_of([task]) if name not in classifier.classes],
-        "other tasks": names_of([other for other in TASKS if other != task]),
+        "new_classes": [name for name in names_of([task]) if name not in classifier.classes],
+        "other_tasks": names_of([other for other in TASKS if other != task]),
     }
     probabilities = {}
     for group, classes in names.items():
@@ -61,24 +49,24 @@ def rows_of(task: str, seed: int, folder: Path) -> Iterator[Row]:
     for row in metrics["validation"]["thresholds"]:
         if row["wanted"] != "accuracy":
             continue
-        threshold, cells = row["threshold"], ("",) * 6
-        if threshold is not None:
-            known, *unknown = (100 * (values >= threshold).double().mean() for values in best.values())
+        cells = dict.fromkeys(COLUMNS, "")
+        if (threshold := row["threshold"]) is not None:
+            kept = {group: 100 * (values >= threshold).double().mean() for group, values in best.items()}
             accuracy = 100 * correct[best["known"] >= threshold].double().mean()
-            cells = (f"{threshold:.2f}", *(f"{value:.1f}" for value in (row["coverage"], known, accuracy, *unknown)))
-        yield Row(task, seed, f"{row['target']:g}", *cells)
+            shares = {"validation": row["coverage"], "accuracy": accuracy, **kept}
+            cells |= {"threshold": f"{threshold:.2f}"} | {name: f"{share:.1f}" for name, share in shares.items()}
+        yield {"task": task, "seed": seed, "target": f"{row['target']:g}"} | cells
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    args = command(__doc__).parse_args(arguments)
-    rows: list[Row] = []
+    args = command(__doc__).parse_args(arguments, argparse.Namespace(device=torch.device("cpu")))
+    rows: list[dict[str, Any]] = []
     for task in TASKS:
         for seed in SEEDS:
             with tempfile.TemporaryDirectory() as folder:
                 rows += rows_of(task, seed, Path(folder, "run"))
-    tables.show(Row._fields, rows)
-    if not args.no_save:
-        tables.write(TABLE, rows)
+    tables.show(list(rows[-1]), [list(row.values()) for row in rows])
+    save(args, rows, "unknown")
 
 
 if __name__ == "__main__":

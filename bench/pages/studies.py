@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from statistics import mean
 
-from .. import gpu_model, tables, unknown
+from .. import gpu_model, tables
 from ..rows import grouped, latest_rows
+from ..unknown import COLUMNS
 from ..when import summary
 from .cells import origin, table
 
@@ -42,13 +43,11 @@ def estimates() -> str:
 
 def unknown_images() -> str:
     """Images that thresholds keep: means over tasks and seeds."""
-    of = tables.read(unknown.TABLE, unknown.Row)
-    columns = ("threshold", "validation", "known", "accuracy", "new_classes", "other_tasks")
-    lines = []
-    for target in dict.fromkeys(row.target for row in of):
-        found = [row for row in of if row.target == target and row.threshold]
-        means = [mean(float(getattr(row, column)) for row in found) for column in columns]
-        lines.append([f"{target} %", f"{means[0]:.2f}", *(f"{value:.0f} %" for value in means[1:])])
+    rows, lines = latest_rows("unknown"), []
+    for (target,), of in grouped(rows, "target").items():
+        found = [row for row in of if row["threshold"]]
+        threshold, *shares = (mean(float(row[column]) for row in found) for column in COLUMNS)
+        lines.append([f"{target} %", f"{threshold:.2f}", *(f"{share:.0f} %" for share in shares)])
     header = ["accuracy wanted", "threshold", "validation images kept", "test images kept", "right of these"]
     text = table([*header, "new classes kept", "other tasks kept"], lines)
-    return text + "\n\n<sub>pictogram-tiny, 5 tasks, 3 seeds; `python -m bench.unknown`</sub>"
+    return text + origin("unknown", rows)
