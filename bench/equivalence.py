@@ -152,7 +152,7 @@ def compare(case: Case, inputs: Inputs, steps: int) -> dict[str, Any]:
         "steps": steps,
         "K": len(theirs.kept[0]),
         "other_classes": sum(a != b for a, b in zip(ours.kept, theirs.kept, strict=True)),
-        "loss": max(abs(a - b) / max(b, _SMALL_LOSS) for a, b in losses),
+        "loss": torch.tensor([abs(a - b) / max(b, _SMALL_LOSS) for a, b in losses]).max().item(),  # NaN if one is
         "weights": relative_error(mine, last),
         "change": ((mine - last).norm() / (last - initial).norm()).item(),
         "logits": relative_error(*logits),

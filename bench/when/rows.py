@@ -43,13 +43,16 @@ def with_rows_of(
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, spawn, torch.set_num_threads, (1,)) as pool:
         left = [pool.submit(_recorded, execute, run) for run in runs if (*run.columns.values(),) not in done]
-        for finished in track(as_completed(left), kind, len(left)):
-            found = finished.result()
-            if save:
-                append_rows(found, kind)
-            else:
-                print(*found, sep="\n")
-            rows += [{column: str(value) for column, value in row.items()} for row in found]
+        try:
+            for finished in track(as_completed(left), kind, len(left)):
+                found = finished.result()
+                if save:
+                    append_rows(found, kind)
+                else:
+                    print(*found, sep="\n")
+                rows += [{column: str(value) for column, value in row.items()} for row in found]
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # after an error no further run begins
     return rows
 
 
