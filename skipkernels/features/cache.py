@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from ..clip import SkipCLIP
 
 Progress = Callable[[int], None] | bool  # called with the number of images of each batch; True shows a bar
-Compute = Callable[[int], tuple[FeatureTable, Tensor]]  # number of an epoch to its features and labels
 
 
 class FeatureCache(Dataset):
@@ -113,7 +112,7 @@ class FeatureCache(Dataset):
         """
         folder = Path(path).absolute()  # a later change of the working directory has no effect
         _check_choice("FeatureCache.build", "dtype", dtype, get_args(CacheDtype))
-        _check_clip(clip)
+        _check_clip("FeatureCache.build", clip)
         images = _checked_images("FeatureCache.build", dataset, batch_size, workers, seed)
         if resume and overwrite:
             raise ValueError("FeatureCache.build: resume continues a cache, and overwrite replaces it; pass only one.")
@@ -167,6 +166,7 @@ class FeatureCache(Dataset):
             raise CacheError(f"{folder}: does not hold features of images.")
         expected, probe = dict(layout.identity), layout.probe
         if clip is not None:
+            _check_clip("FeatureCache.open", clip)
             encode = Encoder(clip)
             expected |= encode.identity()
             probe = probe_of(encode.probe())
@@ -327,15 +327,15 @@ def _check_choice(function: str, argument: str, value: Any, choices: tuple[str, 
         raise ValueError(f"{function}: {argument} must be one of {', '.join(choices)}; got {value!r}.")
 
 
-def _check_clip(clip: Any) -> None:
+def _check_clip(function: str, clip: Any) -> None:
     if not hasattr(clip, "encode_lower"):  # isinstance would need an import in a circle
         raise TypeError(
-            f"FeatureCache.build: clip must be a SkipCLIP; got {type(clip).__name__}. Wrap the model: "
+            f"{function}: clip must be a SkipCLIP; got {type(clip).__name__}. Wrap the model: "
             "SkipCLIP(model, tokens, skip_layers=…)."
         )
     if clip.skip_layers[0] == 0:
         raise ValueError(
-            "FeatureCache.build: with skip_layers=0 the image embedding trains, so features cannot be cached. Skip "
+            f"{function}: with skip_layers=0 the image embedding trains, so features cannot be cached. Skip "
             "a block, or train from images."
         )
 
