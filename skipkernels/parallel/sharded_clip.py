@@ -168,7 +168,7 @@ class ShardedSkipCLIP(SkipCLIP):
             raise RuntimeError(
                 "ShardedSkipCLIP: an evaluation with gradients is not supported. Call it under torch.no_grad()."
             )
-        return self.class_embeddings()
+        return self._all_embeddings()
 
     # ---- evaluation --------------------------------------------------------------------------------------------------
 
@@ -225,8 +225,10 @@ class ShardedSkipCLIP(SkipCLIP):
 
     def class_embeddings(self, tokens: Tensor | None = None) -> Tensor:
         """Unit-norm text embeddings [C, D] of all classes, collective after a change of the weights; or of others."""
-        if tokens is not None:
-            return super().class_embeddings(tokens)
+        return self._all_embeddings().clone() if tokens is None else super().class_embeddings(tokens)
+
+    def _all_embeddings(self) -> Tensor:
+        """Unit-norm text embeddings [C, D] of all classes, kept until a weight changes."""
         own = self.texts.kept_embeddings()  # the same tensor until a weight changes
         if self._gathered is None or self._gathered[0] is not own:
             self.shards.gather_sizes(0, "class_embeddings", own.device)
