@@ -271,6 +271,17 @@ def test_add_lora_of_the_text_tower_alone():
     assert all("transformer" in name for name, p in resnet.named_parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("templates", [1, 2])
+def test_add_lora_to_blocks_that_backward_calls_again(templates):
+    """Low-rank updates that forward kept would not be those of the second call."""
+    tokens = torch.stack([tiny_tokens(C)] * templates, dim=1)
+    clip = sk.SkipCLIP(tiny_clip(), tokens, skip_layers=1, memory="min")
+    sk.add_lora(clip, 2)
+    clip.texts.tower.blocks[-1].attn.register_forward_hook(lambda *_: None)  # the block runs its own forward
+    clip(*tiny_batch(3, C)).loss.backward()
+    assert all(p.grad is not None for p in clip.trainable_parameters())
+
+
 def test_failed_add_lora_restores_the_model(monkeypatch):
     model = tiny_clip()
     clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1)

@@ -187,7 +187,7 @@ class SkipCLIP(nn.Module):
         return self._compare_with_classes(image, labels, return_logits=False).loss
 
     def _compare_with_classes(self, image: Tensor, labels: Tensor, return_logits: bool) -> SkipOutput:
-        """Compare embeddings [B, D] with selected classes, in evaluation mode with all; ShardedSkipCLIP overrides."""
+        """Compare embeddings [B, D] with selected classes, in evaluation mode with all."""
         options = LossOptions(self.label_smoothing, self.class_weight, return_logits)
         if not self.training:
             return compare_with_all(image, labels, self.evaluation_embeddings(), self.scale, options)

@@ -74,8 +74,7 @@ class PromptEncoder:
         """Class ids [K] to the embeddings [K, D] of their prompts of each template, or of those with these numbers."""
         numbers = range(len(self.templates)) if numbers is None else numbers
         selected = {t: self.templates[t].select(class_ids, exact_rows=exact_rows) for t in numbers}
-        with parametrize.cached():  # low-rank updates once, not for each template
-            return self.tower.upper(self.features(selected), selected.values())
+        return self.tower.upper(self.features(selected), selected.values())
 
     def embeddings(self, class_ids: Tensor | None = None) -> Tensor:
         """Unit-norm embeddings [K, D], by default of all, in evaluation mode, without gradient, at least fp32."""

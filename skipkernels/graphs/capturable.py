@@ -16,8 +16,7 @@ from ..towers.attention import SDPA
 
 def why_not_capturable(clip: SkipCLIP, optimizer: torch.optim.Optimizer) -> str | None:
     """Return why the step of a SkipCLIP and an optimizer cannot be captured in a CUDA graph, or None."""
-    hooked, generator = _first_hooked(clip.model), clip.sampler.generator
-    if hooked is not None:
+    if (hooked := _first_hooked(clip.model)) is not None:
         return f"{hooked} has hooks, which would run at the capture only. Remove them."
     if global_hooks():
         return "global module hooks would run at the capture only. Remove them."
@@ -25,7 +24,7 @@ def why_not_capturable(clip: SkipCLIP, optimizer: torch.optim.Optimizer) -> str 
         return 'attention="xformers" has a host sync. Use "sdpa".'
     if any(x is None for x in clip.texts.step_tensors()):
         return "text_cache, as large as here, is read on the host. Leave it out."
-    if generator is not None and generator.device.type != "cpu":
+    if clip.sampler.generator.device.type != "cpu":
         return "the generator must be on the CPU."
     if torch.cuda.get_allocator_backend() != "native":  # it waits for no stream that `record_stream` does not name
         return "the allocator cudaMallocAsync gives memory from stream to stream. Unset it in PYTORCH_ALLOC_CONF."

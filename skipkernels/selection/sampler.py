@@ -95,7 +95,7 @@ class RankSampler:
         return _law(num_classes, keep, self.decay, self.max_tail)
 
     def expected_keep(self, num_classes: int, max_labels: int = 1) -> int:
-        """Return m + round(Σq): K in a CUDA graph, elsewhere the rounded mean of K.
+        """Return m + round(Σq), the rounded mean of K; with `tail="resample"` K in a CUDA graph.
 
         >>> [RankSampler().expected_keep(C) for C in (1000, 500, 199, 98, 51, 24, 19, 5)]
         [107, 77, 59, 52, 28, 13, 11, 4]

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils import parametrize
 
 from ..ops.packed_layout import packed_layout
 from .attention import Pooled, Suffixes
@@ -223,8 +224,12 @@ class TextTower(Tower):
     def upper(self, features: Iterable[Tensor], selected: Iterable[SelectedPrompts]) -> list[Tensor]:
         """Map rows [R, W] at the cut of some prompts of each template to text embeddings [K, D], not normalised."""
         takes_rows = len(self.upper_blocks) > 0 and self.why_no_rows(self.upper_blocks) is None
-        run = self._run_upper if takes_rows else self.call_upper
-        return [run(rows, of_template) for rows, of_template in zip(features, selected, strict=True)]
+        templates = zip(features, selected, strict=True)
+        if not takes_rows:
+            return [self.call_upper(rows, of_template) for rows, of_template in templates]
+        # Low-rank updates once, not for each template; not of blocks that backward may call again
+        with parametrize.cached():
+            return [self._run_upper(rows, of_template) for rows, of_template in templates]
 
     def call_upper(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:
         """Map rows [R, W] to embeddings [K, D] by blocks that are called as the model calls them."""

@@ -42,7 +42,8 @@ class _BlockFunction(torch.autograd.Function):
         out, saved = stages.forward(call, Hidden(stream, branch), record)
         weights = dict(zip(names, tensors, strict=True))
         ctx.names, ctx.weight_dtype = names, weights["mlp_out"].dtype
-        if record and ctx.weight_dtype != call.dtype:  # save the casts, which backward then need not make again
+        # Save the casts by field, of which `prepare` has nothing to make again in backward; else the weights as given
+        if record and ctx.weight_dtype != call.dtype:
             weights = {name: x for name, x in vars(call.weights).items() if x is not None}
         ctx.settings, ctx.options, ctx.dtype = call.settings, call.options, call.dtype
         ctx.saved_names = tuple(weights)
