@@ -326,14 +326,19 @@ class Search:
         by = f"{'balanced ' if self.config.balances else ''}accuracy on {len(self.labels)} held-out images"
         return best(self.allowed, by=by, tests_new=self.tests_new)
 
+    def _default(self) -> Candidate:
+        """Candidate without held-out images: the first but zero-shot, with an anchored probe if the head is open."""
+        candidates = (one for group in self.groups for one in group if (one.head, one.factor) != ("none", None))
+        return min(candidates, key=lambda one: one.head != "anchored")
+
     def choice(self, stopped: bool) -> Choice:
         """Return the choice among the trials so far; `stopped` before all of them."""
         config = self.config
         asked = config.identity()
         if not self.masks:
-            settings = Candidate(self.groups[0][0].method, None, head="anchored").settings(config)
+            candidate = self._default()
             because = "no class has two training images, so that none can be held out"
-            return Choice(asked, settings, because)
+            return Choice(asked, candidate.name, candidate.settings(config), because)
         chosen, because = self._best()
         first, tested = self.trials[0], len(self.labels)
         because += ", of those before Ctrl-C" if stopped else ""
@@ -345,6 +350,7 @@ class Search:
         by_class = [metrics_of_test(self.labels, top, classes) for top in tops]
         return Choice(
             asked,
+            chosen.candidate.name,
             settings=chosen.candidate.settings(config),
             candidates=[trial.row(chosen=trial is chosen) for trial in self.trials],
             because=because,

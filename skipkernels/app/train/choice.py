@@ -19,6 +19,7 @@ class Choice:
     """The chosen candidate, and how it came about: the contents of candidates.json."""
 
     asked: dict[str, Any]  # `TuneConfig.identity` of the configuration that asked for a choice
+    name: str  # of the candidate
     settings: dict[str, Any]  # fields of the configuration, which replace those
     because: str
     candidates: list[dict[str, Any]] = field(default_factory=list)  # for metrics.json; none if no image was held out
@@ -26,11 +27,6 @@ class Choice:
     validation: dict[str, Any] | None = None  # for metrics.json
     by_class: list[dict[str, Any]] = field(default_factory=list)  # on the held-out images: zero-shot, chosen
     seconds: float = 0.0  # of all trials
-
-    @property
-    def name(self) -> str:
-        """Name of the chosen candidate."""
-        return next((row["name"] for row in self.candidates if row["chosen"]), "frozen + anchored probe")
 
     @classmethod
     def read(cls, folder: Path) -> Choice | None:

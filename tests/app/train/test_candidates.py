@@ -273,10 +273,20 @@ def test_a_val_split_chooses_and_then_trains(tmp_path):
     assert metrics["candidates"][0]["images"] == 3 and metrics["images"]["train"] == 9
 
 
-def test_without_two_images_of_a_class_nothing_is_compared(tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "classifier", "epochs"),
+    [
+        ({}, "frozen + anchored probe", 0),
+        ({"head": "none"}, "Skip Tuning", 1),
+        ({"head": "gaussian"}, "frozen + Gaussian head", 0),
+        ({"method": "lora", "head": "auto"}, "LoRA + anchored probe", 1),
+    ],
+)
+def test_without_two_images_of_a_class_only_open_settings_are_chosen(tmp_path, changes, classifier, epochs):
     with shortened():
-        metrics = tune(small(tmp_path / "run", **AUTO | {"shots": 1}))
-    assert metrics["candidates"] == [] and metrics["head"] == "anchored" and metrics["steps"] == 0
+        metrics = tune(small(tmp_path / "run", **AUTO | {"shots": 1} | changes))
+    assert metrics["candidates"] == [] and metrics["classifier"] == classifier
+    assert TuneConfig.from_yaml(tmp_path / "run" / "config.yaml").epochs == epochs == bool(metrics["steps"])
     assert metrics["chosen_because"].startswith("no class has two training images")
 
 
