@@ -40,6 +40,8 @@ def loss_without_prebuilt(rank: int, package: Path, library: str | None) -> tupl
 def test_library_of_a_process(tmp_path, library):
     """Without one PyTorch computes the same, and one warning says how to build it."""
     (tmp_path / "damaged").write_text("no library")
+    if library == "named" and _build.load().path is None:
+        pytest.skip("no library")
     path = {"missing": None, "0": "0", "named": str(_build.load().path), "damaged": str(tmp_path / "damaged")}[library]
     ((loss, kernel, warned),) = run_in_processes(1, tmp_path, loss_without_prebuilt, tmp_path, path)
     assert loss == pytest.approx(0.239545, abs=1e-6)  # log(e² + 2) − 2

@@ -32,6 +32,7 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..inputs import positive
 from ..rows import command
 from . import tail
 from .plan import CANDIDATES, searched
@@ -43,10 +44,12 @@ from .tasks import SHIFTS, Shift
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = command(__doc__)
     names = [shift.name for shift in SHIFTS]
-    parser.add_argument("--tasks", nargs="+", default=names, choices=names, metavar="TASK")
+    parser.add_argument(
+        "--tasks", nargs="+", choices=names, metavar="TASK", help="default: all for which the files are given"
+    )
     parser.add_argument("--methods", nargs="+", default=list(CANDIDATES), choices=list(CANDIDATES), metavar="METHOD")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--workers", type=int, default=2, help="runs beside each other")
+    parser.add_argument("--seeds", type=positive, default=5)
+    parser.add_argument("--workers", type=positive, default=2, help="runs beside each other")
     parser.add_argument("--without-words", type=Path, metavar="FILE")
     parser.add_argument("--drawings", type=Path, metavar="FILE")
     measured = parser.add_mutually_exclusive_group()
@@ -58,18 +61,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         path = getattr(args, option)
         if path and not path.is_file():
             parser.error(f"--{option.replace('_', '-')} must be a file; got {path}.")
-    shifts = [
-        shift
-        for shift in SHIFTS
-        if shift.name in args.tasks
-        and (shift.words == "all" or args.without_words)
-        and (shift.packaged or args.drawings)
-    ]
+    wanted = [shift for shift in SHIFTS if shift.name in (args.tasks or names)]
+    left_out = [f"{shift.name} needs {option}" for shift in wanted if (option := lacking(shift, args))]
+    if args.tasks and left_out:
+        parser.error(f"--tasks: {', '.join(left_out)}.")
+    shifts = [shift for shift in wanted if not lacking(shift, args)]
     if args.tail:
         runs = [tail.TailRun(variant, seed) for seed in range(args.seeds) for variant in tail.VARIANTS]
         with_rows_of(runs, "when_tail", tail.execute, workers=args.workers, save=not args.no_save)
     else:
         run_study(shifts, args)
+
+
+def lacking(shift: Shift, args: argparse.Namespace) -> str | None:
+    """Option of the file that a task needs and that was not given, or None."""
+    if shift.words != "all" and not args.without_words:
+        return "--without-words"
+    return "--drawings" if not shift.packaged and not args.drawings else None
 
 
 def run_study(shifts: Sequence[Shift], args: argparse.Namespace) -> None:

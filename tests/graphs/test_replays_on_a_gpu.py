@@ -100,6 +100,7 @@ def test_replays_of_other_optimizers(kind):
         for x, labels in batches(skip_clip(), 10):
             found.append(step(x.cuda(), labels.cuda()).loss.item())
             schedule.step()
+        assert step.is_captured == by_graph
         losses.append(found)
     assert losses[0] == losses[1]
 
