@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 from pathlib import Path
 
 import yaml
 
 from ...digests import digest_file
 from ...folders import is_locked
-from ..config import CONFIG, read_settings
+from ..config import CONFIG, TuneConfig, read_settings
 from ..data import InputError
 from ..results.files import CLASSIFIER, METRICS
 from . import checkpoint
 from .description import Description
+from .own_dataset import KIND
 
 _SETTINGS = {"data", "protocol", "method", "skip_layers", "out"}  # in the config.yaml of every run
 
@@ -56,4 +58,12 @@ def unfinished(run: Path) -> str | None:
     model = "its model is that of the last epoch, without the head, the blend and the calibration of the end"
     if is_locked(run):
         return f"a run is in progress in {run}; {model}."
-    return f"the run in {run} was stopped; {model}. Continue it with skipkernels tune --resume {run}"
+    data = TuneConfig.from_yaml(run / CONFIG, trust=True).data  # nothing is loaded
+    return f"the run in {run} was stopped; {model}. Continue it with {how_to_resume(run, data)}"
+
+
+def how_to_resume(run: Path, data: str) -> str:
+    """Return the command that continues a run, or the call where the dataset was passed in Python."""
+    if data.partition(":")[0] == KIND:
+        return f"tune(dataset=…, resume={str(run)!r})"
+    return f"skipkernels tune --resume {shlex.quote(str(run))}"

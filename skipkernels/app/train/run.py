@@ -35,6 +35,7 @@ from .description import Description, describe, write_open_clip_config
 from .evaluation import Evaluation, Evaluator
 from .metrics import Cost, Trained, metrics_of
 from .progress import Logger, ProgressDisplay
+from .reading import how_to_resume
 from .setup import BATCH, build_run
 from .trainer import Trainer
 from .weights import Interpolation
@@ -290,7 +291,7 @@ class Run:
             folder = self.folder.path
             done = f"{len(self.rows)} of {self.config.epochs} epochs are" if self.rows else "no epoch is"
             started = self.rows or (folder / CANDIDATES).exists()
-            how = f"; continue it with skipkernels tune --resume {folder}" if started else ""
+            how = f"; continue it with {how_to_resume(folder, self.config.data)}" if started else ""
             error.args = (f"{done} complete in {folder}{how}",)
             raise
         finally:

@@ -11,6 +11,7 @@ import re
 import resource
 import signal
 import sys
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -27,6 +28,7 @@ from skipkernels.app.methods.skip import Skip
 from skipkernels.app.report import run_page
 from skipkernels.app.results.files import read_metrics
 from skipkernels.app.train import check, checkpoint, evaluate_run, tune, tuning
+from skipkernels.app.train.reading import how_to_resume
 from skipkernels.app.train.setup import build_task
 from skipkernels.app.train.writing import RunFolder
 from skipkernels.folders import locked
@@ -97,13 +99,17 @@ def test_signal_is_interrupt(tmp_path, at_step, number, capsys):
     at_step(2, lambda *args: signal.raise_signal(number))
     try:
         arguments = ["--method", "skip", "--shots", "2", "--max-classes", "4", "--epochs", "2"]  # a step per epoch
-        assert main(["tune", *arguments, "--out", str(tmp_path / "run")]) == 128 + number
+        assert main(["tune", *arguments, "--out", str(tmp_path / "my run")]) == 128 + number
         assert signal.getsignal(number) is signal.SIG_DFL
     finally:
         signal.signal(number, before)
-    run = tmp_path / "run"
-    message = f"interrupted: 1 of 2 epochs are complete in {run}; continue it with skipkernels tune --resume {run}"
+    run = tmp_path / "my run"
+    message = f"interrupted: 1 of 2 epochs are complete in {run}; continue it with skipkernels tune --resume '{run}'"
     assert " ".join(capsys.readouterr().err.split()).endswith(message)
+
+
+def test_a_dataset_passed_in_python_is_resumed_in_python():
+    assert how_to_resume(Path("my run"), "dataset:Photos") == "tune(dataset=…, resume='my run')"
 
 
 def test_nohup_ignores_sighup(monkeypatch):
