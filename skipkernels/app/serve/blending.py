@@ -76,7 +76,8 @@ def blend(
         >>> blended["blend"]["chosen"], blended["blend"]["accuracy"]["base"][10] == tuned["tuned"]["base"]
         (0.3, True)
     """
-    if alpha != "auto" and not (isinstance(alpha, (int, float)) and 0 <= alpha <= 1):
+    number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
+    if alpha != "auto" and not (number and 0 <= alpha <= 1):
         raise InputError(f'must be from 0 to 1, or "auto"; got {alpha!r}.', "alpha", "blend")
     folder = existing_run(run, "blend")
     target = blended_folder(folder) if out is None else Path(out).expanduser()
@@ -115,7 +116,8 @@ def blend(
         "alpha": chosen,
     }
     if metrics.get("command"):
-        metrics["command"] += f"\nskipkernels blend {shlex.quote(str(folder))} --alpha {chosen:g}"
+        words = ["skipkernels", "blend", str(folder), "--alpha", str(chosen)]
+        metrics["command"] += "\n" + shlex.join(words + ([] if out is None else ["--out", str(target)]))
     metrics["notes"] = result_notes(written, metrics)
     _write(new_folder, written, setup, described, metrics, blends.evaluator.predictions(blends.zero_shot, blended))
     return metrics

@@ -37,7 +37,7 @@ def model_card(
     environment.filters |= {"escaped": escaped, "percent": lambda value: "–" if value is None else f"{value:.2f} %"}
     alpha = metrics.get("alpha")
     command = command_line("tune", config, left_out=("out", "device"))
-    command += "" if alpha is None else f"\nskipkernels blend RUN --alpha {alpha:g}"
+    command += "" if alpha is None else f"\nskipkernels blend RUN --alpha {alpha}"
     text = environment.get_template("card.md.j2").render(
         use=use,
         head_code=head_code,

@@ -90,6 +90,7 @@ CALLS: list[tuple[Callable[[Given], object], str]] = [
      "settings.text_cache.*skip_layers"),
     (lambda on: sk.Classifier.load(described(on.copy, method="later")), "methods skip, .*; got 'later'. Upgrade"),
     (lambda on: sk.blend(on.run, alpha=1.5), "alpha must be from 0 to 1"),
+    (lambda on: sk.blend(on.run, alpha=True), "alpha must be from 0 to 1"),
     (lambda on: sk.blend(on.run, alpha="best"), 'or "auto"'),
     (lambda on: sk.blend(on.run, out=on.run), "must not be the folder of the run"),
     (lambda on: sk.export(on.run, "open-clip", on.run, overwrite=True), "out must not be the folder of a run"),
