@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...checks import check_shape, warn_caller
 from .head import Head, check_labels, check_positive, unit_rows
-from .logistic import ITERATIONS, logistic_regression
+from .logistic import ITERATIONS, Fit, logistic_regression
 
 TOLERANCE = 1e-7
 """Largest distance of Δ, in units of a text embedding, from the minimum."""
@@ -45,12 +45,7 @@ def anchored_probe(image: Tensor, labels: Tensor, text: Tensor, scale: float | T
     anchor = _scaled_text("anchored_probe", image, text, scale)
     check_positive("anchored_probe", l2=l2)
     fit = logistic_regression(x, labels, anchor, l2, tolerance=TOLERANCE * l2 * scale)
-    distance = fit.gradient / (l2 * scale)
-    if not distance <= TOLERANCE:
-        warn_caller(
-            f"anchored_probe: after {ITERATIONS} iterations the distance from the minimum can be {distance:.1e}; "
-            f"expected at most {TOLERANCE:.0e}. Use a larger l2."
-        )
+    _warn_above_tolerance("anchored_probe", fit, l2, scale)
     dtype = torch.promote_types(image.dtype, torch.float32)
     return Head(fit.weight.to(dtype), fit.bias.to(dtype), torch.tensor(scale, dtype=dtype, device=image.device))
 
@@ -79,6 +74,8 @@ def anchored_l2(
 def linear_probe(image: Tensor, labels: Tensor, classes: int, scale: float | Tensor, l2: float) -> Head:
     """Fit a logistic regression that uses no texts: `anchored_probe` with T = 0, and a bias without penalty.
 
+    A UserWarning says if 1000 iterations do not suffice.
+
     Args:
         image: x, [n, D], of any norm and floating dtype.
         labels: Classes, [n].
@@ -92,6 +89,7 @@ def linear_probe(image: Tensor, labels: Tensor, classes: int, scale: float | Ten
     anchor = x.new_zeros(classes, x.shape[1])
     check_positive("linear_probe", l2=l2)
     fit = logistic_regression(x, labels, anchor, l2, tolerance=TOLERANCE * l2 * scale, bias=True)
+    _warn_above_tolerance("linear_probe", fit, l2, scale)
     dtype = torch.promote_types(image.dtype, torch.float32)
     bias = fit.bias.masked_fill(labels.bincount(minlength=classes) == 0, -torch.inf)
     return Head(fit.weight.to(dtype), bias.to(dtype))
@@ -157,6 +155,16 @@ def ranks(labels: Tensor) -> Tensor:
     rank = torch.empty_like(labels)
     rank[order] = torch.arange(len(labels), device=labels.device) - (counts.cumsum(0) - counts)[labels[order]]
     return rank
+
+
+def _warn_above_tolerance(function: str, fit: Fit, l2: float, scale: float) -> None:
+    """Warn unless the gradient is below that of `TOLERANCE`; without a bias it bounds the distance from the minimum."""
+    distance = fit.gradient / (l2 * scale)
+    if not distance <= TOLERANCE:
+        warn_caller(
+            f"{function}: after {ITERATIONS} iterations the gradient / (l2 · scale) is {distance:.1e}; "
+            f"expected at most {TOLERANCE:.0e}. Use a larger l2."
+        )
 
 
 def _checked(function: str, image: Tensor, labels: Tensor, classes: int, scale: float | Tensor) -> tuple[Tensor, float]:

@@ -35,12 +35,13 @@ def fit_head(name: HeadChoice | None, examples: Examples, l2: float, *, equal_pr
     image, labels, text, scale = examples
     if name == "none":
         return None
-    if name == "anchored":
-        with warnings.catch_warnings():  # that its distance from the minimum may be above 1e-7: it cannot be smaller
-            warnings.filterwarnings("ignore", "anchored_probe: ", UserWarning)
-            head = anchored_probe(image, labels, text, scale, l2)
-    elif name == "probe":
-        head = linear_probe(image, labels, len(text), scale, l2)
+    if name in ("anchored", "probe"):
+        with warnings.catch_warnings():  # that it is above the tolerance: it cannot be smaller
+            warnings.filterwarnings("ignore", "(anchored|linear)_probe: ", UserWarning)
+            if name == "anchored":
+                head = anchored_probe(image, labels, text, scale, l2)
+            else:
+                head = linear_probe(image, labels, len(text), scale, l2)
     elif name == "gaussian":
         head = gaussian_head(image, labels, len(text))
     else:

@@ -86,13 +86,16 @@ def test_anchored_probe_in_chunks(monkeypatch):
     torch.testing.assert_close(chunked.weight, whole.weight, rtol=0, atol=2 * SCALE * anchored.TOLERANCE)
 
 
-def test_anchored_probe_warns_before_the_minimum(monkeypatch):
+@pytest.mark.parametrize(("name", "function"), [("anchored", "anchored_probe"), ("probe", "linear_probe")])
+def test_a_probe_warns_before_the_minimum(monkeypatch, name, function):
     monkeypatch.setattr(logistic, "ITERATIONS", 20)
-    with pytest.warns(UserWarning, match="anchored_probe: .* distance from the minimum can be .* Use a larger l2"):
-        heads.anchored_probe(*data([20] * 9, 30), SCALE, 3e-4)
+    image, labels, text = data([20] * 9, 30)
+    of_classes = text if name == "anchored" else len(text)
+    with pytest.warns(UserWarning, match=rf"{function}: .* expected at most 1e-07\. Use a larger l2"):
+        getattr(heads, function)(image, labels, of_classes, SCALE, 3e-4)
     with warnings.catch_warnings():  # not of a command: a user of it does not choose the penalty
         warnings.simplefilter("error")
-        heads.fit_head("anchored", heads.Examples(*data([20] * 9, 30), SCALE), 3e-4)
+        heads.fit_head(name, heads.Examples(image, labels, text, SCALE), 3e-4)
 
 
 @pytest.mark.parametrize(
