@@ -42,14 +42,14 @@ def open_csv(path: str, root: str | Path | None = None, templates: Templates = N
     columns, rows = _read(file)
     path_column = _column(file, columns, _PATH_NAMES, "path")
     label_column = _column(file, columns, LABEL_NAMES, "label")
-    split_column = next((column for column in _SPLIT_COLUMNS if column in columns), None)
+    split_column = _column(file, columns, _SPLIT_COLUMNS, "split") if {*_SPLIT_COLUMNS} & {*columns} else None
     images: dict[str, tuple[str, Split | None]] = {}
     for number, row in rows.items():
         where = f"{file}: row {number}"
         if not row[path_column] or not row[label_column]:
             raise InputError(f"{where} needs a {path_column} and a {label_column}. Fill them in, or remove the row.")
         image = os.path.relpath(os.path.join(base, row[path_column]), base).replace(os.sep, "/")
-        if image.startswith("../"):
+        if image.split("/")[0] == "..":
             raise InputError(f"{where}: {row[path_column]} is not in {base}. Name a folder of all as `root`.", "root")
         split = None if split_column is None else SPLIT_NAMES.get(row[split_column].lower())
         if split_column is not None and split is None:
@@ -57,9 +57,10 @@ def open_csv(path: str, root: str | Path | None = None, templates: Templates = N
         of_image = row[label_column], split
         if images.setdefault(image, of_image) != of_image:
             raise InputError(f"{where}: {image} is listed before with another class or split. Remove one.")
-    missing = [image for image in images if not os.path.exists(base / image)]
-    if missing or not images:
-        problem = f"no file {format_names(missing)} in {base}" if missing else "has no images"
+    if not images:
+        raise open_error(f"{name}: has no images. Add a line for each image.")
+    if missing := [image for image in images if not os.path.isfile(base / image)]:
+        problem = f"no file {format_names(missing)} in {base}"
         remedy = "Correct the paths, or name their folder as `root`."
         raise open_error(f"{name}: {problem}. {remedy}", "data" if root is None else "root")
     of_images = [label for label, _ in images.values()]

@@ -87,8 +87,12 @@ OPENED: list[tuple[str, Tree, Any, list[str]]] = [
     ("csv:{}/table.csv", {"table.csv": ""}, ..., ["row 1 must name one column with the path of each image, such as"]),
     ("csv:{}/table.csv", table("path,name", "images/0.png,cat"), ..., ["one column with the label of each image"]),
     ("csv:{}/table.csv", table("path,label,label"), ..., ["must name one column with the label"]),
-    ("csv:{}/table.csv", table("path,label"), ..., ["has no images"]),
+    ("csv:{}/table.csv", table("path,label"), "data", ["has no images"]),
     ("csv:{}/table.csv", table("path,label", "images/none.png,cat"), ..., ["no file images/none.png in"]),
+    ("csv:{}/table.csv", table("path,label", "images,cat"), ..., ["no file images in"]),
+    ("csv:{}/table.csv", table("path,label", ".,cat"), ..., ["no file . in"]),
+    ("csv:{}/table.csv", table("path,label", "..,cat"), ..., ["row 2: .. is not in", "as `root`"]),
+    ("csv:{}/table.csv", table("path,label,split,split"), ..., ["must name one column with the split"]),
     ("csv:{}/table.csv", table("path,label", "images/../../x.png,cat"), ...,
      ["row 2: images/../../x.png is not in", "as `root`"]),
     ("csv:{}/table.csv", table("path,label", "/etc/passwd,cat"), ..., ["row 2: /etc/passwd is not in", "as `root`"]),
@@ -137,7 +141,7 @@ def test_open_source_refuses(tmp_path, monkeypatch, data, tree, argument, words)
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     build(tmp_path, tree)
     with raises_input_error(*words, argument=argument):
-        open_source(data.format(tmp_path), tmp_path if data.startswith("coop:") else None)
+        open_source(data.format(tmp_path), tmp_path if data.startswith(("coop:", "csv:")) else None)
 
 
 # Images of a split that a source does not have, or too few of them for a choice.
@@ -154,7 +158,7 @@ SPLITS: list[tuple[str, Tree, str, list[str]]] = [
 @pytest.mark.parametrize(("data", "tree", "split", "words"), SPLITS, ids=words_of(SPLITS))
 def test_source_has_no_images_of_a_split(tmp_path, data, tree, split, words):
     build(tmp_path, tree)
-    source = open_source(data.format(tmp_path), tmp_path if data.startswith("coop:") else None)
+    source = open_source(data.format(tmp_path), tmp_path if data.startswith(("coop:", "csv:")) else None)
     with raises_input_error(*words):
         source.images(split)
 
