@@ -15,8 +15,8 @@ from .plots import TimedAccuracy, coloured, pareto_svg
 from .words import name_of_method, name_of_test
 
 ACCURACY, COST = "accuracy, %", "cost"
-"""Titles of tables."""
-_TIME = "tuning, s"
+TIME = "tuning, s"
+"""Titles of tables, and of a column of the costs."""
 _SUMMARY = "harmonic"  # the accuracy that base-to-new is judged by
 
 Summary = Sequence[float | None]  # mean and deviation
@@ -107,7 +107,7 @@ def explained(study: Mapping[str, Any]) -> str:
 
 
 def _time(groups: Mapping[str, Any]) -> float | None:
-    found = groups[COST][_TIME]
+    found = groups[COST][TIME]
     return found[0] if found else None
 
 

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import AliasPath, BaseModel, Field
 
 from ...folders import replace_text
 from ..data import InputError
-from ..report.study_page import study_html
+from ..report.study_page import ACCURACY, COST, TIME, study_html
 from ..results.files import REPORT
 from ..train.metrics import environment
-from ..untrusted import read_object
+from ..untrusted import read_object, validated
 from .runs import Result
 
 FILE = "compare.json"
@@ -28,6 +29,27 @@ class MeanAndDeviation(NamedTuple):
 
     mean: float
     deviation: float | None
+
+
+class _Means(BaseModel):
+    """Values of a method that the page shows."""
+
+    accuracies: dict[str, MeanAndDeviation | None] = Field(validation_alias=ACCURACY, min_length=1)
+    time: MeanAndDeviation | None = Field(validation_alias=AliasPath(COST, TIME))
+
+
+class _Study(BaseModel):
+    """Contents of compare.json that the page needs."""
+
+    title: str
+    command: str
+    finished: str
+    machine: str
+    versions: dict[str, Any]
+    seeds: list[int] = Field(min_length=1)
+    summary: dict[str, _Means] = Field(min_length=1)
+    comparison: dict[str, Any] | None
+    images: dict[str, int] = Field(validation_alias=AliasPath("runs", 0, "metrics", "images", "tests"))
 
 
 def mean_and_deviation(values: Iterable[float | None]) -> MeanAndDeviation | None:
@@ -95,8 +117,10 @@ def study_page(folder: Path) -> str:
     if not (folder / FILE).is_file():
         raise InputError(f"{folder} has no results. Name the folder of a run of tune or compare.", "run", "report")
     try:
-        return study_html(read_object(folder / FILE))
+        study = read_object(folder / FILE)
+        validated(_Study, study)
     except (OSError, ValueError) as error:
-        raise InputError(f"{folder / FILE}: damaged ({error}).", "run") from error
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{folder / FILE}: written by another version ({error!r}). Compare again.", "run") from error
+        raise InputError(
+            f"{folder / FILE}: damaged, or of another version ({error}). Compare again.", "run", "report"
+        ) from error
+    return study_html(study)
