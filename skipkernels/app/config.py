@@ -99,20 +99,22 @@ class TuneConfig(Settings):
         """Accept a list as a tuple."""
         return tuple(value) if isinstance(value, list) else value
 
-    def continued(self) -> TuneConfig:
-        """Return the configuration of the run in the folder `resume`, with the non-default settings of this one.
+    def continued(self, given: Collection[str] = ()) -> TuneConfig:
+        """Return the configuration of the run in the folder `resume`, with the settings of this one that replace its.
 
-        Without such a folder, the configuration is returned as it is.
+        These are those named by `given`, and those that are not the default. Without such a folder, the configuration
+        is returned as it is.
         """
         if isinstance(self.resume, bool):
             return self
         if self.out is not None:
             raise InputError("the run is continued in its folder; leave out `out`.", "resume", "tune")
         names = [field.name for field in dataclasses.fields(TuneConfig)]
-        given = {name: getattr(self, name) for name in names if getattr(self, name) != getattr(TuneConfig, name)}
-        given |= {"out": self.resume, "resume": True, "overwrite": self.overwrite}
-        earlier = TuneConfig.from_yaml(self.resume / CONFIG, trust=self.trust, given=given)
-        return dataclasses.replace(earlier, **given)
+        replaced = [name for name in names if name in given or getattr(self, name) != getattr(TuneConfig, name)]
+        settings = {name: getattr(self, name) for name in replaced}
+        settings |= {"out": self.resume, "resume": True, "overwrite": self.overwrite}
+        earlier = TuneConfig.from_yaml(self.resume / CONFIG, trust=self.trust, given=settings)
+        return dataclasses.replace(earlier, **settings)
 
     def resolved(self, open_data: Callable[[], Source] | None = None) -> TuneConfig:
         """Return the configuration with all defaults filled in, some of which depend on the number of classes.

@@ -38,7 +38,7 @@ class TuneCommand(Settings):
         if isinstance(config.resume, Path):
             existing_run(config.resume, "tune", "resume")
         if self.print_config:
-            config = config.continued()
+            config = config.continued(SETTINGS)
             as_given = {name: getattr(config, name) for name in _AS_GIVEN}
             out.print(dataclasses.replace(config.resolved(), **as_given).to_yaml().rstrip(), soft_wrap=True)
             return 0
@@ -46,7 +46,8 @@ class TuneCommand(Settings):
         from skipkernels.app.train import tune
 
         was_complete = bool(config.resume) and (config.folder / METRICS).exists()
-        metrics = tune(config, console=err)
+        settings = {name: getattr(self, name) for name in SETTINGS}  # with --resume RUN, as in its file unless given
+        metrics = tune(console=err, **settings)
         of_run = type(config).from_yaml(config.folder / CONFIG, trust=True)  # nothing is loaded
         _show(of_run, metrics, out, whole=not was_complete)
         return 0
@@ -73,20 +74,25 @@ def _show(config: TuneConfig, metrics: dict[str, Any], out: Terminal, *, whole: 
 
 
 def command_with_file(arguments: list[str], err: Terminal) -> TuneCommand:
-    """Return the default command, with the settings of the file of --config as defaults.
+    """Return the default command, with the settings of the file of --config, or of --resume RUN, as defaults.
 
     The file is not trusted: sources that it names need --trust, unless an option replaces them.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", nargs="?")
-    file = parser.parse_known_args(arguments)[0].config
-    if file is None:
+    parser.add_argument("--resume", nargs="?")
+    named = parser.parse_known_args(arguments)[0]
+    if named.config is None and named.resume is None:
         return TuneCommand()
-    from skipkernels.app.config import TuneConfig
+    from skipkernels.app.config import CONFIG, TuneConfig
+
+    file = Path(named.resume, CONFIG) if named.config is None else Path(named.config)
+    if named.config is None and not file.exists():  # `TuneCommand.execute` refuses the folder
+        return TuneCommand()
 
     given = {word.partition("=")[0].removeprefix("--") for word in arguments if word.startswith("--")}
-    config = TuneConfig.from_yaml(Path(file), trust="trust" in given, given=given)
+    config = TuneConfig.from_yaml(file, trust="trust" in given, given=given)
     left_out = [name for name in _NOT_FROM_FILE if getattr(config, name) and name not in given]
-    if left_out:
+    if left_out and named.config is not None:
         err.print(f"note: not taken from {file}: {', '.join(f'--{name}' for name in left_out)}", soft_wrap=True)
     return TuneCommand(**{name: getattr(config, name) for name in SETTINGS if name not in _NOT_FROM_FILE})

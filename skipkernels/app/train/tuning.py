@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -101,7 +101,7 @@ def tune(
             settings["validation"], validation = validation, None
         own = OwnData(dataset, test, validation, classes, name, identity)
         console = console or Console(quiet=True)
-        plan = _plan(replace(config or TuneConfig(), **settings), own)
+        plan = _plan(replace(config or TuneConfig(), **settings), own, settings)
         folder = RunFolder(plan.config)  # it is not written before its lock is held
         if (finished := _finished(plan.config, folder, console)) is not None:
             return finished
@@ -117,9 +117,9 @@ def check(config: TuneConfig) -> None:
         build_run(plan.config, open_data=plan.open_data)
 
 
-def _plan(config: TuneConfig, own: OwnData) -> Plan:
+def _plan(config: TuneConfig, own: OwnData, given: Collection[str] = ()) -> Plan:
     """Complete a configuration: by the run that it continues, the data, the method, and an earlier choice."""
-    config, open_data = own.applied(config.continued(), "tune")
+    config, open_data = own.applied(config.continued(given), "tune")
     command = command_line("tune", config) if own.dataset is None else ""
     open_data = functools.cache(open_data or config.open_data)
     config = config.resolved(open_data)

@@ -114,6 +114,7 @@ SAME = ["--method", "skip", "--shots", "2", "--max-classes", "24", "--epochs", "
     [
         (["--out", "RUN", "--resume", *SAME, "--shots", "3"], "shots is 2 in the run in RUN, and 3 here"),
         (["--out", "RUN", "--resume", *SAME, "--method", "full"], "method is 'skip' in"),
+        (["--resume", "RUN", "--method", "auto"], "method is 'skip' in the run in RUN, and 'auto' here"),
         (["--resume", "RUN", "--epochs", "5"], "epochs is 2 in the run in RUN, and 5 here"),
         (["--resume", "RUN", "--out", "elsewhere"], "--resume: the run is continued in its folder; leave out --out"),
         (["--resume", "RUN", "--overwrite"], "--resume must be left out with --overwrite"),
@@ -123,6 +124,11 @@ SAME = ["--method", "skip", "--shots", "2", "--max-classes", "24", "--epochs", "
 def test_resume_refuses_other_settings(copy, arguments, message, capsys):
     said = fails(["tune", *(str(copy) if word == "RUN" else word for word in arguments)], capsys)
     assert message in said.replace(str(copy), "RUN")
+
+
+def test_resume_in_python_refuses_a_default_that_the_run_does_not_have(copy):
+    with pytest.raises(InputError, match="method is 'skip' in the run in .*, and 'auto' here"):
+        tune(resume=copy, method="auto")
 
 
 def test_read_metrics_refuses_damaged_file(tmp_path):
