@@ -21,9 +21,10 @@ KINDS = {
     "pictograms": "pictograms, pictograms:TASK such as pictograms:animals",
 }
 """Form of the names of each kind."""
-OWN = ("imagefolder", "csv", "hf", "dataset")
-"""Kinds of the user's own data, of which all classes are trained, and which exports do not name. "dataset" is one that
-was passed in Python."""
+IN_PYTHON = "dataset"
+"""Kind of a dataset that was passed in Python."""
+OWN = ("imagefolder", "csv", "hf", IN_PYTHON)
+"""Kinds of the user's own data, of which all classes are trained, and which exports do not name."""
 
 
 def is_own(data: str) -> bool:

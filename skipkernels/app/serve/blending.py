@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from ..config import CONFIG, TuneConfig
 from ..data import InputError
+from ..data.registry import IN_PYTHON
 from ..data.tasks import VALIDATION
 from ..report.run_page import report_html
 from ..results.class_metrics import BALANCED
@@ -22,7 +23,6 @@ from ..train.candidates import BLENDS
 from ..train.description import Description, describe, write_open_clip_config
 from ..train.evaluation import Evaluation, Evaluator
 from ..train.metrics import weights_size
-from ..train.own_dataset import KIND
 from ..train.reading import read_model
 from ..train.setup import RunSetup, build_run
 from ..train.weights import Interpolation
@@ -180,7 +180,7 @@ def _config_of_run(folder: Path, *, trust: bool) -> TuneConfig:
             "run",
             "blend",
         )
-    if config.data.partition(":")[0] == KIND:
+    if config.data.partition(":")[0] == IN_PYTHON:
         raise InputError(f"{config.data} was passed to tune in Python. Tune it with `blend=0.5`.", function="blend")
     return config
 

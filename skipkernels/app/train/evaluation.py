@@ -17,13 +17,14 @@ from ..console import print_plain
 from ..data import InputError, Source
 from ..data.base import SizedDataset
 from ..data.files import format_names
+from ..data.registry import IN_PYTHON
 from ..data.tasks import VALIDATION, summarise
 from ..methods import Method
 from ..report.mistakes import predictions_with_thumbnails
 from ..results.class_metrics import balanced_accuracy, metrics_of_test
 from ..results.files import existing_run
 from ..results.predictions import TestPredictions, TopClasses, top_classes
-from .own_dataset import KIND, OwnData
+from .own_dataset import OwnData
 from .precision import REMEDY
 from .reading import read_model
 from .setup import BATCH, RunSetup, build_run
@@ -165,8 +166,8 @@ def _config_of_run(folder: Path, own: OwnData, given: dict[str, Any], trust: boo
         raise InputError(f"must be given: all images of {config.data} trained or validated.", "data", "evaluate_run")
     changes: dict[str, Any] = {"trust": trust, "workers": 0, "test": "split"}
     changes |= {"refresh": "never", "validation": "none", "class_weight": None}
-    if own.dataset is not None and "data" not in given and config.data.partition(":")[0] != KIND:
-        changes["data"] = f"{KIND}:"  # `OwnData.applied` adds the name of the dataset
+    if own.dataset is not None and "data" not in given and config.data.partition(":")[0] != IN_PYTHON:
+        changes["data"] = f"{IN_PYTHON}:"  # `OwnData.applied` adds the name of the dataset
     if (changes | given).get("data", config.data) != config.data:
         changes["max_classes"] = None
     return replace(config, **changes | given)

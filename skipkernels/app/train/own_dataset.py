@@ -13,9 +13,8 @@ from ...features.identity import dataset_identity
 from ..config import TuneConfig
 from ..data import InputError, Source, from_datasets
 from ..data.base import SizedDataset
+from ..data.registry import IN_PYTHON
 from ..data.splits import listed_source
-
-KIND = "dataset"
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class OwnData:
                     function,
                 )
             return config, None
-        if config.data != TuneConfig.data and config.data.partition(":")[0] != KIND:
+        if config.data != TuneConfig.data and config.data.partition(":")[0] != IN_PYTHON:
             raise InputError(f"must be left out with dataset; got {config.data!r}.", "data", function)
         parts = {"dataset": self.dataset, "test": self.test, "validation": self.validation}
         given = {argument: part for argument, part in parts.items() if part is not None}
@@ -51,7 +50,7 @@ class OwnData:
                     argument,
                     function,
                 )
-        name = f"{KIND}:" + re.sub(r"[^\w.+-]", "-", self.name or type(self.dataset).__name__)
+        name = f"{IN_PYTHON}:" + re.sub(r"[^\w.+-]", "-", self.name or type(self.dataset).__name__)
         parts_identity = [[argument, dataset_identity(part, self.identity)] for argument, part in given.items()]
         digest = digest_json([parts_identity, None if self.classes is None else list(self.classes)])
         config = replace(config, data=name, dataset_identity=digest)

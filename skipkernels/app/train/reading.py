@@ -12,10 +12,10 @@ from ...digests import digest_file
 from ...folders import is_locked
 from ..config import CONFIG, TuneConfig, read_settings
 from ..data import InputError
+from ..data.registry import IN_PYTHON
 from ..results.files import CLASSIFIER, METRICS
 from . import checkpoint
 from .description import Description
-from .own_dataset import KIND
 
 _SETTINGS = {"data", "protocol", "method", "skip_layers", "out"}  # in the config.yaml of every run
 
@@ -64,6 +64,6 @@ def unfinished(run: Path) -> str | None:
 
 def how_to_resume(run: Path, data: str) -> str:
     """Return the command that continues a run, or the call where the dataset was passed in Python."""
-    if data.partition(":")[0] == KIND:
+    if data.partition(":")[0] == IN_PYTHON:
         return f"tune(dataset=…, resume={str(run)!r})"
     return f"skipkernels tune --resume {shlex.quote(str(run))}"
