@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -86,6 +87,12 @@ def check_device(function: str, argument: str, tensor: Tensor, like: tuple[str, 
             f"{function}: {argument} must be on {other.device}, where {name} is; got {tensor.device}. "
             f"Use {argument}.to({str(other.device)!r})."
         )
+
+
+def check_choice(function: str, argument: str, value: Any, literal: Any) -> None:
+    """Raise a ValueError unless a value is one of a `Literal`."""
+    if value not in (choices := get_args(literal)):
+        raise ValueError(f"{function}: {argument} must be one of {', '.join(choices)}; got {value!r}.")
 
 
 def check_range(function: str, argument: str, ids: Tensor, num_classes: int, remedy: str) -> None:

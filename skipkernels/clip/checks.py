@@ -5,12 +5,12 @@ A check that other functions share takes the names of function and argument; oth
 
 from __future__ import annotations
 
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from ..checks import check_device, check_range
+from ..checks import check_choice, check_device, check_range
 from ..options import AttentionName, Memory, Trainable
 
 # ---- construction ----------------------------------------------------------------------------------------------------
@@ -78,10 +78,9 @@ def as_class_weight(class_weight: Any, prototypes: Tensor, num_classes: int) -> 
 
 def check_options(*, memory: Any, attention: Any, trainable: Any, chunk: Any) -> None:
     """Raise unless these arguments of SkipCLIP are among their choices, and chunk is a whole number, at least 1."""
-    choices = {"memory": (memory, Memory), "attention": (attention, AttentionName), "trainable": (trainable, Trainable)}
-    for name, (value, allowed) in choices.items():
-        if value not in get_args(allowed):
-            raise ValueError(f"SkipCLIP: {name} must be one of {', '.join(get_args(allowed))}; got {value!r}.")
+    check_choice("SkipCLIP", "memory", memory, Memory)
+    check_choice("SkipCLIP", "attention", attention, AttentionName)
+    check_choice("SkipCLIP", "trainable", trainable, Trainable)
     if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
         raise ValueError(f"SkipCLIP: chunk must be a whole number, at least 1; got {chunk!r}.")
 

@@ -7,14 +7,14 @@ import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from .. import _progress
-from ..checks import check_dtype, check_shape
+from ..checks import check_choice, check_dtype, check_shape
 from ..options import CacheDtype, Refresh, SamplerKind
 from .extraction import Encoder, Images
 from .identity import dataset_identity
@@ -111,7 +111,7 @@ class FeatureCache(Dataset):
                 the disk is full, or an image or its features cannot be used. Finished rows stay.
         """
         folder = Path(path).absolute()  # a later change of the working directory has no effect
-        _check_choice("FeatureCache.build", "dtype", dtype, get_args(CacheDtype))
+        check_choice("FeatureCache.build", "dtype", dtype, CacheDtype)
         _check_clip("FeatureCache.build", clip)
         images = _checked_images("FeatureCache.build", dataset, batch_size, workers, seed)
         if resume and overwrite:
@@ -203,7 +203,7 @@ class FeatureCache(Dataset):
             MemoryError: If the outputs would take more than half of the free memory.
         """
         name = "FeatureCache.in_memory"
-        _check_choice(name, "refresh", refresh, get_args(Refresh))
+        check_choice(name, "refresh", refresh, Refresh)
         images = _checked_images(name, dataset, batch_size, workers, seed)
         with _advancing("features", len(images), progress) as advance:
             table, labels = images.compute(encode, 0, advance)
@@ -320,11 +320,6 @@ def _advancing(title: str, total: int, progress: Progress) -> Iterator[Callable[
     """Yield the function to call with the number of images of each batch."""
     with _progress.progress(title, total, shown=progress is True) as bar:
         yield progress if callable(progress) else bar
-
-
-def _check_choice(function: str, argument: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{function}: {argument} must be one of {', '.join(choices)}; got {value!r}.")
 
 
 def _check_clip(function: str, clip: Any) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from ..checks import check_choice
 from ..options import SamplerKind
 
 
@@ -45,8 +46,7 @@ class BatchSampler(Sampler[list[int]]):
         rank: int = 0,
         world_size: int = 1,
     ):
-        if kind not in get_args(SamplerKind):
-            raise ValueError(f"BatchSampler: kind must be one of {', '.join(get_args(SamplerKind))}; got {kind!r}.")
+        check_choice("BatchSampler", "kind", kind, SamplerKind)
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"BatchSampler: batch_size must be at least 1, a whole number; got {batch_size!r}.")
         if not 0 <= rank < world_size:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..checks import check_device, check_range
+from ..checks import check_choice, check_device, check_range
 from ..clip import SkipCLIP, check_clip
 from ..clip.checks import check_vocabulary, described
 
@@ -16,8 +16,7 @@ PairLoss = Literal["softmax", "sigmoid"]
 
 def pair_bias(clip: SkipCLIP, loss: str, logit_bias: Any) -> Tensor | float | None:
     """Bias of the logits of the pairwise sigmoid loss; None for the softmax loss, which does not depend on one."""
-    if loss not in get_args(PairLoss):
-        raise ValueError(f"pair_loss: loss must be one of {', '.join(get_args(PairLoss))}; got {loss!r}.")
+    check_choice("pair_loss", "loss", loss, PairLoss)
     if loss == "sigmoid":
         return bias_of("pair_loss", clip, logit_bias)
     if logit_bias is not None:
