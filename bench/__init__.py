@@ -1,10 +1,10 @@
 """Benchmarks: each checks its result against a baseline first, then times both in one run.
 
-steps               step, infer, memory, fuse, cache, trainers/; inputs, published and training have what they time
+steps               step, infer, fuse, trainers/; inputs, published and training have what they time
 operators           operators/ and peers
 without a GPU       counts, aot and gpu_model, by flops, launches, recording and meta_device
 on a GPU            gpu.sh, by gpu; tune
-results             equivalence, models, unknown, when/
+results             equivalence, models, cache, when/
 rows and pages      measure times, rows and tables store, report and pages/ show
 """
 

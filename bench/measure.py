@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import multiprocessing
 import random
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from typing import Any, TypeVar
 
 import torch
@@ -22,7 +20,6 @@ Key = TypeVar("Key")
 _SHOWN = {
     "saved_mib": "{} MiB saved",
     "peak_mib": "{} MiB at the peak",
-    "training_mib": "{} MiB to train",
     "above_floor": "{:.2f} times the floor",
     "faster": "skipkernels is {:.2f} times as fast",
     "wanted": "goal: {}",
@@ -138,12 +135,6 @@ def copying(moved: int, device: torch.device = CPU) -> Callable[[], Any]:
     """A copy that reads and writes `moved` bytes in total, a bound for memory-bound operators."""
     source, target = (torch.zeros(max(moved // 2, 1), dtype=torch.uint8, device=device) for _ in range(2))
     return lambda: target.copy_(source)
-
-
-def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """The result of a call in a new process, which reuses no memory that was freed here."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-        return process.submit(function, *arguments).result()
 
 
 def synchronize(device: torch.device) -> None:

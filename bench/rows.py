@@ -40,15 +40,12 @@ KINDS = {
     "step": Kind("bench.step", "model B C precision implementation", "p50_ms"),
     "infer": Kind("bench.infer", "model images B C skip_layers precision implementation", "p50_ms"),
     "operators": Kind("pytest bench/operators", "op shape dtype implementation", "p50_ms"),
-    "memory": Kind("bench.memory", "model B C skip_layers precision memory optimizer", "p50_ms"),
     "fuse": Kind("bench.fuse", "model B precision part implementation", "p50_ms"),
     "when": Kind("bench.when", "task method phase seed setting blended head", "base"),
     "when_cost": Kind("bench.when --cost", "task method epoch", "train_s"),
     "when_steps": Kind("bench.when --steps", "task method", "step_s"),
     "when_tail": Kind("bench.when --tail", "method seed", "accuracy"),
-    "unknown": Kind("bench.unknown", "task seed target", "task"),
     "trainers": Kind("bench.trainers", "trainer model B C K precision implementation", "p50_ms"),
-    "cache_build": Kind("bench.cache build", "model images B precision dtype extraction", "images_s"),
 }
 
 

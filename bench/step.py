@@ -3,7 +3,6 @@
     python -m bench.step                                                       ViT-B/16, batch 4, 10 to 21,841 classes
     python -m bench.step --classes 50 --implementation skipkernels published --precision fp32
     python -m bench.step --model ViT-L-14 --batch 4 32 --classes 10 1000
-    python -m bench.step --classes 100 --implementation skipkernels published full --training
 
     published             the published step (bench/published.py), from features at the cut
     published, compiled   the same by torch.compile
@@ -16,9 +15,6 @@ turn, in a new order each round. Time and memory are extrapolated from two small
 not to fit, or to take longer than --longest, is skipped with the reason in its row. Half of the blocks of each tower
 are skipped, and rows are appended to bench/results/DEVICE/step.csv after each number of classes. With --skip-layers
 they are only printed.
-
---training also measures the memory of training: in a process of its own, the peak of the second step with its update
-above the memory before the model is made. Besides the step that is weights, momentum, and text features at the cut.
 """
 
 from __future__ import annotations
@@ -36,14 +32,14 @@ import open_clip
 import torch
 
 from skipkernels import testing
-from skipkernels.memory import PeakMemory, free_bytes
+from skipkernels.memory import free_bytes
 from skipkernels.selection import RankSampler
 
 from . import measure
 from .inputs import Case, parser, random_inputs
 from .measure import OURS
 from .rows import PRECISIONS, save
-from .training import Published, Step, full_fine_tuning, prompt_tuning, skip_step, with_update
+from .training import Published, Step, full_fine_tuning, prompt_tuning, skip_step
 
 CLASSES = (10, 50, 100, 500, 1000, 5000, 21841)
 PUBLISHED, COMPILED, MIN = "published", "published, compiled", "skipkernels, memory=min"
@@ -52,8 +48,7 @@ FULL, PROMPTS = "full fine-tuning", "prompt tuning"
 _NAMES = {OURS: OURS, "min": MIN, PUBLISHED: PUBLISHED, "compiled": COMPILED, "full": FULL, "prompts": PROMPTS}
 IMPLEMENTATIONS = tuple(_NAMES.values())
 _COLUMNS = (
-    "implementation model B C K skip_layers precision p20_ms p50_ms p80_ms rounds faster "
-    "saved_mib peak_mib training_mib note"
+    "implementation model B C K skip_layers precision p20_ms p50_ms p80_ms rounds faster saved_mib peak_mib note"
 ).split()
 _PROBED = 4, 12  # classes from which time and memory are extrapolated
 _MANY = 2000  # classes from which text features are kept on disk between steps
@@ -69,7 +64,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser(__doc__, several=True, rounds=7, skip_layers=None, **cases)
     options.add_argument("--implementation", nargs="+", choices=list(_NAMES), default=list(_NAMES))
     options.add_argument("--longest", type=float, default=60.0, help="most seconds per step")
-    options.add_argument("--training", action="store_true", help="also measure the memory of training")
     args = options.parse_args(arguments)
     keys = [(_NAMES[word], precision) for precision in args.precision for word in _NAMES if word in args.implementation]
     for model, batch in itertools.product(args.model, args.batch):
@@ -166,8 +160,6 @@ def rows_of(
         row = dict.fromkeys(_COLUMNS, "") | row | found.get(key, {})
         if key in found and name in (OURS, MIN) and not any(other == PUBLISHED for other, _ in run):
             row["note"] = f"gradients compared at {_PROBED[1]} classes: the published step is not run here"
-        if key in found and name != COMPILED and args.training:
-            row["training_mib"] = round(measure.in_new_process(training_bytes, case, key) / 2**20, 1)
         rows.append(row)
     return rows
 
@@ -183,17 +175,6 @@ def timed(steps: dict[Key, Step], rounds: int, device: torch.device) -> dict[Key
         found[key] |= {"skip_layers": skip, "K": step.K}
         found[key] |= {"saved_mib": round(saved[key] / 2**20, 1), "peak_mib": round(peak / 2**20, 1)}
     return found
-
-
-def training_bytes(case: Case, key: Key) -> int:
-    """Peak memory of the second step with its update, above the memory before the model is made."""
-    small = case._replace(model="vit-tiny", classes=_PROBED[0], skip_layers=None)
-    with_update(build(small, [key])[key])()  # load libraries
-    testing.release_freed_memory()
-    before = PeakMemory(case.device).read()
-    with tempfile.TemporaryDirectory() as folder:
-        train = with_update(build(case, [key], Path(folder))[key])
-        return testing.peak_bytes(train, case.device, above=before)  # of the second call
 
 
 def half_of(model: Any) -> tuple[int, int]:

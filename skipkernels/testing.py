@@ -139,26 +139,19 @@ def allocated_bytes(function: Callable[[], Any]) -> int:
     return allocated.peak
 
 
-def release_freed_memory() -> None:
-    """Collect garbage, and let glibc return freed memory to the system."""
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # TypeError: Windows has no library None
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def peak_bytes(
-    function: Callable[[], Any], device: torch.device = CPU, *, warm_up: bool = True, above: int | None = None
-) -> int:
-    """Peak memory of one call above the memory before it, or above `above` bytes.
+def peak_bytes(function: Callable[[], Any], device: torch.device = CPU, *, warm_up: bool = True) -> int:
+    """Peak memory of one call above the memory before it.
 
     Allocated memory on a GPU, else resident memory, which is measured on Linux only; elsewhere the result is 0.
     """
     if warm_up:
         function()  # memory that is allocated once and kept is not counted
-    release_freed_memory()
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # TypeError: Windows has no library None
+        ctypes.CDLL(None).malloc_trim(0)  # glibc returns freed memory to the system
     if device.type == "cpu" and not Path("/proc/self/status").exists():
         return 0
     memory = PeakMemory(device)
-    before = memory.read() if above is None else above
+    before = memory.read()
     function()
     return memory.read() - before

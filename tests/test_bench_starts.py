@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import importlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,33 +9,23 @@ from pathlib import Path
 import pytest
 
 import bench
-import skipkernels as sk
-from bench import equivalence, unknown
-from bench.when import penalty, tasks
-from skipkernels.app.data.pictograms import names_of
+from bench import equivalence
 
 SMALL_GPU_MODEL = {"MODEL": "vit-tiny", "SKIP_LAYERS": 3, "BATCHES": (2,), "CLASSES": (20,), "PRECISIONS": ("bf16",)}
-ACTIVITIES = next(shift for shift in tasks.SHIFTS if shift.name == "activities")
 # Options, and smaller values of names of the module.
 COMMANDS = {
+    "cache": ("--model vit-tiny --classes 20 --batch 4 --skip-layers 3", {}),
     "equivalence": ("--steps 1 --precision fp32", {"_CASES": equivalence._CASES[:1]}),
     "fuse": ("--model vit-tiny --batch 2 --rounds 1 --part image --implementations eager fuse-min", {}),
     "gpu_model": ("", SMALL_GPU_MODEL),
     "models": ("--model ViT-S-32-alt", {}),
-    "unknown": ("", {"TASKS": unknown.TASKS[-2:], "SEEDS": (0,), "names_of": lambda tasks: names_of(tasks)[:50]}),
     "when.__main__": ("--methods zero-shot --tasks activities --seeds 1 --workers 1", {}),
-    "when.penalty": (
-        "",
-        {"SEARCH_SEEDS": penalty.SEARCH_SEEDS[:1], "SHIFTS": [dataclasses.replace(ACTIVITIES, name="one designer")]},
-    ),
 }
 ELSEWHERE = {
     "aot": "test_aot.py",
-    "cache": "test_bench_step.py",
     "counts": "test_aot.py",
     "gpu": "test_bench_gpu.py",
     "infer": "test_bench_step.py",
-    "memory": "test_bench_step.py",
     "report": "test_bench_report.py",
     "step": "test_bench_step.py",
     "trainers.__main__": "integrations/test_trainers.py",
@@ -59,7 +47,6 @@ def test_command_runs(name, monkeypatch, tmp_path, capsys):
         monkeypatch.setattr(f"bench.{name}.{key}", value)
     monkeypatch.setattr("bench.rows.RESULTS", tmp_path)  # no run has rows
     monkeypatch.setattr("bench.when.rows.ProcessPoolExecutor", lambda n, _, *start: ThreadPoolExecutor(n, "", *start))
-    monkeypatch.setattr(sk, "tune", functools.partial(sk.tune, method="skip", head="none", epochs=1, max_classes=20))
     monkeypatch.setattr("sys.argv", [name, *options.split(), "--no-save"])
     importlib.import_module(f"bench.{name}").main()
     assert capsys.readouterr().out

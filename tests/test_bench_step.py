@@ -1,4 +1,4 @@
-"""Benchmarks of steps and of the cache: wrong results get no time, what cannot run is skipped, rows fit the tables."""
+"""Benchmarks of steps: wrong results get no time, what cannot run is skipped, rows fit the tables."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import csv
 import json
 import math
 from collections.abc import Callable
-from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,10 @@ import pytest
 import torch
 
 import skipkernels as sk
-from bench import cache, infer, inputs, measure, memory, published, step, training
+from bench import infer, inputs, measure, published, step, training
 from bench.published import PublishedStep
 from bench.rows import KINDS, MACHINE
 from skipkernels import testing
-from skipkernels.features import FeatureCache
-from skipkernels.features.layout import STORED_DTYPES
 
 SMALL = "--model vit-tiny --classes 20 --device cpu --rounds 1".split()
 CUT = [*SMALL, "--skip-layers", "3"]
@@ -160,14 +157,6 @@ WRONG = {
         sk.SkipCLIP, "predict", lambda right: lambda self, x: right(self, x).roll(1, dims=1),
         lambda _: infer.main(INFER), "logits of skipkernels.* are not the published ones",
     ),
-    "weights": (
-        torch.optim.SGD, "__init__", lambda right: partialmethod(right, nesterov=True),
-        lambda _: memory.main(CUT), "the two optimizers leave other weights",
-    ),
-    "features": (
-        FeatureCache, "__getitem__", lambda right: lambda self, item: right(self, 0),
-        lambda _: cache.main(["build", *CUT, "--batch", "2"]), "other features",
-    ),
 }  # fmt: skip
 
 
@@ -180,7 +169,7 @@ def test_wrong_results_are_not_timed(monkeypatch, results, capsys, owner, name, 
     assert " ms " not in capsys.readouterr().out and not list(results.iterdir())
 
 
-# ---- bench.infer, bench.memory and bench.cache ----------------------------------------------------------------------
+# ---- bench.infer ---------------------------------------------------------------------------------------------------
 
 
 def test_infer_writes_a_row_per_implementation(results):
@@ -190,29 +179,3 @@ def test_infer_writes_a_row_per_implementation(results):
     for implementation, row in found.items():
         assert float(row["images_s"]) == pytest.approx(4000 / float(row["p50_ms"]), rel=0.01)
         assert (row["faster"] == "") == (implementation == "skipkernels") and float(row["above_floor"]) > 0
-
-
-def test_memory_writes_a_row_per_optimizer(results, monkeypatch):
-    monkeypatch.setattr(measure, "in_new_process", lambda function, *arguments: function(*arguments))
-    memory.main(CUT)
-    theirs, ours = rows_of(results, "memory")
-    assert (theirs["optimizer"], ours["optimizer"]) == ("torch.optim.SGD", "FusedSGD")
-    assert theirs["saved_mib"] == ours["saved_mib"] and theirs["K"] == ours["K"] == "11"
-    assert float(ours["gradients_mib"]) < float(theirs["gradients_mib"]) / 2 and float(ours["p50_ms"]) > 0
-
-
-@pytest.mark.parametrize(
-    ("command", "column", "values"),
-    [
-        ("build", "extraction", ["published", "build"]),
-        ("features", "dtype", list(STORED_DTYPES)),
-        ("texts", "texts", ["in memory", "into a folder", "from a folder"]),
-    ],
-)
-def test_cache_writes_rows(results, monkeypatch, command, column, values):
-    monkeypatch.setattr(measure, "in_new_process", lambda function, *arguments: function(*arguments))
-    cache.main([command, *CUT, "--batch", "4"])
-    rows = rows_of(results, f"cache_{command}")
-    assert [row[column] for row in rows] == values
-    if command == "features":
-        assert float(rows[0]["error"]) == 0 < float(rows[-1]["error"]) < 0.02  # int8 has 8 bits for a token

@@ -1,15 +1,12 @@
-"""Tables of docs/benchmarks.md: steps, classification, claims of the paper, and comparisons that we lose."""
+"""Tables of docs/benchmarks.md: steps, classification, and comparisons that we lose."""
 
 from __future__ import annotations
 
-import itertools
-
 from .. import infer, step
-from ..rows import PRECISIONS, all_rows, grouped, latest_rows, number
-from .cells import MACHINE_SHOWN, SHOWN, figure, origin, saving, table, timed, times
+from ..rows import PRECISIONS, grouped, latest_rows, number
+from .cells import MACHINE_SHOWN, SHOWN, figure, origin, table, timed, times
 
 OURS = step.OURS
-CLAIMED, EVALUATION = ("100", "1000"), SHOWN | {"images": "100", "B": "100"}  # of the claims
 
 
 def steps() -> str:
@@ -43,22 +40,6 @@ def sizes() -> str:
     return table(header, lines) + origin("step", rows)
 
 
-def memory() -> str:
-    rows = latest_rows("memory", **SHOWN)
-    lines = [
-        [
-            f"`{row['optimizer']}`" + (f', `memory="{row["memory"]}"`' if row["memory"] != "fast" else ""),
-            row["precision"],
-            f"{int(row['K']):,} of {int(row['C']):,}",
-            figure(number(row, "p50_ms"), " ms"),
-            *(figure(number(row, column), " MiB") for column in ("saved_mib", "gradients_mib", "peak_mib")),
-        ]
-        for row in rows
-    ]
-    header = ["", "precision", "classes", "step", "saved for backward", "largest sum of gradients"]
-    return table([*header, "peak above the memory between steps"], lines) + origin("memory", rows)
-
-
 def classifying() -> str:
     rows = latest_rows("infer", **MACHINE_SHOWN, model=SHOWN["model"])
     cases = sorted(
@@ -77,43 +58,21 @@ def classifying() -> str:
     return table(header, lines) + origin("infer", rows)
 
 
-def claims() -> str:
-    """Memory of training and time of classification, and how much less they are than those of the first line."""
-    used, lines = [], []
-    for what, kind, where, names, column, divisor, unit in (
-        ("training", "step", SHOWN, (step.FULL, step.PUBLISHED, OURS), "training_mib", 1, " MiB"),
-        ("classification", "infer", EVALUATION, (step.PUBLISHED, OURS), "p50_ms", 1000, " s"),
-    ):
-        rows = [row for row in all_rows(kind, **where) if row["C"] in CLAIMED]
-        measured = [row for row in rows if row["implementation"] in names and row.get(column)]
-        rows = [row for row in rows if row in measured or row["note"].startswith("does not fit")]
-        by_case = {(row["implementation"], row["precision"], row["C"]): row for row in rows}
-        for precision, name in itertools.product(PRECISIONS, names):
-            found = [[by_case.get((each, precision, C), {}) for C in CLAIMED] for each in (name, names[0])]
-            cells = [saving(*pair, column, divisor, unit) for pair in zip(*found, strict=True)]
-            lines.append([f"{what}, {name}", precision, *cells])
-        used += [row for row in by_case.values() if row in measured]
-    header = ["", "", *(f"C = {int(C):,}" for C in CLAIMED)]
-    return table(header, [line for line in lines if any(line[2:])]) + origin("step infer", used)
-
-
-# For each kind of rows: the column with our speed-up, what is compared, and against what.
+# What is compared with another implementation, by kind of rows.
 COMPARED = {
-    "operators": ("faster", "`{op}`, {shape}, {dtype}", "{implementation}"),
-    "step": ("faster", "a step, {model}, B{B}, C{C}, {precision}", "{implementation}"),
-    "infer": ("faster", "classifying {images} images, {model}, C{C}, {precision}", "{implementation}"),
-    "cache_build": ("faster", "building a cache, {model}, {precision}", "published"),
+    "operators": "`{op}`, {shape}, {dtype}",
+    "step": "a step, {model}, B{B}, C{C}, {precision}",
+    "infer": "classifying {images} images, {model}, C{C}, {precision}",
 }
 
 
 def losses() -> str:
     """Comparisons in which another implementation is faster, the largest factor first."""
     every = [
-        (float(row[column]), what.format(**row), against.format(**row))
-        for kind, (column, what, against) in COMPARED.items()
+        (float(row["faster"]), what.format(**row), row["implementation"])
+        for kind, what in COMPARED.items()
         for row in latest_rows(kind, **MACHINE_SHOWN)
-        if row.get(column) and not row.get("implementation", "").startswith(OURS)
-        if row.get("extraction", "build") == "build"
+        if row.get("faster") and not row["implementation"].startswith(OURS)
     ]
     lost = sorted(each for each in every if each[0] < 1)
     text = f"Another implementation is faster in {len(lost)} of {len(every)} comparisons"

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 
-from ..rows import KINDS, MACHINE, Row, number
+from ..rows import KINDS, Row, number
 
 MACHINE_SHOWN = {"device": "AMD EPYC (avx2 avx512f avx512_bf16)"}  # times in tables and pictures are its
 SHOWN = MACHINE_SHOWN | {"model": "ViT-B-16", "B": "4"}  # the steps in them
@@ -44,22 +44,6 @@ def timed(row: Row, divisor: float = 1, unit: str = "") -> str:
         return f"{reason}: {about[0]}" if about and reason == "not run" else reason
     faster = times(number(row, "faster"))
     return figure(float(row["p50_ms"]) / divisor, unit) + (f" ({faster})" if faster else "")
-
-
-def saving(row: Row, first: Row, column: str, divisor: float = 1, unit: str = "") -> str:
-    """A value and, in brackets, how much less it is than in the first row of the same run; without a value, the reason.
-
-    >>> run = dict.fromkeys(MACHINE, "")
-    >>> saving(run | {"s": "63"}, run | {"s": "100"}, "s"), saving(run | {"s": "126"}, run | {"s": "100"}, "s", 2, " s")
-    ('63.0 (37 % less)', '63.0 s (26 % more)')
-    """
-    value, other = number(row, column), number(first, column)
-    if value is None:
-        return row.get("note", "").partition(":")[0]
-    if row is first or other is None or any(row[name] != first[name] for name in MACHINE):
-        return figure(value / divisor, unit)
-    change = 100 * value / other - 100
-    return f"{figure(value / divisor, unit)} ({abs(change):.0f} % {'more' if change > 0 else 'less'})"
 
 
 def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:

@@ -1,12 +1,9 @@
-"""Tables of results that do not depend on the device: docs/when.md, using-a-model.md, fused-blocks.md, gpu.md."""
+"""Tables of results that do not depend on the device: docs/when.md, fused-blocks.md, gpu.md."""
 
 from __future__ import annotations
 
-from statistics import mean
-
 from .. import gpu_model, tables
 from ..rows import grouped, latest_rows
-from ..unknown import COLUMNS
 from ..when import summary
 from .cells import origin, table
 
@@ -39,15 +36,3 @@ def estimates() -> str:
     """Estimated steps on a GPU, which depend on no device here."""
     header, lines = gpu_model.cells(tables.read(gpu_model.TABLE, gpu_model.Row))
     return table(header, lines) + f"\n\n<sub>{gpu_model.TITLE}; `python -m bench.gpu_model`</sub>"
-
-
-def unknown_images() -> str:
-    """Images that thresholds keep: means over tasks and seeds."""
-    rows, lines = latest_rows("unknown"), []
-    for (target,), of in grouped(rows, "target").items():
-        found = [row for row in of if row["threshold"]]
-        threshold, *shares = (mean(float(row[column]) for row in found) for column in COLUMNS)
-        lines.append([f"{target} %", f"{threshold:.2f}", *(f"{share:.0f} %" for share in shares)])
-    header = ["accuracy wanted", "threshold", "validation images kept", "test images kept", "right of these"]
-    text = table([*header, "new classes kept", "other tasks kept"], lines)
-    return text + origin("unknown", rows)

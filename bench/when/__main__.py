@@ -7,7 +7,6 @@
     python -m bench.when --cost --tasks all      accuracy over time, on a quiet machine
     python -m bench.when --steps --tasks all     time and memory of a step, on a quiet machine
     python -m bench.when --tail                  a class of 200 images and fourteen of 5
-    python -m bench.when.penalty                 the penalty of an anchored probe for classes with one image
     python -m bench.report                       write the tables of the rows
 
 `bench.when.tasks` has the tasks and `bench.when.plan` the methods; `docs/when.md` has the results, and

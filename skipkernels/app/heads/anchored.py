@@ -16,7 +16,7 @@ TOLERANCE = 1e-7
 CANDIDATES = (3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Penalties of `anchored_l2`."""
 WITHOUT_PAIRS = 0.01
-"""Penalty if no class has two images; measured by `bench.when.penalty`."""
+"""Penalty if no class has two images: none can be held out to choose it."""
 _RANKED = 1e-3  # as TOLERANCE, for losses that are only compared
 
 
