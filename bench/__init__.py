@@ -1,6 +1,6 @@
 """Benchmarks: each checks its result against a baseline first, then times both in one run.
 
-steps               step, infer, fuse, trainers/; inputs, published and training have what they time
+steps               step, infer, fuse; inputs, published and training have what they time
 operators           operators/ and peers
 without a GPU       counts, aot and gpu_model, by flops, launches, recording and meta_device
 on a GPU            gpu.sh, by gpu; tune

@@ -37,7 +37,6 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "lose": benchmarks.losses,
     },
     "docs/operators.md": {"operators": operators.operators},
-    "docs/trainers.md": {"trainers": operators.trainers},
     "docs/fused-blocks.md": {"fuse": studies.fused},
     "docs/gpu.md": {"gpu-model": studies.estimates},
     "docs/heads.md": of_study("tail"),

@@ -45,7 +45,6 @@ KINDS = {
     "when_cost": Kind("bench.when --cost", "task method epoch", "train_s"),
     "when_steps": Kind("bench.when --steps", "task method", "step_s"),
     "when_tail": Kind("bench.when --tail", "method seed", "accuracy"),
-    "trainers": Kind("bench.trainers", "trainer model B C K precision implementation", "p50_ms"),
 }
 
 

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable
-
-import pytest
 
 from bench import report
-from bench.pages import operators
 from bench.pages.cells import MACHINE_SHOWN
 from bench.rows import KINDS, all_rows, latest
 
@@ -18,21 +14,6 @@ def step(implementation: str, C: int, ms: object = "", **values: object) -> dict
     case = {"model": "ViT-B-16", "B": 4, "C": C, "precision": "fp32", "implementation": implementation, "p50_ms": ms}
     sizes = {"K": 20, "saved_mib": 100, "peak_mib": 200, "above_floor": 1.5, "faster": "", "note": ""}
     return {name: str(value) for name, value in (machine | case | sizes | values).items()}
-
-
-@pytest.fixture
-def save(monkeypatch, tmp_path) -> Callable[..., None]:
-    """A function that writes rows in place of the committed ones."""
-    monkeypatch.setattr("bench.rows.RESULTS", tmp_path)
-
-    def write(*rows: dict[str, str], kind: str = "step") -> None:
-        (tmp_path / "cpu").mkdir(exist_ok=True)
-        with (tmp_path / "cpu" / f"{kind}.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-
-    return write
 
 
 def test_committed_pages_match_the_rows(capsys):
@@ -49,12 +30,17 @@ def test_latest_keeps_the_last_row_but_no_skipped_one():
     assert latest([measured, no_room], kind) == [no_room]
 
 
-def test_read_leaves_out_rows_of_one_round_and_of_another_pytorch(save):
+def test_read_leaves_out_rows_of_one_round_and_of_another_pytorch(monkeypatch, tmp_path):
+    monkeypatch.setattr("bench.rows.RESULTS", tmp_path)
     once, old, prediction, new = (
         step("published", 10, ms, rounds=rounds, torch=torch)
         for ms, rounds, torch in ((1.0, 1, "2.15"), (1.0, 3, "2.13"), ("", "", "2.15"), (1.0, 3, "2.15"))
     )
-    save(once, old, prediction, new)
+    (tmp_path / "cpu").mkdir()
+    with (tmp_path / "cpu/step.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(once))
+        writer.writeheader()
+        writer.writerows([once, old, prediction, new])
     assert all_rows("step") == [prediction, new] and all_rows("step", p50_ms="3.0", C="11") == []
 
 
@@ -68,17 +54,3 @@ def test_check_names_stale_files_and_writes_nothing(tmp_path, monkeypatch, capsy
     assert capsys.readouterr().out == "README.md is out of date: python -m bench.report\n"
     assert report.main([]) == 0 == report.main(["--check"])
     assert readme.read_text() == right and (tmp_path / report.PICTURE).read_text().startswith("<svg")
-
-
-def test_trainers_compares_two_rows_of_one_case(save):
-    """bf16 is another case; two cases of a trainer have no line that could show both."""
-    rows = [
-        step(name, 500, ms, trainer="lightning", precision=precision)
-        for precision, times in (("fp32", (600, 200)), ("bf16", (300, 100)))
-        for name, ms in zip(("naive", "skipkernels"), times, strict=True)
-    ]
-    save(*rows, kind="trainers")
-    assert "| Lightning | 600 ms → 200 ms | 3.00 | 100 MiB → 100 MiB |" in operators.trainers()
-    save(*rows, step("naive", 1000, 900, trainer="lightning"), kind="trainers")
-    with pytest.raises(ValueError, match="must have a row of naive and one of skipkernels; got 3 rows"):
-        operators.trainers()

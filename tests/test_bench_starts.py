@@ -28,7 +28,6 @@ ELSEWHERE = {
     "infer": "test_bench_step.py",
     "report": "test_bench_report.py",
     "step": "test_bench_step.py",
-    "trainers.__main__": "integrations/test_trainers.py",
     "tune": "ops/test_tune.py",
 }
 

@@ -62,7 +62,7 @@ class SkipModule(LightningModule):
         **options: Any,
     ):
         super().__init__()
-        if not hasattr(clip, "parameter_groups"):  # bench/trainers passes a plain module with this method
+        if not hasattr(clip, "parameter_groups"):  # a plain module may have this method
             check_clip("SkipModule", clip)
         self.clip = clip
         if optimizer is FusedSGD:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-from bench.trainers.common import Problem
+from tests.integrations.problems import Problem
 
 
 def config(folder: Path, problem: Problem, **options: Any) -> Any:

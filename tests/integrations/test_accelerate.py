@@ -6,8 +6,8 @@ import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from torch.utils.data import DataLoader
 
-from bench.trainers import accelerate as runner
-from bench.trainers.common import Problem, small_problem
+from tests.integrations.problems import Problem, small_problem
+from tests.integrations.runners import accelerate as runner
 
 STEPS, SAVED = 6, 4  # of an epoch
 

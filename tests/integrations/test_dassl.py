@@ -14,10 +14,10 @@ import open_clip
 import pytest
 import torch
 
-from bench.trainers.common import WEIGHT_TOLERANCE, NaiveCLIP, Problem, small_problem, trained
 from skipkernels.app.demo import pictogram_tiny
 from skipkernels.testing import relative_error
 from tests.integrations import dassl_stand_in as runner
+from tests.integrations.problems import WEIGHT_TOLERANCE, NaiveCLIP, Problem, small_problem, trained
 
 pictogram_tiny.register()  # so that open_clip knows its tokenizer
 

@@ -13,10 +13,10 @@ from torch.utils.data import TensorDataset
 from transformers import Trainer, TrainingArguments
 
 import skipkernels as sk
-from bench.trainers import hugging_face as runner
-from bench.trainers.common import Problem, small_problem
-from bench.trainers.common import trained as vector
 from skipkernels.integrations import hugging_face
+from tests.integrations.problems import Problem, small_problem
+from tests.integrations.problems import trained as vector
+from tests.integrations.runners import hugging_face as runner
 
 STEPS, SAVED = 6, 4  # of the only epoch
 

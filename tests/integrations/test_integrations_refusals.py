@@ -13,12 +13,12 @@ from torch import nn
 from transformers import Trainer
 
 import skipkernels as sk
-from bench.trainers import hugging_face as hugging_face_runner
-from bench.trainers import lightning as lightning_runner
-from bench.trainers.common import Problem, small_problem
 from skipkernels.integrations import hugging_face
 from skipkernels.integrations.lightning import SkipModule
 from skipkernels.integrations.open_clip import ClassModel
+from tests.integrations.problems import Problem, small_problem
+from tests.integrations.runners import hugging_face as hugging_face_runner
+from tests.integrations.runners import lightning as lightning_runner
 
 
 class Case:

@@ -13,10 +13,10 @@ from torch.optim.lr_scheduler import ExponentialLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader, TensorDataset
 
 import skipkernels as sk
-from bench.trainers import lightning as runner
-from bench.trainers.common import Problem, small_problem, trained
 from skipkernels.integrations.lightning import MultiLabelModule, PairModule, SkipModule
 from skipkernels.pairs import pair_loss, sigmoid_loss
+from tests.integrations.problems import Problem, small_problem, trained
+from tests.integrations.runners import lightning as runner
 
 STEPS, SAVED = 6, 4  # of the only epoch
 

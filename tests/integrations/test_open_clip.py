@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 
 import skipkernels as sk
-from bench.trainers import open_clip as runner
-from bench.trainers.common import Problem, small_problem, trained
 from skipkernels.app.demo import pictogram_tiny
 from skipkernels.integrations.open_clip import ClassLoss, ClassModel, main, scaled_schedule
+from tests.integrations.problems import Problem, small_problem, trained
+from tests.integrations.runners import open_clip as runner
 
 pictogram_tiny.register()  # so that open_clip knows its tokenizer
 

@@ -1,4 +1,4 @@
-"""The trainers of bench.trainers: losses and weights of a plain module, and of one process."""
+"""Every trainer: losses and weights of a plain module, and of one process."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
-from bench.trainers import __main__ as command
-from bench.trainers import lightning, open_clip
-from bench.trainers.common import NaiveCLIP, small_problem, trained
 from skipkernels.integrations.open_clip import ClassLoss, ClassModel
+from skipkernels.testing import relative_error
+from tests.integrations.problems import LOSS_TOLERANCE, WEIGHT_TOLERANCE, losses_of, small_problem, trained
+from tests.integrations.runners import lightning, open_clip
 from tests.processes import run_in_processes
 
 STEPS, TOGETHER = 3, 4
@@ -25,26 +25,14 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("name", TRAINERS)
-def test_losses_and_weights_of_the_plain_module(name, monkeypatch):
-    rows = []
-    monkeypatch.setattr(command, "save", lambda args, new, table: rows.extend(new))
-    command.main(["--trainer", name, "--quick"])
-    naive, ours = rows
-    assert float(ours["loss_difference"]) <= 1e-4 and float(ours["weight_difference"]) <= 1e-3
-    assert ours["steps"] == 20 and ours["saved_mib"] < naive["saved_mib"] / 2
-
-
-def test_another_loss_is_not_measured(monkeypatch):
-    right = NaiveCLIP.forward
-
-    def wrong(self, *batch, **named):
-        out = right(self, *batch, **named)
-        return out._replace(loss=1.001 * out.loss)
-
-    monkeypatch.setattr(NaiveCLIP, "forward", wrong)
-    monkeypatch.setattr(command, "small_problem", lambda: small_problem(STEPS))
-    with pytest.raises(SystemExit, match="do not agree: no measurement"):
-        command.main(["--trainer", "accelerate", "--quick", "--no-save"])
+def test_losses_and_weights_of_the_plain_module(name):
+    runner, problem = importlib.import_module(f"tests.integrations.runners.{name}"), small_problem()
+    naive, ours = (make() for make in problem.implementations().values())
+    start = trained(naive)
+    expected, losses = (losses_of(runner.train, module, problem) for module in (naive, ours))
+    assert losses == pytest.approx(expected, rel=LOSS_TOLERANCE)
+    moved = trained(naive) - start
+    assert moved.any() and relative_error(trained(ours) - start, moved) <= WEIGHT_TOLERANCE
 
 
 # ---- two processes -----------------------------------------------------------------------------------------------
@@ -70,7 +58,7 @@ def train(name: str, batch_size: int, folder: Path, rank: int | None = None) -> 
         sampler = DistributedSampler(problem.dataset, 2, rank, shuffle=False)  # Lightning's own shuffles
         trainer.fit(lightning.plug(clip, problem), DataLoader(problem.dataset, batch_size, sampler=sampler))
     else:
-        importlib.import_module(f"bench.trainers.{name}").train(clip, problem, folder)
+        importlib.import_module(f"tests.integrations.runners.{name}").train(clip, problem, folder)
     return trained(clip)
 
 

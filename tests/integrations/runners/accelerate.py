@@ -8,7 +8,7 @@ from typing import Any
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch.utils.data import DataLoader
 
-from .common import Problem
+from ..problems import Problem
 
 
 def train(module: Any, problem: Problem, _: Path) -> None:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from skipkernels.integrations.open_clip import ClassLoss, ClassModel
 
-from .common import NaiveCLIP, Problem
+from ..problems import NaiveCLIP, Problem
 
 
 def train(module: Any, problem: Problem, _: Path) -> None:

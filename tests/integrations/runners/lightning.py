@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from skipkernels.integrations.lightning import SkipModule
 
-from .common import Problem
+from ..problems import Problem
 
 
 def train(module: Any, problem: Problem, folder: Path) -> None:

@@ -9,7 +9,7 @@ from transformers import Trainer, TrainingArguments
 
 from skipkernels.integrations import hugging_face
 
-from .common import Problem
+from ..problems import Problem
 
 
 def train(module: Any, problem: Problem, folder: Path) -> None:

@@ -1,15 +1,13 @@
-"""Shared by the trainers: a problem, a plain module with SkipCLIP's signature, and the record of a run.
+"""A problem for all trainers, and a plain module with SkipCLIP's signature.
 
-A module of this folder has `train(module, problem, folder)`, which trains for `problem.steps` steps in one process, in
-fp32, with `problem.optimizer` and without evaluation. It must call the module, so that the hooks of `record` run.
+A module of `runners/` has `train(module, problem, folder)`, which trains for `problem.steps` steps in one process, in
+fp32, with `problem.optimizer` and without evaluation. It must call the module, so that the hook of `losses_of` runs.
 """
 
 from __future__ import annotations
 
 import copy
-import itertools
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,13 +18,11 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import skipkernels as sk
+from bench.inputs import class_names
+from bench.measure import CPU
+from bench.published import choose_classes, freeze
 from skipkernels.app.train.model import RANDOM, load_model
 from skipkernels.selection import RankSampler
-from skipkernels.testing import relative_error, saved_bytes
-
-from ..inputs import class_names, random_inputs
-from ..measure import CPU
-from ..published import choose_classes, freeze
 
 Train = Callable[[nn.Module, "Problem", Path], None]
 
@@ -107,7 +103,7 @@ class Problem(NamedTuple):
         return TensorDataset(self.images, self.labels)
 
     def implementations(self) -> dict[str, Callable[[], nn.Module]]:
-        """Functions that make a module with a copy of the model: "naive" first, then "skipkernels"."""
+        """Functions that make a module with a copy of the model."""
         tokens, skip, keep = self.tokens, self.skip_layers, self.keep_ratio
         return {
             "naive": lambda: NaiveCLIP(copy.deepcopy(self.model), tokens, skip, keep),
@@ -139,74 +135,19 @@ def small_problem(steps: int = 20, classes: int = 12, batch_size: int = 2) -> Pr
     return Problem("vit-tiny", model, tokens, images, labels, batch_size, 2, 1.0, 1e-2)
 
 
-def full_problem(model: str = "ViT-B-16", classes: int = 500, batch_size: int = 4, steps: int = 4) -> Problem:
-    """A model with random weights; classes are selected as published."""
-    inputs = random_inputs(model, steps * batch_size, classes, CPU)
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.randint(classes, (steps,), generator=generator).repeat_interleave(batch_size)
-    skip = len(inputs.model.transformer.resblocks) // 2
-    return Problem(model, inputs.model, inputs.tokens, inputs.images, labels, batch_size, skip, 0.5, 1e-3)
-
-
-class Record(NamedTuple):
-    """Result of a run."""
-
-    losses: list[float]
-    seconds: list[float]  # from the beginning of each step to that of the next, without the warm-up
-    saved_bytes: int  # for the backward of a step
-    start: Tensor  # [n], all trained parameters before the run
-    weights: Tensor  # [n], after it
-    kept: int  # classes of the last step
-
-
 def trained(module: nn.Module) -> Tensor:
     """All parameters that train, by name, in one vector."""
     named = sorted((name, p) for name, p in module.named_parameters() if p.requires_grad)
     return torch.cat([parameter.detach().flatten() for _, parameter in named])
 
 
-def record(train: Train, module: nn.Module, problem: Problem) -> Record:
-    """Train a module with a trainer, and record its steps by hooks, so that the trainer runs unmodified."""
-    batch = problem.images[: problem.batch_size], problem.labels[: problem.batch_size]
-    saved, start = saved_bytes(lambda: module.train()(*batch).loss), trained(module)
-    starts: list[float] = []
-    outputs: list[tuple[Tensor, int]] = []
-    handles = [
-        module.register_forward_pre_hook(lambda *_: starts.append(time.perf_counter())),
-        module.register_forward_hook(lambda _, __, out: outputs.append((out.loss.detach(), len(out.class_ids)))),
-    ]
+def losses_of(train: Train, module: nn.Module, problem: Problem) -> list[float]:
+    """Train a module with a trainer, which runs unmodified; return the losses of its steps."""
+    losses: list[Tensor] = []
+    handle = module.register_forward_hook(lambda _, __, out: losses.append(out.loss.detach()))
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         train(module, problem, Path(folder))
-    for handle in handles:
-        handle.remove()
-    if len(outputs) != problem.steps:
-        raise SystemExit(f"the trainer took {len(outputs)} steps, expected {problem.steps}")
-    if trained(module).equal(start):
-        raise SystemExit("the trainer did not change the weights")
-    seconds = [after - before for before, after in itertools.pairwise(starts[1:])]
-    return Record([loss.item() for loss, _ in outputs], seconds, saved, start, trained(module), outputs[-1][1])
-
-
-class Difference(NamedTuple):
-    """Difference between two runs."""
-
-    loss: float  # the largest, relative to the loss
-    weights: float  # of the final weights, relative to how far they moved
-
-    @property
-    def is_small(self) -> bool:
-        return self.loss <= LOSS_TOLERANCE and self.weights <= WEIGHT_TOLERANCE
-
-
-def difference(found: Record, expected: Record) -> Difference:
-    """Compare a run with one of another implementation from the same weights."""
-    pairs = zip(found.losses, expected.losses, strict=True)
-    moved = (each.weights - each.start for each in (found, expected))
-    return Difference(max(abs(a - b) / abs(b) for a, b in pairs), relative_error(*moved))
-
-
-def compare(train: Train, problem: Problem) -> tuple[dict[str, Record], Difference]:
-    """Train every implementation of a problem with a trainer; compare ours with the naive one."""
-    records = {name: record(train, make(), problem) for name, make in problem.implementations().items()}
-    return records, difference(records["skipkernels"], records["naive"])
+    handle.remove()
+    assert len(losses) == problem.steps
+    return [loss.item() for loss in losses]

@@ -1,1 +1,0 @@
-"""SkipCLIP and a plain module with the same signature in the trainers of other libraries, one module per trainer."""
