@@ -2,7 +2,7 @@
 
     python -m bench.counts                     count all and write bench/results/counts.csv
     python -m bench.counts --check             count all and compare with the table; write nothing
-    python -m bench.counts --check --model vit-tiny
+    python -m bench.counts --check --classes 20
 
 For training steps of SkipCLIP, and `predict` from features after the weights have changed:
 
@@ -174,27 +174,21 @@ def compare(rows: Sequence[Row], table: Sequence[Row]) -> Iterator[str]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = command(__doc__)
     parser.add_argument("--check", action="store_true", help="compare with the table and do not write it")
-    parser.add_argument("--model", nargs="+", choices=dict.fromkeys(size.model for size in SIZES), help="only these")
-    classes = dict.fromkeys(size.C for size in SIZES)
-    parser.add_argument("--classes", nargs="+", type=int, choices=classes, help="only these numbers of classes")
+    classes = [size.C for size in SIZES]
+    parser.add_argument("--classes", nargs="+", type=int, choices=classes, default=classes, help="only these numbers")
     args = parser.parse_args(arguments)
     if not launching.installed:
         parser.error("Triton is not installed, and its launches are counted: pip install triton")
     measure.keep_freed_memory()  # else half of the time is the system clearing pages
-
-    def selected(size: Size | Row) -> bool:
-        return (not args.model or size.model in args.model) and (not args.classes or size.C in args.classes)
-
-    sizes = list(filter(selected, SIZES))
-    rows = [row for size in sizes for row in rows_of(size)]
+    rows = [row for size in SIZES if size.C in args.classes for row in rows_of(size)]
     if not args.check:
         columns = ("what", "model", "C", "K", "precision", "memory", *COUNTS)
         tables.show(columns, [[getattr(row, name) for name in columns] for row in rows])
-        if not (args.no_save or args.model or args.classes):
+        if not args.no_save and set(args.classes) == set(classes):
             tables.write(TABLE, rows)
             print(f"wrote {TABLE}")
         return
-    problems = list(compare(rows, [row for row in tables.read(TABLE, Row) if selected(row)]))
+    problems = list(compare(rows, [row for row in tables.read(TABLE, Row) if row.C in args.classes]))
     for problem in problems:
         print(problem)
     print(f"{len(rows)} rows, {len(problems)} problems")

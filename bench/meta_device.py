@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 _aten = torch.ops.aten
 PRODUCTS = {product.default for product in (_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm)}
 _ATTENTION = F.scaled_dot_product_attention
-_PRODUCTS = {torch.matmul, torch.mm, Tensor.matmul, Tensor.__matmul__, Tensor.mm, F.linear}
+_CAST = {torch.matmul, torch.mm, Tensor.matmul, Tensor.__matmul__, Tensor.mm, F.linear}  # their inputs, by autocast
 
 
 def _call_as_on_a_gpu(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -29,9 +29,9 @@ def _call_as_on_a_gpu(function: Callable[..., Any], *args: Any, **kwargs: Any) -
     if function is _ATTENTION and args[0].is_meta:
         query, key, value, *mask = args
         attention = torch.ops.aten._scaled_dot_product_efficient_attention
-        with_lse, causal = torch.is_grad_enabled(), kwargs.get("is_causal", False)
-        return attention(query, key, value, kwargs.get("attn_mask", *mask[:1]), with_lse, 0.0, causal)[0]
-    if function in _PRODUCTS and args[0].is_meta and torch.is_autocast_enabled("meta"):
+        with_lse, causal, scale = torch.is_grad_enabled(), kwargs.get("is_causal", False), kwargs.get("scale")
+        return attention(query, key, value, kwargs.get("attn_mask", *mask[:1]), with_lse, 0.0, causal, scale=scale)[0]
+    if function in _CAST and args[0].is_meta and torch.is_autocast_enabled("meta"):
         dtype = torch.get_autocast_dtype("meta")
         args = tuple(x.to(dtype) if isinstance(x, Tensor) else x for x in args)
     return function(*args, **kwargs)

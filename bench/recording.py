@@ -27,8 +27,6 @@ from .measure import CPU
 from .meta_device import PRODUCTS, WithoutProducts, meta_as_gpu
 
 _aten = torch.ops.aten
-_PRODUCTS = {product.overloadpacket for product in PRODUCTS}
-_ATTENTION = tuple(op for op in flop_registry if "attention" in str(op))
 _READS_SOME_ROWS = (_aten.index, _aten.index_select)
 _INDEXED = (_aten.index, _aten.index_put, _aten.index_put_)
 _DEPENDS_ON_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
@@ -95,13 +93,12 @@ class Recording(TorchDispatchMode):
         if packet in _READS_SOME_ROWS:
             moved = 2 * self._nbytes(out)
         flops, shape, dtype = 0, None, torch.float32
-        if packet in _PRODUCTS:
-            left, right = [x for x in args if isinstance(x, Tensor)][-2:]
+        if packet in flop_registry:  # products and attention
+            flops, dtype = flop_registry[packet](*args, **kwargs, out_val=out), args[0].dtype
+        if operator in PRODUCTS:
+            left, right = args[-2:]
             *batch, rows, inner = left.shape
             shape, dtype = (math.prod(batch), rows, right.shape[-1], inner), left.dtype
-            flops = 2 * math.prod(shape)
-        elif packet in _ATTENTION:
-            flops, dtype = flop_registry[packet](*args, **kwargs, out_val=out), args[0].dtype
         return Launch(packet.__name__, False, moved, flops, dtype, shape)
 
     def _ours(self, operator: Any, args: Any, out: Any) -> Iterator[Launch]:

@@ -12,7 +12,7 @@
 
 Each is checked against another computation of the same result before it is timed. Then forward and backward run in
 turn, in a new order each round. Time and memory are extrapolated from two small numbers of classes: a step predicted
-not to fit, or to take longer than --longest, is skipped with the reason in its row. Half of the blocks of each tower
+not to fit, or to take longer than a minute, is skipped with the reason in its row. Half of the blocks of each tower
 are skipped, and rows are appended to bench/results/DEVICE/step.csv after each number of classes. With --skip-layers
 they are only printed.
 """
@@ -50,6 +50,7 @@ IMPLEMENTATIONS = tuple(_NAMES.values())
 _COLUMNS = (
     "implementation model B C K skip_layers precision p20_ms p50_ms p80_ms rounds faster saved_mib peak_mib note"
 ).split()
+_LONGEST = 60.0  # seconds of a step
 _PROBED = 4, 12  # classes from which time and memory are extrapolated
 _MANY = 2000  # classes from which text features are kept on disk between steps
 
@@ -63,7 +64,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cases = {"model": ["ViT-B-16"], "batch": [4], "classes": list(CLASSES), "precision": list(PRECISIONS)}
     options = parser(__doc__, several=True, rounds=7, skip_layers=None, **cases)
     options.add_argument("--implementation", nargs="+", choices=list(_NAMES), default=list(_NAMES))
-    options.add_argument("--longest", type=float, default=60.0, help="most seconds per step")
     args = options.parse_args(arguments)
     keys = [(_NAMES[word], precision) for precision in args.precision for word in _NAMES if word in args.implementation]
     for model, batch in itertools.product(args.model, args.batch):
@@ -110,7 +110,7 @@ def extrapolate(few: Probe, more: Probe, classes: Sequence[int], K: int) -> Prob
     return seconds, saved
 
 
-def reason_to_skip(case: Case, key: Key, probes: Sequence[dict[Key, Probe]], longest: float) -> str:
+def reason_to_skip(case: Case, key: Key, probes: Sequence[dict[Key, Probe]]) -> str:
     """The reason why a step is not run, or ""."""
     K, *probed = (kept(classes, case.batch, key[0]) for classes in (case.classes, *_PROBED))
     few, more = (each[uncompiled(key)] for each in probes)
@@ -120,7 +120,7 @@ def reason_to_skip(case: Case, key: Key, probes: Sequence[dict[Key, Probe]], lon
         of = "" if K == case.classes else f"{K} of "
         keep = f"{of}{case.classes} classes keep about {saved / 2**30:.1f} GiB for backward"
         return f"does not fit: {keep}, {free / 2**30:.1f} are free"
-    return f"left out: a step takes about {seconds:.0f} s" if seconds > longest else ""
+    return f"left out: a step takes about {seconds:.0f} s" if seconds > _LONGEST else ""
 
 
 # ---- measurements ----------------------------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ def rows_of(
     args: argparse.Namespace, case: Case, keys: Sequence[Key], probes: Sequence[dict[Key, Probe]]
 ) -> list[dict[str, Any]]:
     """A row of each implementation: times and sizes, or the reason why there are none."""
-    reasons = {key: reason_to_skip(case, key, probes, args.longest) for key in keys}
+    reasons = {key: reason_to_skip(case, key, probes) for key in keys}
     run = [key for key in keys if not reasons[key]]
     gc.collect()  # models of earlier sizes are in reference cycles
     with tempfile.TemporaryDirectory() as folder:

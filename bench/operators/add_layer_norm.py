@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from skipkernels import functional, reference
-from skipkernels.ops.add_layer_norm import MAX_WIDTH
+from skipkernels.ops.add_layer_norm import MAX_WIDTH, NormArguments
 
 from .. import peers
 from ..measure import CPU, OURS
@@ -19,6 +20,7 @@ from .record import Call, Record, on_meta
 # Rows and width: tokens of four images; suffixes of 26 and of 788 classes, five tokens each.
 SHAPES = ((4 * 197, 768), (4 * 197, 3072), (26 * 5, 512), (788 * 5, 512), (788 * 5, 2048))
 EPS = 1e-5
+IN_A_BLOCK = {"need_sums": True, "partial": True, "need_normed": True}
 
 
 def after_addition(norm: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -64,28 +66,46 @@ def mixed_rows(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor, Tensor
 
 def launches(dtype: torch.dtype) -> Iterator[Call]:
     for shape, x, weight in layer_norm_rows(dtype):
-        yield Call(shape, (x, x, weight, weight, 1e-5, None))
-    yield Call(f"{shape}-plain", (x, None, weight, weight, 1e-5, None))
+        yield Call(shape, (x, x, weight, weight, EPS, None))
+    yield Call(f"{shape}-plain", (x, None, weight, weight, EPS, None))
     yield Call(f"{shape}-rms", (x, x, weight, None, 1e-6, None, True))
     for shape, x, low, weight in mixed_rows(dtype):
         yield Call(shape, (x, low, weight, weight, 1e-5, dtype))
 
 
+def backward_of(x: Tensor, weight: Tensor, **changes: Any) -> NormArguments:
+    """Arguments of backward with the gradients of x, weight and bias."""
+    statistic = on_meta(x.shape[0], dtype=torch.float32)
+    return NormArguments(
+        d_normed=x,
+        d_hidden=x,
+        hidden=x,
+        mean=statistic,
+        rstd=statistic,
+        weight=weight,
+        bias=None,
+        need_x=True,
+        need_weight=True,
+        need_bias=True,
+        need_sums=False,
+        partial=False,
+        cast=None,
+        need_normed=False,
+    )._replace(**changes)
+
+
 def launches_backward(dtype: torch.dtype) -> Iterator[Call]:
     for shape, x, weight in layer_norm_rows(dtype):
-        statistic = on_meta(x.shape[0], dtype=torch.float32)
-        saved = (x, statistic, statistic, weight)
-        yield Call(shape, (x, x, *saved, None, True, True, True, False, False, None, False))
-        yield Call(f"{shape}-block", (x, x, *saved, weight, True, True, True, True, True, None, True))
-    yield Call(f"{shape}-sums", (x, x, *saved, None, True, True, True, True, False, None, False))
-    yield Call(f"{shape}-frozen", (x, x, *saved, None, True, False, False, False, False, None, False))
-    yield Call(f"{shape}-first", (x, None, *saved, None, False, True, True, False, False, None, False))
-    no_mean = (x, on_meta(0, dtype=torch.float32), statistic, weight)
-    yield Call(f"{shape}-rms", (x, x, *no_mean, None, True, True, False, False, False, None, False, True))
-    yield Call(f"{shape}-rms-block", (x, x, *no_mean, None, True, True, False, True, True, None, True, True))
+        yield Call(shape, backward_of(x, weight))
+        yield Call(f"{shape}-block", backward_of(x, weight, bias=weight, **IN_A_BLOCK))
+    yield Call(f"{shape}-sums", backward_of(x, weight, need_sums=True))
+    yield Call(f"{shape}-frozen", backward_of(x, weight, need_weight=False, need_bias=False))
+    yield Call(f"{shape}-first", backward_of(x, weight, d_hidden=None, need_x=False))
+    rms = backward_of(x, weight, mean=on_meta(0, dtype=torch.float32), need_bias=False, rms=True)
+    yield Call(f"{shape}-rms", rms)
+    yield Call(f"{shape}-rms-block", rms._replace(**IN_A_BLOCK))
     for shape, x, low, weight in mixed_rows(dtype):
-        statistic = on_meta(x.shape[0], dtype=torch.float32)
-        yield Call(shape, (low, x, x, statistic, statistic, weight, weight, True, True, True, True, True, dtype, True))
+        yield Call(shape, backward_of(x, weight, d_normed=low, bias=weight, cast=dtype, **IN_A_BLOCK))
 
 
 def launches_of_widths(dtype: torch.dtype) -> Iterator[Call]:
@@ -97,10 +117,8 @@ def launches_of_widths(dtype: torch.dtype) -> Iterator[Call]:
 
 def launches_of_widths_backward(dtype: torch.dtype) -> Iterator[Call]:
     for shape, (x, _, weight, *_) in launches_of_widths(dtype):
-        statistic = on_meta(x.shape[0], dtype=torch.float32)
-        saved = (x, statistic, statistic, weight)
-        yield Call(shape, (x, x, *saved, None, True, True, True, False, False, None, False))
-        yield Call(f"{shape}-block", (x, x, *saved, weight, True, True, True, True, True, None, True))
+        yield Call(shape, backward_of(x, weight))
+        yield Call(f"{shape}-block", backward_of(x, weight, bias=weight, **IN_A_BLOCK))
 
 
 def launches_of_sums(dtype: torch.dtype) -> Iterator[Call]:

@@ -12,7 +12,7 @@ import torch
 from rich.progress import track
 
 from .. import measure
-from ..rows import Row, append_rows, latest_rows, machine_columns
+from ..rows import Row, append_rows, grouped, latest_rows, machine_columns
 from .plan import CANDIDATES, KEPT, RECIPES, VARIANTS, Candidate, Run
 from .tail import TailRun
 from .tasks import Shift
@@ -68,15 +68,16 @@ def best(rows: Sequence[Row], method: str) -> Candidate:
 
     The harmonic mean would follow the noise of new classes where they are near chance.
     """
+    candidates = CANDIDATES[method]
+    if len(candidates) == 1:
+        return candidates[0]
     where = {"phase": "search", "method": method, "blended": "0"}
-    searched = [row for row in rows if where.items() <= row.items() and not row.get("head")]
+    searched = grouped((row for row in rows if where.items() <= row.items() and not row.get("head")), "setting")
 
     def mean(candidate: Candidate) -> float:
-        found = (row for row in searched if row["setting"] == candidate.name)
-        return statistics.fmean(float(row["base"]) + float(row["new"]) for row in found)
+        return statistics.fmean(float(row["base"]) + float(row["new"]) for row in searched[candidate.name,])
 
-    candidates = CANDIDATES[method]
-    return max(candidates, key=mean) if len(candidates) > 1 else candidates[0]
+    return max(candidates, key=mean)
 
 
 def reported(
