@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench.when import accuracy, plan, runs, summary, tail, tasks
+from bench.when import accuracy, plan, runs, summary, tail, tasks, trials
 from bench.when.rows import best, reported, with_rows_of
 from bench.when.tasks import Shift
 from recipes.pictograms import more
@@ -124,6 +124,17 @@ def test_heads_are_fitted():
     setup = runs.setup_of(run)
     theirs = Evaluator(setup, setup.test_features()).evaluate(setup.method).accuracies
     assert accuracy.rounded(theirs).items() <= plain.items()
+
+
+def test_trials_change_what_they_name(monkeypatch):
+    monkeypatch.setitem(plan.SCHEDULES, "adamw", (1, 64, "random"))
+    run = run_of(trials.NAME, plan.Candidate("adamw", 1e-3, 1e-3))
+    found = {row["trial"]: row for row in trials.execute(run)}
+    gaussian = found["tuned + gaussian"]
+    lowered = [found[f"tuned + gaussian, γ = {gamma}"] for gamma in (2, 4, 8)]
+    assert all(row[name] == gaussian[name] for row in lowered for name in ("base", "new")), "the same for each class"
+    assert len({row["joint"] for row in (gaussian, *lowered)}) > 1
+    assert found["frozen + anchored"]["new"] == found["frozen + anchored, views"]["new"]
 
 
 def test_joint_accuracy_is_among_all_classes():

@@ -15,6 +15,7 @@ from ..rows import Row
 from .plan import EVERY, HEADED, HEADS, VARIANTS
 from .tail import VARIANTS as VARIANTS_OF_TAIL
 from .tasks import SHIFTS
+from .trials import REFERENCE
 
 NAMES = {"full": "full fine-tuning", "lora": "LoRA", "clip-adapter": "CLIP-Adapter", "coop": "CoOp"}
 NAMES |= {"linear-probe": "linear probe", "auto": "the default"}
@@ -263,6 +264,22 @@ def tail_table(rows: Sequence[Row]) -> Table:
     return ["", "accuracy", "balanced accuracy", "of the large class", "of the fourteen", "chosen (runs)"], lines
 
 
+def trials_table(rows: Sequence[Row]) -> Table:
+    """Accuracies in per cent of the trial that the others are compared with, and differences of the others to it."""
+    by_trial: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        by_trial.setdefault(row["trial"], {})[row["seed"]] = row
+    reference = by_trial[REFERENCE]
+
+    def cell(trial: str, column: str) -> str:
+        of = {seed: float(row[column]) for seed, row in by_trial[trial].items()}
+        if trial == REFERENCE:
+            return Interval.of([*of.values()]).text()
+        return Interval.of([value - float(reference[seed][column]) for seed, value in of.items()]).text("+")
+
+    return ["", *ALL], [[trial, *(cell(trial, column) for column in ALL)] for trial in by_trial]
+
+
 # The kind of rows that a table is made of, and the function that makes it, by name.
 TABLES: dict[str, tuple[str, Callable[[Sequence[Row]], Table]]] = {
     **{column: ("when", partial(accuracy_table, column=column)) for column in ALL},
@@ -273,4 +290,5 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Row]], Table]]] = {
     "cost": ("when_cost", cost_table),
     "steps": ("when_steps", steps_table),
     "tail": ("when_tail", tail_table),
+    "trials": ("when_trials", trials_table),
 }
