@@ -1,13 +1,15 @@
 """bench.when: tasks, one short run of each kind, and the choice of settings; test_bench_report.py has its tables."""
 
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from bench.when import accuracy, plan, runs, summary, tail, tasks, trials
+from bench.when import accuracy, own, plan, runs, summary, tail, tasks, trials
 from bench.when.rows import best, reported, with_rows_of
 from bench.when.tasks import Shift
 from recipes.pictograms import more
@@ -171,6 +173,20 @@ def test_tail_has_a_large_class_and_small_ones():
     (found,) = tail.execute(tail.TailRun("zero-shot", 0))
     rare = 14 * found["rare"] + found["large"]
     assert found["rare"] < 100 and 15 * found["balanced"] == pytest.approx(rare, abs=0.01)
+
+
+def test_tiles_of_halves_do_not_overlap(monkeypatch, tmp_path):
+    """The left half of each photograph is black, the right one white."""
+    for file in own.PHOTOS.values():
+        photo = Image.new("L", (40, 20))
+        photo.paste(255, (20, 0, 40, 20))
+        photo.save(tmp_path / file, "PNG")  # of any suffix: JPEG would mix the halves
+    monkeypatch.setattr(own.resources, "files", lambda package: tmp_path)
+    classes, train, test = own.tiles(None)
+    for images, color in ((train, 0), (test, 255)):
+        assert Counter(label for _, label in images) == dict.fromkeys(range(len(classes)), 8)
+        assert {image.convert("L").getextrema() for image, _ in images} == {(color, color)}
+    assert {run.task for run in own.planned(None, 1)} == {"tiles"}
 
 
 def row(method, seed, value, phase="search", setting="adamw 0.001 0.001", **others):

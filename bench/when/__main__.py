@@ -7,6 +7,7 @@
     python -m bench.when --cost --tasks all      accuracy over time, on a quiet machine
     python -m bench.when --steps --tasks all     time and memory of a step, on a quiet machine
     python -m bench.when --tail                  a class of 200 images and fourteen of 5
+    python -m bench.when --own --drawings FILE   flags, and tiles of photographs in scikit-image, as own data
     python -m bench.when --trials                changes of the default, on the names of the search
     python -m bench.report                       write the tables of the rows
 
@@ -34,7 +35,7 @@ from pathlib import Path
 
 from ..inputs import positive
 from ..rows import command, latest_rows
-from . import tail, trials
+from . import own, tail, trials
 from .plan import CANDIDATES, searched
 from .rows import best, reported, with_rows_of
 from .runs import curve, execute, first_steps
@@ -56,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     measured.add_argument("--cost", action="store_true", help="measure accuracy over time with the chosen settings")
     measured.add_argument("--steps", action="store_true", help="measure time and memory of a step")
     measured.add_argument("--tail", action="store_true", help="run the default and class weights on a long tail")
+    measured.add_argument("--own", action="store_true", help="run the default and others on own sets")
     measured.add_argument("--trials", action="store_true", help="try changes of the default on the names of the search")
     args = parser.parse_args(arguments)
     for option in ("without_words", "drawings"):
@@ -70,6 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.tail:
         runs = [tail.TailRun(variant, seed) for seed in range(args.seeds) for variant in tail.VARIANTS]
         with_rows_of(runs, "when_tail", tail.execute, workers=args.workers, save=not args.no_save)
+    elif args.own:
+        runs = own.planned(args.drawings, args.seeds)
+        with_rows_of(runs, "when_own", own.execute, workers=args.workers, save=not args.no_save)
     elif args.trials:
         runs = [trials.run_with(best(latest_rows("when"), "skip"), seed) for seed in trials.SEEDS]
         with_rows_of(runs, "when_trials", trials.execute, workers=args.workers, save=not args.no_save)

@@ -264,6 +264,18 @@ def tail_table(rows: Sequence[Row]) -> Table:
     return ["", "accuracy", "balanced accuracy", "of the large class", "of the fourteen", "chosen (runs)"], lines
 
 
+def own_table(rows: Sequence[Row]) -> Table:
+    """Accuracy in per cent on own sets, and how often the default chose which candidate."""
+    sets = list(dict.fromkeys(row["task"] for row in rows))
+    lines = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        of = {name: [row for row in rows if (row["task"], row["method"]) == (name, method)] for name in sets}
+        cells = [Interval.of([float(row["accuracy"]) for row in each]).text() for each in of.values()]
+        chosen = Counter(row["chosen"] for each in of.values() for row in each if method == "the default")
+        lines.append([method, *cells, ", ".join(f"{name} ({count})" for name, count in sorted(chosen.items()))])
+    return ["", *sets, "chosen (runs)"], lines
+
+
 def trials_table(rows: Sequence[Row]) -> Table:
     """Accuracies in per cent of the trial that the others are compared with, and differences of the others to it."""
     by_trial: dict[str, dict[str, Row]] = {}
@@ -290,5 +302,6 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Row]], Table]]] = {
     "cost": ("when_cost", cost_table),
     "steps": ("when_steps", steps_table),
     "tail": ("when_tail", tail_table),
+    "own": ("when_own", own_table),
     "trials": ("when_trials", trials_table),
 }
