@@ -3,7 +3,6 @@
     python -m bench.tune                        write skipkernels/ops/tables/DEVICE.json, which later processes read
     python -m bench.tune --out FOLDER           write FOLDER/DEVICE.json, which nothing reads
     python -m bench.tune --op class_scores --dtype bf16 --seconds 60
-    python -m bench.tune --target sm_90         compile the candidates and print how many are left; needs no GPU
 
 The candidates for an entry of the defaults are its neighbours: one block of half or twice the size, other warps, one
 stage less or more. Those are left out that do not compile, spill registers or need too much shared memory
@@ -51,17 +50,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--op", nargs="+", choices=OPERATORS, default=OPERATORS)
     parser.add_argument("--dtype", nargs="+", choices=TIMED, default=TIMED)
     parser.add_argument("--device", type=torch.device, default=measure.default_device(), help="default: a GPU, if any")
-    parser.add_argument("--target", choices=ARCHITECTURES, help="compile for this GPU, and time nothing")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: the folder of the package")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no other entry after this time")
     args = parser.parse_args(arguments)
     console = Console()
-    if args.target is not None:
-        compile_candidates(args.op, args.dtype, args.target, console)
-        return
     device = launching.target(args.device)
     if not device.name:
-        parser.error("there is no GPU here; --target compiles the candidates without one")
+        parser.error("there is no GPU here")
     target = next((name for name, each in ARCHITECTURES.items() if each[:2] == device[:2]), None)
     if target is None:
         parser.error(f"the limits of {device.backend} {device.arch} are not known: add them to bench/launches.py")
@@ -175,19 +170,6 @@ def jobs_of(op: str, dtype: str, target: str, place: Place, options: Options) ->
                     (kernel,) = aot.kernels_of([launch], architecture)
                     jobs[kernel.key] = aot.Job(name, call.shape, dtype, number, target, launch.grid, kernel)
     return [*jobs.values()]
-
-
-def compile_candidates(ops: Sequence[str], dtypes: Sequence[str], target: str, console: Console) -> None:
-    """Print how many candidates are left, for each entry that the calls of the operators take."""
-    for op, dtype in itertools.product(ops, dtypes):
-        with replaced() as taken:
-            for name in (name for name in CALLS if FAMILIES[name] == op):
-                for call in CALLS[name](DTYPES[dtype]):
-                    launches_of(name, call.arguments, ARCHITECTURES[target])
-        for place, entry in taken.items():
-            candidates = neighbours(entry.options)
-            left = sound(op, dtype, target, place, candidates, console)
-            console.print(f"{_text(place)}, {dtype}: {len(left)} of {len(candidates)} candidates", highlight=False)
 
 
 # ---- times -----------------------------------------------------------------------------------------------------------
