@@ -1,5 +1,6 @@
 """Stages of bench/gpu.sh, besides the tests, the benchmarks of the operators and `bench.tune`.
 
+    python -m bench.gpu check           import what the stages import, and run an operator
     python -m bench.gpu machine         device, versions and limits of time, and which peers can run
     python -m bench.gpu step            time of a step with its update: published, also compiled; ours, also as a graph
     python -m bench.gpu full            time of training a whole CLIP: its own blocks, also compiled, and `sk.fuse`
@@ -21,6 +22,7 @@ import contextlib
 import copy
 import functools
 import gc
+import importlib
 import math
 import os
 import time
@@ -37,6 +39,7 @@ from torch.profiler import ProfilerActivity, profile
 import skipkernels as sk
 from skipkernels import testing
 from skipkernels.app.train.precision import autocast
+from skipkernels.formatting import first_line
 from skipkernels.graphs.graphed_step import WARMUP, GraphedStep
 from skipkernels.ops import OPERATORS, launching
 
@@ -75,6 +78,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--out", type=Path, metavar="FOLDER", help="of the rows; default: bench/results")
     args = options.parse_args(arguments)
     {function.__name__: function for function in STAGES}[args.stage](args)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise an error where no stage could run: without a package, a GPU, or a compiler for Triton's launchers."""
+    for package in ("hypothesis", "pytest_benchmark", "xdist"):
+        importlib.import_module(package)
+    run_small(OPERATORS[0], args.device)
 
 
 def machine(args: argparse.Namespace) -> None:
@@ -123,8 +133,10 @@ def step(args: argparse.Namespace) -> None:
                 rows = rows_of(args, case, compiles)
                 if rows[-1]["implementation"] == GRAPHED and not compiles and (B, C) == shapes[0]:
                     rows[-1] |= differences(case, args.precision)
-            except torch.OutOfMemoryError:
-                tell(f"{name}: out of memory")
+            except torch.AcceleratorError:  # the device is lost: no other shape would run
+                raise
+            except (RuntimeError, SystemExit) as error:  # such as too little memory, or gradients that differ
+                tell(f"{name}: {first_line(error)}")
             else:
                 for row in rows:
                     tell(f"{name}: {row['implementation']} {measure.shown(row)}")
@@ -301,14 +313,19 @@ def profile_step(args: argparse.Namespace) -> None:
 
 def smoke(args: argparse.Namespace) -> None:
     for op in OPERATORS:
-        call = small_call(op).on(args.device)
-        total = call.total(*(x.requires_grad_() for x in call.inputs.values()))
-        if call.inputs:
-            total.backward()
-        print(f"{op}: {total.item():.6f}", flush=True)
+        print(f"{op}: {run_small(op, args.device):.6f}", flush=True)
 
 
-STAGES = (machine, step, full, profile_step, one_step, smoke)
+def run_small(op: str, device: torch.device) -> float:
+    """Sum of the squared results of a small call of an operator, after its backward."""
+    call = small_call(op).on(device)
+    total = call.total(*(x.requires_grad_() for x in call.inputs.values()))
+    if call.inputs:
+        total.backward()
+    return total.item()
+
+
+STAGES = (check, machine, step, full, profile_step, one_step, smoke)
 
 if __name__ == "__main__":
     main()

@@ -20,10 +20,8 @@
 #   ncu         Nsight Compute on the Triton kernels of a step
 #
 # PYTHON is the Python to run, by default python3. STEP has options of the steps in place of --all-shapes, such as
-# STEP="--model ViT-L-14 --classes 100". Without a GPU all stages but tune, ncu and the sanitizers run on the CPU; a small
-# model takes minutes:
-#
-#   STEP="--model vit-tiny --skip-layers 3 --classes 20 --rounds 1" bench/gpu.sh
+# STEP="--model ViT-L-14 --classes 100". With --device cpu all stages but tune, ncu and the sanitizers run without a GPU,
+# with a small model in minutes: STEP="--device cpu --model vit-tiny --skip-layers 3 --classes 20 --rounds 1".
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3} out=${OUT:-gpu-results} STEP=${STEP:-}
@@ -35,6 +33,16 @@ chosen=${*:-${stages/ tune/}}
 for name in $chosen; do
   [[ " $stages " == *" $name "* ]] || { echo "bench/gpu.sh: no stage $name; expected some of: $stages" >&2; exit 2; }
 done
+if ! output=$("$python" -m bench.gpu check --device cuda $STEP 2>&1); then
+  reason=$(grep -m 1 -E '^[^ ]*rror: ' <<<"$output" || tail -n 1 <<<"$output")
+  cat >&2 <<END
+bench/gpu.sh: $python cannot run the stages: $reason
+  a package is absent: $python -m pip install -e ".[cli,test]"
+  another Python: PYTHON=.venv/bin/python bench/gpu.sh
+  without a GPU: STEP="--device cpu --model vit-tiny --skip-layers 3 --classes 20 --rounds 1" bench/gpu.sh
+END
+  exit 2
+fi
 mkdir -p "$out"
 
 # Lines of an output that are results: ours; gradients, failures and counts of pytest; counts of compute-sanitizer.

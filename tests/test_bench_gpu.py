@@ -35,6 +35,7 @@ def limits(monkeypatch) -> None:
 @pytest.mark.parametrize(
     "stage, printed",
     [
+        ("check", ""),
         ("machine", f"result: {machine_columns(measure.CPU)['device']}, torch "),
         ("step", "result: bf16, 4 images, 20 classes: skipkernels "),
         ("profile_step", "skipkernels::"),
@@ -68,7 +69,8 @@ def test_script_runs_every_stage(tmp_path, monkeypatch):
         *_, command = (out / f"{stage}.txt").read_text().splitlines()
         gpu.main(command.removeprefix("-m bench.gpu ").split())
     assert [call.args[0].precision for call in called["step"].call_args_list] == ["bf16", "fp32"]
-    assert {name for name, stage in called.items() if not stage.called} == {"one_step", "smoke"}  # of other programs
+    others = {"check", "one_step", "smoke"}  # not a stage, and of other programs
+    assert {name for name, stage in called.items() if not stage.called} == others
     assert archive == f"all results: {out}.tgz"
     with tarfile.open(f"{out}.tgz") as files:
         assert {"out/summary.txt", *(f"out/{stage}.txt" for stage in statuses)} <= {*files.getnames()}
@@ -95,18 +97,31 @@ def test_script_runs_the_named_stages_and_scales_their_limits(tmp_path):
     ],
 )
 def test_script_says_how_a_stage_ended(tmp_path, python, ended):
-    program = tmp_path / "python"
-    program.write_text(f"#!/bin/sh\n{python}\n")
-    program.chmod(0o755)
-    out = tmp_path / "out"
+    program, out = program_of(tmp_path, f'[ "$3" = check ] || {{ {python}; }}'), tmp_path / "out"
     found = script(out, "full", PYTHON=str(program)).stdout
     assert found.startswith(ended.format(program if python == "exit 127" else out))
 
 
-def test_script_refuses_an_unknown_stage(tmp_path):
-    done = script(tmp_path / "out", "machine", "steps")
-    assert done.returncode == 2 and not (tmp_path / "out").exists()
-    assert "no stage steps; expected some of: machine tests step step_fp32 full " in done.stderr
+def program_of(folder: Path, commands: str) -> Path:
+    """A program in place of Python."""
+    program = folder / "python"
+    program.write_text(f"#!/bin/sh\n{commands}\n")
+    program.chmod(0o755)
+    return program
+
+
+@pytest.mark.parametrize(
+    ("python", "stage", "refused"),
+    [
+        ("exit 0", "steps", "no stage steps; expected some of: machine tests step step_fp32 full "),
+        ("echo 'import x\nModuleNotFoundError: No module named x\nmore'; exit 1", "step", ": ModuleNotFoundError: No"),
+        ("exit 127", "step", "PYTHON="),
+    ],
+    ids=["stage", "package", "Python"],
+)
+def test_script_refuses(tmp_path, python, stage, refused):
+    done = script(tmp_path / "out", "machine", stage, PYTHON=str(program_of(tmp_path, python)))
+    assert done.returncode == 2 and not (tmp_path / "out").exists() and refused in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -157,13 +172,13 @@ def test_step_on_a_gpu(as_on_a_gpu, monkeypatch, capsys, tmp_path, captured):
 
 
 def test_all_shapes_within_the_time(as_on_a_gpu, monkeypatch, capsys):
-    """All of them without torch.compile, then with it; one without memory does not stop the others."""
+    """All of them without torch.compile, then with it; one that gives no time does not stop the others."""
     began = []
 
     def rows_of(args, case, compiles):
         began.append((case.batch, case.classes, compiles))
         if case.classes == 10000:
-            raise torch.OutOfMemoryError
+            raise {4: torch.OutOfMemoryError("out of memory\nmore"), 32: SystemExit("no timing")}[case.batch]
         return [{"implementation": gpu.GRAPHED, "p50_ms": "", "note": "1 ms"}]
 
     compared = []
@@ -178,6 +193,7 @@ def test_all_shapes_within_the_time(as_on_a_gpu, monkeypatch, capsys):
     results = capsys.readouterr().out.splitlines()
     assert results[0] == "result: bf16, 4 images, 1000 classes: skipkernels as a graph 1 ms" and len(results) == 12
     assert results[4] == "result: bf16, 4 images, 10000 classes: out of memory"
+    assert results[5] == "result: bf16, 32 images, 10000 classes: no timing"
     assert results[8] == "result: bf16, 4 images, 100 classes, compiled: no time left"
 
 
