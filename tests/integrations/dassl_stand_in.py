@@ -1,7 +1,7 @@
 """A stand-in for Dassl, which is on no package index: the parts of its interface that a trainer builds on.
 
-A registry, `TrainerX` with its loop over labelled batches, which it shuffles, and its checkpoints, an optimizer and a
-schedule. It prints nothing, and configurations are plain objects.
+A registry, `TrainerX` with its loop over labelled batches, which it shuffles, an optimizer and a schedule. It saves and
+prints nothing, and configurations are plain objects.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -20,17 +19,14 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from tests.integrations.problems import Problem
 
 
-def config(folder: Path, problem: Problem, **options: Any) -> Any:
+def config(problem: Problem, **options: Any) -> Any:
     """A configuration with what trainers of this file read. `options` are those of TRAINER.SKIPKERNELS."""
     rates = {name.upper(): rate for name, rate in problem.rates().items()}
     defaults = {"SKIP_LAYERS": problem.skip_layers, "KEEP_RATIO": problem.keep_ratio}
     trainer = Node(SKIPKERNELS=Node(**(defaults | rates | options)))
     settings = {name.upper(): value for name, value in problem.settings().items()}
     return Node(
-        OUTPUT_DIR=str(folder),
-        RESUME="",
         SEED=0,
-        USE_CUDA=False,
         TRAINER=trainer,
         DATASET=Node(NAME="Caltech101"),
         DATALOADER=Node(TRAIN_X=Node(SAMPLER="RandomSampler", BATCH_SIZE=problem.batch_size)),
@@ -45,7 +41,6 @@ def config(folder: Path, problem: Problem, **options: Any) -> Any:
             WARMUP_RECOUNT=True,
             **settings,
         ),
-        TRAIN=Node(CHECKPOINT_FREQ=0),
     )
 
 
@@ -65,11 +60,7 @@ class Registry(dict):
     """Trainers by name."""
 
     def register(self) -> Any:
-        def add(cls: type) -> type:
-            self[cls.__name__] = cls
-            return cls
-
-        return add
+        return lambda cls: self.setdefault(cls.__name__, cls)
 
 
 @contextmanager
@@ -121,7 +112,7 @@ class TrainerX:
     def __init__(self, cfg: Any, problem: Problem):
         self.check_cfg(cfg)
         self.cfg, self.device = cfg, torch.device("cpu")
-        self.start_epoch, self.max_epoch, self.images = 0, cfg.OPTIM.MAX_EPOCH, Images(problem)
+        self.images = Images(problem)
         names = [f"class_{n}" for n in range(len(problem.tokens))]
         self.dm = SimpleNamespace(dataset=SimpleNamespace(classnames=names))
         self._registered: dict[str, tuple[Any, Any, Any]] = {}
@@ -140,15 +131,11 @@ class TrainerX:
         self._registered[name] = model, optim, sched
 
     def train(self) -> None:
-        self.start_epoch = self.resume_model_if_exist(self.cfg.RESUME or self.cfg.OUTPUT_DIR)
-        for epoch in range(self.start_epoch, self.max_epoch):
-            self.epoch = epoch
-            self.num_batches = len(self.train_loader_x)
-            for batch_idx, batch in enumerate(self.train_loader_x):
-                self.batch_idx = batch_idx
+        self.num_batches = len(self.train_loader_x)
+        for _ in range(self.cfg.OPTIM.MAX_EPOCH):
+            for number, batch in enumerate(self.train_loader_x):
+                self.batch_idx = number
                 self.forward_backward(batch)
-            if self.cfg.TRAIN.CHECKPOINT_FREQ:
-                self.save_model(self.epoch, self.cfg.OUTPUT_DIR)
 
     def model_backward_and_update(self, loss: Tensor) -> None:
         for _, optim, _ in self._registered.values():
@@ -160,29 +147,3 @@ class TrainerX:
     def update_lr(self) -> None:
         for _, _, sched in self._registered.values():
             sched.step()
-
-    def save_model(self, epoch: int, directory: str) -> None:
-        for name, (model, optim, sched) in self._registered.items():
-            folder = Path(directory, name)
-            folder.mkdir(parents=True, exist_ok=True)
-            file = f"model.pth.tar-{epoch + 1}"
-            states = {
-                "state_dict": model.state_dict(),
-                "optimizer": optim.state_dict(),
-                "scheduler": sched.state_dict(),
-            }
-            torch.save({"epoch": epoch + 1, **states}, folder / file)
-            (folder / "checkpoint").write_text(file)
-
-    def resume_model_if_exist(self, directory: str) -> int:
-        epoch = 0
-        for name, (model, optim, sched) in self._registered.items():
-            folder = Path(directory, name)
-            if not (folder / "checkpoint").exists():
-                return 0
-            checkpoint = torch.load(folder / (folder / "checkpoint").read_text())
-            model.load_state_dict(checkpoint["state_dict"])
-            optim.load_state_dict(checkpoint["optimizer"])
-            sched.load_state_dict(checkpoint["scheduler"])
-            epoch = checkpoint["epoch"]
-        return epoch

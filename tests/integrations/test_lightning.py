@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.tuner import Tuner
 from torch.optim.lr_scheduler import ExponentialLR, ReduceLROnPlateau
@@ -163,23 +162,3 @@ def test_pairs_and_several_labels(kind, short, tmp_path):
     plain.eval()
     with torch.no_grad():
         assert trainer.callback_metrics["val_loss"].item() == pytest.approx(loss(short.images, targets).item())
-
-
-def test_fabric_is_the_loop(short, tmp_path):
-    """Lightning Fabric: the weights and the draws are those of a plain loop, also after a checkpoint."""
-    plain, clip, loaded = (short.implementations()["skipkernels"]().train() for _ in range(3))
-    fabric, batches = Fabric(accelerator="cpu"), DataLoader(short.dataset, short.batch_size)
-    step, optimizer = fabric.setup(clip, short.optimizer(clip))
-    for images, labels in fabric.setup_dataloaders(batches):
-        fabric.backward(step(images, labels).loss)
-        optimizer.step()
-        optimizer.zero_grad()
-    plain_optimizer = short.optimizer(plain)
-    for images, labels in batches:
-        plain(images, labels).loss.backward()
-        plain_optimizer.step()
-        plain_optimizer.zero_grad()
-    fabric.save(tmp_path / "fabric.ckpt", {"clip": step})
-    fabric.load(tmp_path / "fabric.ckpt", {"clip": fabric.setup_module(loaded)})
-    for each in (clip, loaded):
-        assert all(state.equal(plain.state_dict()[name]) for name, state in each.state_dict().items())
