@@ -35,7 +35,7 @@ def run_cells(folder: Path, archive: str | None = None) -> None:
 def output(folder: Path, archive: str | None = None) -> str:
     process = forkserver().Process(target=run_cells, args=(folder, archive))
     process.start()
-    process.join()
+    process.join(300)
     assert process.exitcode == 0
     return (folder / "out.txt").read_text(encoding="utf-8")
 

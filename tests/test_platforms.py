@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -73,36 +72,6 @@ def train_without_fp64(rank: int, folder: Path) -> float:
 def test_training_needs_no_fp64(tmp_path):
     (total,) = run_in_processes(1, tmp_path, train_without_fp64, tmp_path / "cache")
     assert math.isfinite(total)
-
-
-# Other packages know the system that they run on: they are imported before it looks like Windows.
-ON_WINDOWS = """
-import os, signal, sys
-from pathlib import Path
-import filelock, matplotlib.pyplot, open_clip, pytest, rich.console, torch, torchvision, tyro
-for name in ("fcntl", "grp", "pwd", "resource", "termios"):
-    sys.modules[name] = None
-for module, names in (
-    (os, "fork geteuid getuid nice"),
-    (signal, "ITIMER_REAL SIGALRM SIGHUP SIGKILL alarm setitimer"),
-):
-    for name in names.split():
-        vars(module).pop(name, None)
-sys.platform = "win32"
-from skipkernels.app.cli.main import main
-from tests.test_platforms import train
-folder = Path(sys.argv[1])
-train(folder / "cache")
-options = "--method skip --max-classes 4 --shots 1 --epochs 1 --device cpu".split()
-sys.exit(main(["tune", *options, "--out", str(folder / "run")]))
-"""
-
-
-def test_tune_and_step_on_windows(tmp_path):
-    command = [sys.executable, "-c", ON_WINDOWS, tmp_path]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=PACKAGE.parent)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "run/report.html").exists()
 
 
 @pytest.mark.parametrize(

@@ -45,11 +45,6 @@ def test_global_batches_equal_those_of_one_process(labels, batch_size, kind, wor
     assert joined == list(sampler(labels, together, kind))
 
 
-def test_last_batch_too_small_for_all_processes_is_merged():
-    ranks = [list(sampler([0] * 9, 2, "sequential", rank=rank, world_size=4)) for rank in range(4)]
-    assert ranks == [[[0, 1, 2]], [[3, 4]], [[5, 6]], [[7, 8]]]
-
-
 def test_balanced_batches_have_each_class_equally_often():
     labels = [0] * 90 + [1] * 9 + [2]
     ranks = [sampler(labels, 5, "balanced", rank=rank, world_size=2) for rank in range(2)]

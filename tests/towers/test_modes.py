@@ -8,7 +8,7 @@ import torch
 import skipkernels as sk
 from skipkernels.towers.modes import deterministic_training, evaluating
 from tests.models import tiny_batch, tiny_clip, tiny_tokens
-from tests.timm_models import naflex
+from tests.timm_models import naflex, vit
 
 CLASSES = 7
 
@@ -23,8 +23,12 @@ def set_attention_dropout(block: torch.nn.Module, rate: float) -> None:
 
 @pytest.mark.parametrize(
     ("make", "tokens"),
-    [(lambda: tiny_clip(vision={"patch_dropout": 0.5}), 5), (lambda: naflex(patch_drop_rate=0.5), 4)],
-    ids=["open_clip", "naflex"],
+    [
+        (lambda: tiny_clip(vision={"patch_dropout": 0.5}), 5),
+        (lambda: naflex(patch_drop_rate=0.5), 4),
+        (lambda: vit(pos_drop_rate=0.5), 5),
+    ],
+    ids=["open_clip", "naflex", "positions"],
 )
 def test_patch_dropout_below_the_cut_is_off(make, tokens):
     images = tiny_batch(3, CLASSES)[0]
