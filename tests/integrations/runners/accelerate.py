@@ -12,7 +12,7 @@ from ..problems import Problem
 
 
 def train(module: Any, problem: Problem, _: Path) -> None:
-    accelerator = accelerator_on_cpu()
+    accelerator = Accelerator(cpu=True, kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
     optimizer, loader = problem.optimizer(module), DataLoader(problem.dataset, problem.batch_size)
     prepared, optimizer, loader = accelerator.prepare(module, optimizer, loader)
     for images, labels in loader:
@@ -20,8 +20,3 @@ def train(module: Any, problem: Problem, _: Path) -> None:
             accelerator.backward(prepared(images, labels).loss)
             optimizer.step()
             optimizer.zero_grad()
-
-
-def accelerator_on_cpu(**options: Any) -> Accelerator:
-    """Accelerator on the CPU."""
-    return Accelerator(cpu=True, kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)], **options)
