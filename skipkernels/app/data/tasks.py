@@ -121,6 +121,8 @@ def summarise(protocol: Protocol, accuracies: Mapping[str, float]) -> dict[str, 
 
     >>> summarise("base-to-new", {"base": 60.0, "new": 30.0})
     {'base': 60.0, 'new': 30.0, 'harmonic': 40.0}
+    >>> summarise("base-to-new", {"base": 0.0, "new": 0.0})["harmonic"], summarise("few-shot", {"all": 50.0})
+    (0.0, {'all': 50.0})
     """
     found = dict(accuracies)
     if protocol == "base-to-new":

@@ -1,4 +1,4 @@
-"""Commands import torch only to compute: not for help, to check images, or to refuse a path or a name."""
+"""Commands import torch only to compute: not for help and version, to check images, or to refuse a path or a name."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import sys
 import pytest
 from PIL import Image
 
+import skipkernels
 from skipkernels.app.cli.main import COMMANDS
 
 HEAVY = {"torch", "torchvision", "open_clip", "transformers", "timm", "matplotlib"}
 NO_RUN = "error RUN must be the folder of a run; nope is not a folder."
 # Arguments and errors, those with fewer imports first, as one process runs them all.
 CASES = {
+    "--version": "",
     **{f"{command} --help": "" for command in COMMANDS},
     "check imagefolder:photos": "",
     "check imagefolder:photos --out found.csv": "",
@@ -31,22 +33,23 @@ CASES = {
 }
 PROGRAM = """
 import contextlib, io, json, sys
-from skipkernels.app.cli.main import main
+from skipkernels.__main__ import main
 
 for case in json.load(sys.stdin):
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            code = main(case.split())
+            sys.argv[1:] = case.split()
+            code = main()
         except SystemExit as ended:
             code = ended.code
-    print(json.dumps([code, err.getvalue(), list(sys.modules)]))
+    print(json.dumps([code, out.getvalue(), err.getvalue(), list(sys.modules)]))
 """
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory) -> dict[str, tuple[int, str, set[str]]]:
-    """Exit code, stderr and imported modules of each case, in a folder of images and the beginning of a run."""
+def results(tmp_path_factory) -> dict[str, tuple[int, str, str, set[str]]]:
+    """Exit code, stdout, stderr and imported modules of each case, in a folder of images and the beginning of a run."""
     folder = tmp_path_factory.mktemp("startup")
     for name in ("cat/1.png", "cat/2.png", "dog/1.png", "dog/2.png"):
         path = folder / "photos" / name
@@ -61,13 +64,15 @@ def results(tmp_path_factory) -> dict[str, tuple[int, str, set[str]]]:
     options = {"cwd": folder, "env": environment, "capture_output": True, "text": True, "check": True}
     done = subprocess.run([sys.executable, "-c", PROGRAM], input=json.dumps(list(CASES)), **options)
     found = map(json.loads, done.stdout.splitlines())
-    return {case: (code, err, set(modules)) for case, (code, err, modules) in zip(CASES, found, strict=True)}
+    return {case: (*texts, set(modules)) for case, (*texts, modules) in zip(CASES, found, strict=True)}
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_no_torch(results, case):
-    code, err, modules = results[case]
+    code, out, err, modules = results[case]
     assert code == (2 if CASES[case] else 0) and err.startswith(CASES[case]), err
     assert not HEAVY & modules
-    if case.endswith("--help"):
+    if case.endswith(("--help", "--version")):
         assert not {"numpy", "PIL", "pydantic"} & modules
+    if case == "--version":
+        assert out == f"skipkernels {skipkernels.__version__}\n"

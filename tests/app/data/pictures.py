@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
+from torch.utils.data import Dataset
 
 from skipkernels.app.data import InputError
 
@@ -22,6 +23,21 @@ def draw_image(path: Path, label: int = 0) -> None:
     """Draw an image of a class."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (5, 4), (RED * label, 9, 9)).save(path)
+
+
+class Listed(Dataset):
+    """Map-style dataset of (image, label), made of labels, with further attributes; `loaded` are the items read."""
+
+    def __init__(self, own: Sequence[Any], make: Callable[[Any], Any] = lambda label: None, **attributes: Any):
+        self._own, self._make, self.loaded = list(own), make, []
+        vars(self).update(attributes)
+
+    def __len__(self) -> int:
+        return len(self._own)
+
+    def __getitem__(self, item: int) -> tuple[Any, Any]:
+        self.loaded.append(item)
+        return self._make(self._own[item]), self._own[item]
 
 
 def decoders(parent: int | None = None) -> list[int]:

@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import Dataset
 
 from skipkernels.app.data import TaskOptions, from_datasets, load_task, open_source
 from skipkernels.app.data.coop import DATASETS
 from skipkernels.app.data.files import check_inside
 from skipkernels.app.data.images import DatasetImages, read_labels
 from skipkernels.app.data.templates import resolve_templates
-from tests.app.data.pictures import WNIDS, draw_image, make_coop, raises_input_error
+from tests.app.data.pictures import WNIDS, Listed, draw_image, make_coop, raises_input_error
 
 Tree = Mapping[str, Any]
 
@@ -196,20 +195,6 @@ def test_load_task_refuses(tmp_path, arguments, tree, argument, words):
         load_task(data.format(tmp_path) if isinstance(data, str) else data, TaskOptions(**given))
 
 
-class Labels(Dataset):
-    """Dataset of labels, with attributes."""
-
-    def __init__(self, own, **attributes):
-        self.own = own
-        vars(self).update(attributes)
-
-    def __len__(self):
-        return len(self.own)
-
-    def __getitem__(self, item):
-        return None, self.own[item]
-
-
 def squares(**arguments: Any) -> Callable[[], object]:
     return lambda: from_datasets("squares", **arguments)
 
@@ -218,13 +203,13 @@ def squares(**arguments: Any) -> Callable[[], object]:
 CALLS: list[tuple[Callable[[], object], Any, list[str]]] = [
     (lambda: open_source("coop:dtd"), "root", ["coop:dtd needs the folder of all datasets, which contains dtd"]),
     (squares(classes=["a"]), ..., ["must have a dataset", "train=, val= or test="]),
-    (squares(train=Labels([0])), ..., ["no class names", "classes=[…]"]),
-    (squares(train=Labels([0, 2]), classes=["a", "b"]), ..., ["from 0 to 1", "2 classes", "got 2 for item 1 of train"]),
-    (squares(test=Labels([0], classes=("sea_lion", "sea  lion"))), ..., ["no prompt can tell them apart"]),
-    (squares(test=Labels([0]), classes=2), ..., ["classes must be names by label, a list; got 2."]),
-    (squares(test=Labels([0]), classes=[0, 1]), ..., ["class names must be text; got 0. Write it out"]),
-    (squares(test=Labels([0]), classes=["a", "_ "]), ..., ["a class can't be named '_ '", "classes=[…]"]),
-    (squares(train=Labels([0], labels=["cat"]), classes=["cat"]), ..., ["Labels", "an integer"]),
+    (squares(train=Listed([0])), ..., ["no class names", "classes=[…]"]),
+    (squares(train=Listed([0, 2]), classes=["a", "b"]), ..., ["from 0 to 1", "2 classes", "got 2 for item 1 of train"]),
+    (squares(test=Listed([0], classes=("sea_lion", "sea  lion"))), ..., ["no prompt can tell them apart"]),
+    (squares(test=Listed([0]), classes=2), ..., ["classes must be names by label, a list; got 2."]),
+    (squares(test=Listed([0]), classes=[0, 1]), ..., ["class names must be text; got 0. Write it out"]),
+    (squares(test=Listed([0]), classes=["a", "_ "]), ..., ["a class can't be named '_ '", "classes=[…]"]),
+    (squares(train=Listed([0], labels=["cat"]), classes=["cat"]), ..., ["Listed", "an integer"]),
     *((lambda path=path: check_inside(path, "entry 3"), ..., ["entry 3", "leads out of the folder"])
       for path in ("../a.png", "a/../../b.png", "/etc/passwd", "C:\\a.png", "a\\..\\..\\b.png")),
     *((lambda wrong=wrong: resolve_templates("dtd", wrong), "templates", ["paper or coop", "a photo of a {}.", wrong])
@@ -236,11 +221,11 @@ CALLS: list[tuple[Callable[[], object], Any, list[str]]] = [
      ["image 0: pixels must be an array", "of uint8; got int64 [2, 3]"]),
     (lambda: read_labels([{"img": 0, "label": 1}]), ...,
      ["item 0 must be (image, label), or have the keys image and label", "the keys img, label"]),
-    (lambda: read_labels(Labels([0, 1], labels=[0, 1, 1])), ..., ["Labels", "2 items have 3 labels"]),
-    *((lambda label=label: read_labels(Labels([0, label])), ..., ["Labels", "item 1", "an integer", "Number the"])
+    (lambda: read_labels(Listed([0, 1], labels=[0, 1, 1])), ..., ["Listed", "2 items have 3 labels"]),
+    *((lambda label=label: read_labels(Listed([0, label])), ..., ["Listed", "item 1", "an integer", "Number the"])
       for label in ("cat", 1.0, True, None, torch.tensor([1, 2]))),
-    (lambda: DatasetImages(Labels([0, 1, 2], labels=[0, 2, 2])).subset_classes([2])[0], ...,
-     ["Labels: item 1 has the label 1, and the labels of the dataset have 2"]),
+    (lambda: DatasetImages(Listed([0, 1, 2], labels=[0, 2, 2])).subset_classes([2])[0], ...,
+     ["Listed: item 1 has the label 1, and the labels of the dataset have 2"]),
 ]  # fmt: skip
 
 

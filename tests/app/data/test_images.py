@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import EpsImagePlugin, ExifTags, Image
-from torch.utils.data import Dataset, Subset, TensorDataset
+from torch.utils.data import Subset, TensorDataset
 
 from skipkernels.app.data.decoding import open_image, to_rgb
 from skipkernels.app.data.images import DatasetImages, LabelledImages, read_labels
 from skipkernels.app.data.reading import read_image
-from tests.app.data.pictures import class_of, draw_image, raises_input_error
+from tests.app.data.pictures import Listed, class_of, draw_image, raises_input_error
 
 
 def one(path: Path) -> Image.Image:
@@ -200,32 +200,17 @@ def test_dataset_images_does_not_transform_tensors():
 # ---- labels of any dataset -------------------------------------------------------------------------------------------
 
 
-class Loads(Dataset):
-    """Dataset that counts the items loaded."""
-
-    def __init__(self, items, **attributes):
-        self.items, self.loaded = items, 0
-        vars(self).update(attributes)
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, index):
-        self.loaded += 1
-        return "image", self.items[index]
-
-
 @pytest.mark.parametrize("name", ["labels", "targets", "_labels"])
 def test_read_labels_from_attribute(name):
     for values in ((1, 0, 2), np.array([1, 0, 2]), torch.tensor([1, 0, 2]), [np.int64(1), torch.tensor(0), 2]):
-        dataset = Loads([1, 0, 2], **{name: values})
+        dataset = Listed([1, 0, 2], **{name: values})
         found = read_labels(dataset)
-        assert found == [1, 0, 2] and {type(label) for label in found} == {int} and dataset.loaded == 0
+        assert found == [1, 0, 2] and {type(label) for label in found} == {int} and not dataset.loaded
 
 
 def test_read_labels_from_items():
-    dataset = Loads([1, 0, 2])
-    assert read_labels(dataset) == [1, 0, 2] and dataset.loaded == 3
+    dataset = Listed([1, 0, 2])
+    assert read_labels(dataset) == [1, 0, 2] and dataset.loaded == [0, 1, 2]
     assert read_labels(Subset(dataset, [2, 0])) == [2, 1]
     assert read_labels(TensorDataset(torch.ones(2, 3), torch.tensor([4, 5]))) == [4, 5]
 
@@ -247,6 +232,6 @@ def test_read_labels_of_dictionaries():
 
 
 def test_dataset_images_compares_labels_with_items():
-    images = DatasetImages(Loads([0, 1, 2], labels=[0, 2, 2]))
-    assert images[0] == ("image", 0) and images.subset_classes([2])[1] == ("image", 0)
-    assert DatasetImages(Loads([0, 1]), labels=[5, 6])[1] == ("image", 6), "labels of the caller replace those of items"
+    images = DatasetImages(Listed([0, 1, 2], labels=[0, 2, 2]))
+    assert images[0] == (None, 0) and images.subset_classes([2])[1] == (None, 0)
+    assert DatasetImages(Listed([0, 1]), labels=[5, 6])[1] == (None, 6), "labels of the caller replace those of items"

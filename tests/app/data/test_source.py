@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from PIL import Image
-from torch.utils.data import Dataset
 
 from skipkernels.app.data import TaskOptions, from_datasets, load_task
 from skipkernels.app.data.source import normalize_class_name
+from tests.app.data.pictures import Listed
 
 # ---- by name ---------------------------------------------------------------------------------------------------------
 
@@ -22,22 +22,12 @@ def test_prompts_use_normalized_class_names():
 # ---- from_datasets ---------------------------------------------------------------------------------------------------
 
 
-class Squares(Dataset):
-    """Dataset with only a length and items."""
-
-    def __init__(self, own, **attributes):
-        self.own = list(own)
-        vars(self).update(attributes)
-
-    def __len__(self):
-        return len(self.own)
-
-    def __getitem__(self, item):
-        return Image.new("L", (4, 4), 50 * self.own[item]), self.own[item]
+def squares(own, **attributes) -> Listed:
+    return Listed(own, lambda label: Image.new("L", (4, 4), 50 * label), **attributes)
 
 
 def test_from_datasets():
-    source = from_datasets("squares", train=Squares([0, 1, 1, 0, 1]), test=Squares([1, 0]), classes=["black", "grey"])
+    source = from_datasets("squares", train=squares([0, 1, 1, 0, 1]), test=squares([1, 0]), classes=["black", "grey"])
     assert source.prompts == (["a photo of a black.", "a photo of a grey."],) and source.name == "squares"
     images = source.images("test", transform=lambda image: image.getpixel((0, 0)))
     assert [images[0], images[1]] == [((50, 50, 50), 1), ((0, 0, 0), 0)]
@@ -48,11 +38,11 @@ def test_from_datasets():
 
 def test_from_datasets_optional_attributes():
     names = ["a", "b", "c", "d"]
-    there = Squares([0, 0, 0, 1], labels=[0, 0, 0, 1], classes=["black", "grey"], names=names)
-    turned = Squares([1, 0, 0, 0], targets=torch.tensor([1, 0, 0, 0]), classes=("black", "grey"), names=names[::-1])
+    there = squares([0, 0, 0, 1], labels=[0, 0, 0, 1], classes=["black", "grey"], names=names)
+    turned = squares([1, 0, 0, 0], targets=torch.tensor([1, 0, 0, 0]), classes=("black", "grey"), names=names[::-1])
     sources = [from_datasets("squares", train=dataset) for dataset in (there, turned)]
     assert sources[0].classes == sources[1].classes == ("black", "grey")
     chosen = [load_task(source, TaskOptions(protocol="few-shot", shots=2, seed=5, test="none")) for source in sources]
     assert chosen[0].train.names == chosen[1].train.names
-    without = Squares([0, 0, 0, 1], classes=["black", "grey"], names=lambda: "a method")
+    without = squares([0, 0, 0, 1], classes=["black", "grey"], names=lambda: "a method")
     assert from_datasets("squares", train=without).images("train").names == ["0", "1", "2", "3"]

@@ -11,7 +11,6 @@ import pytest
 from PIL import Image
 
 from skipkernels.app.data import TaskOptions, from_datasets, load_task
-from skipkernels.app.data.tasks import summarise
 from tests.app.data.pictures import NAMES, class_of, make_coop, make_folders, raises_input_error
 
 
@@ -174,20 +173,3 @@ def test_load_task_without_test_images(tmp_path):
     file.write_text(json.dumps({**content, "test": [item for item in content["test"] if item[1] < 2]}))
     with raises_input_error("coop:dtd has no test images of crème brûlée", argument="data"):
         load("coop:dtd", root=tmp_path)
-
-
-# ---- summaries -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("protocol", "accuracies", "more"),
-    [
-        ("base-to-new", {"base": 60.0, "new": 30.0}, {"harmonic": 40.0}),
-        ("base-to-new", {"base": 0.0, "new": 0.0}, {"harmonic": 0.0}),
-        ("few-shot", {"all": 50.0}, {}),
-    ],
-)
-def test_summarise(protocol, accuracies, more):
-    before = dict(accuracies)
-    found = summarise(protocol, accuracies)
-    assert found == {**before, **more} and list(found) == [*before, *more] and accuracies == before

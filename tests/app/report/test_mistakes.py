@@ -18,6 +18,7 @@ from skipkernels.app.report.mistakes import (
     predictions_with_thumbnails,
     thumbnail,
 )
+from tests.app.data.pictures import Listed
 from tests.app.report.pages import image, predictions_of, top
 
 
@@ -59,26 +60,12 @@ def test_confusions_by_number_of_errors():
     assert confusion_matrix(right) == ([], []) and most_frequent_errors(right) == {}
 
 
-class Counted:
-    """Dataset that records which images were opened."""
-
-    def __init__(self, labels):
-        self.labels, self.opened = labels, []
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, index):
-        self.opened.append(index)
-        return Image.new("L", (4, 4), index % 256), self.labels[index]
-
-
 def test_thumbnails_open_only_the_images_that_are_shown():
     """Images that tuning fixed, one of each class, evenly spaced, without their transform."""
-    data = Counted(list(range(50)))
+    data = Listed(range(50), lambda label: Image.new("L", (4, 4), label), labels=list(range(50)))
     images = DatasetImages(data, transform=lambda picture: 1 / 0)
     wrong, right = [(label + 1) % 50 for label in range(50)], list(range(50))
     test = TestSet("all", list(map(str, range(50))), ("{}",), images)
     found = predictions_with_thumbnails(test, torch.tensor(data.labels), top(*wrong), top(*right))
-    assert data.opened == list(found.thumbnails) == [place * 50 // 8 for place in range(8)]
+    assert data.loaded == list(found.thumbnails) == [place * 50 // 8 for place in range(8)]
     assert found.images == list(map(str, range(50)))

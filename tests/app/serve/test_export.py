@@ -52,10 +52,12 @@ def test_open_clip(source, images, tmp_path):
     files = ["README.md", "classes.json", "classifier.json", "open_clip_config.json", "open_clip_model.safetensors"]
     assert done.files == files
     name = f"local-dir:{done.folder}"
-    model, tokenizer = open_clip.create_model(name).eval(), open_clip.get_tokenizer(name)
+    model, _, transform = open_clip.create_model_and_transforms(name)
+    model, tokenizer = model.eval(), open_clip.get_tokenizer(name)
     tuned = sk.Classifier.load(source, device="cpu")
     image, text, scale = model(images, tokenizer([f"an icon of a {name}" for name in tuned.classes]))
     torch.testing.assert_close(scale * image @ text.T, tuned.logits(images), atol=ATOL, rtol=0)
+    assert transform(Image.new("RGB", (40, 30), "red")).equal(tuned.transform(Image.new("RGB", (40, 30), "red")))
     exported = sk.Classifier.load(done.folder, device="cpu")
     torch.testing.assert_close(exported.logits(images), tuned.logits(images), atol=ATOL, rtol=0)
     assert main(["export", str(done.folder), "--to", "open-clip", "--out", str(tmp_path / "again")]) == 0

@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import pytest
 import torch
 from PIL import Image
@@ -107,17 +106,6 @@ def test_other_classes_by_their_names(run, photos):
     found = sk.predict(run.folder, [image for image, _ in new.images], classes=new.classes, device="cpu")
     correct = (found.ids[:, 0] == torch.tensor(new.images.labels)).float().mean().item()
     assert 100 * correct == pytest.approx(run.metrics["tuned"]["new"], abs=1e-3)
-
-
-def test_open_clip_loads_the_run(run, images, classifier):
-    name = f"local-dir:{run.folder}"
-    model, _, transform = open_clip.create_model_and_transforms(name)
-    tokens = open_clip.get_tokenizer(name)([f"an icon of a {name}" for name in run.classes])
-    with torch.no_grad():
-        image, text, scale = model.eval()(images, tokens)
-    torch.testing.assert_close(scale * image @ text.T, classifier.logits(images), atol=1e-4, rtol=0)
-    picture = run.task.tests[0].images[0][0]
-    assert torch.equal(transform(picture), classifier.transform(picture))
 
 
 def test_infinite_pixel_is_an_error(images, classifier):

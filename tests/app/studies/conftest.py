@@ -8,6 +8,7 @@ import pytest
 
 from skipkernels.app.config import TuneConfig
 from skipkernels.app.studies import runs
+from tests.app.report.pages import metrics as metrics_of_page
 
 
 @pytest.fixture
@@ -20,28 +21,14 @@ def ran(monkeypatch):
             return {}
         found.append(config)
         value = 10.0 * len(found)
-        metrics = {
-            "status": "complete",
-            "protocol": config.protocol,
-            "zero_shot": {"base": 5.0, "new": None},
-            "tuned": {"base": value, "new": None},
-            "classes": {"base": 3, "new": 3},
-            "images": {"tests": {}},
-            "epochs": 1,
-            "steps": 2,
-            "kept_classes": 3,
-            "parameters": {"trained": 7, "all": 9},
-            "checkpoint": {"file": "model.safetensors", "mib": 1.0},
-            "cost": {
-                "device": "cpu",
-                "seconds_total": value,
-                "seconds_tuning": value,
-                "baseline_memory_mib": 10.0,
-                "peak_memory_mib": 100.0,
-                "seconds_per_epoch": None,
-                "milliseconds_per_step": None,
-            },
-        }
+        seconds = {"seconds_total": value, "seconds_tuning": value, "seconds_per_epoch": None}
+        metrics = metrics_of_page(
+            protocol=config.protocol,
+            zero_shot={"base": 5.0, "new": None},
+            tuned={"base": value, "new": None},
+            images={"tests": {}},
+            cost=metrics_of_page()["cost"] | seconds | {"milliseconds_per_step": None, "peak_memory_mib": 100.0},
+        )
         assert config.out is not None
         config.out.mkdir(parents=True, exist_ok=True)
         (config.out / "config.yaml").write_text(config.to_yaml())

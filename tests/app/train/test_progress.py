@@ -1,10 +1,9 @@
-"""A line per epoch, and progress bars in a terminal, which is restored."""
+"""A line per epoch, and progress bars in a terminal."""
 
 from __future__ import annotations
 
 import io
 import re
-import sys
 
 import pytest
 import torch
@@ -60,24 +59,9 @@ def test_display_terminal_has_the_same_lines_above_bars():
     assert " 30/30 " in bars and " 10/10 loss 0." in bars, "features of a store are not counted"
 
 
-def test_display_restores_terminal_after_an_error():
-    on, before = console(terminal=True), (sys.stdout, sys.stderr)
-    with pytest.raises(KeyboardInterrupt), ProgressDisplay(on, title="letters"):
-        assert sys.stdout is not before[0], "prints go above the bars"
-        raise KeyboardInterrupt
-    assert on.file.getvalue().endswith("\x1b[?25h"), "the cursor"
-    assert (sys.stdout, sys.stderr) == before
-
-
 def test_display_resumed_run_starts_at_its_epoch():
     on = console(terminal=True)
     with ProgressDisplay(on, title="letters") as display:
         display.begin(epochs=4, steps_per_epoch=5, zero_shot=ZERO_SHOT, batch_size=4, done=2)
         display.step()
     assert " 11/20 " in on.export_text()
-
-
-def test_display_quiet_console_shows_nothing():
-    on = console(terminal=True, quiet=True)
-    shown(on)
-    assert on.file.getvalue() == ""
