@@ -60,7 +60,7 @@ def epochs_of(setup: RunSetup, train: FeatureCache) -> Iterator[tuple[int, float
         setup.method.fit(torch.cat(inputs), torch.cat(labels))
         yield steps, time.perf_counter() - started
         return
-    trainer = Trainer(setup.config, setup.method, train, setup.task.tests[0].classes)
+    trainer = Trainer(setup.config, setup.method, train)
     for _ in range(setup.config.epochs):
         started = time.perf_counter()
         steps += trainer.epoch(on_step=lambda: None, on_loss=lambda loss: None)["steps"]
@@ -141,7 +141,7 @@ def first_steps(run: Run) -> list[dict[str, Any]]:
     memory, ends = PeakMemory(torch.device("cpu")), []
     resident, setup = memory.read(), setup_of(run)
     classes = setup.task.tests[0].classes
-    trainer = Trainer(setup.config, setup.method, setup.train_features(), classes)
+    trainer = Trainer(setup.config, setup.method, setup.train_features())
 
     def on_step() -> None:
         ends.append(time.perf_counter())

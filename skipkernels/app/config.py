@@ -221,7 +221,7 @@ class TuneConfig(Settings):
             if name == "blend":
                 return method.trains_model
             if not self.has_steps:
-                return name != "fused_optimizer" and getattr(self, name) == recipe.get(name, getattr(self, name))
+                return getattr(self, name) == recipe.get(name, getattr(self, name))
             return methods != "rates" or recipe[name] is not None
 
         fields = dataclasses.fields(TuneConfig)
@@ -252,17 +252,6 @@ class TuneConfig(Settings):
             _refuse("class_weight", "must be left out for batches of one class; or use `sampler=random`.")
         if self.class_weight is not None and self.sampler == "balanced":
             _refuse("class_weight", "must be left out with `sampler=balanced`, or it would balance twice.")
-        if self.fused_optimizer and self.epochs:
-            if self.optimizer != "sgd":
-                _refuse(
-                    "fused_optimizer",
-                    f"must be left out with `optimizer={self.optimizer}`: only sgd updates weights inside backward.",
-                )
-            if self.precision == "fp16":
-                _refuse(
-                    "fused_optimizer",
-                    "must be left out with `precision=fp16`, which scales gradients after backward; use bf16.",
-                )
 
     @property
     def has_steps(self) -> bool:

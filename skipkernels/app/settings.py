@@ -174,8 +174,6 @@ class Settings:
     """Momentum of sgd."""
     weight_decay: float | None = option(None, ge=0)
     """Weight decay."""
-    fused_optimizer: bool = False
-    """Update each weight inside backward and free its gradient, so that only few gradients are in memory at once."""
 
     # Arithmetic and memory
 
@@ -217,5 +215,3 @@ class Settings:
     """Resume a run after its last complete epoch, bit-exactly with the same number of threads. With RUN: the run in
     this folder, with its settings. Without RUN: the run in --out, with the settings given here; if there is none,
     start it."""
-    log_every: int = option(50, ge=1, results=False)
-    """Steps between displays and checks of the loss."""

@@ -119,8 +119,6 @@ def test_differs_from():
         ({"method": "lora", "blend": 0.5}, "blend: 0.5 has no effect with `method"),
         ({"epochs": 0, "head": "anchored", "blend": 0.5}, "blend: 0.5 has no effect without epochs"),
         ({"optimizer": "adamv"}, "optimizer must be 'sgd' or 'adamw'; got 'adamv'"),
-        ({"optimizer": "adamw", "fused_optimizer": True}, "must be left out with `optimizer=adamw`: only sgd updates"),
-        ({"precision": "fp16", "fused_optimizer": True}, "must be left out with `precision=fp16`, which"),
         ({"resume": True, "overwrite": True}, "resume must be left out with `overwrite`"),
         ({"device": "cuda:99"}, "can't be used"),
     ],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 from skipkernels.app.console import Terminal
@@ -28,8 +27,6 @@ class EvalCommand:
     """Largest number of classes. By default all of other data, and for the data of the run as many as in the run."""
     device: str | None = None
     """cpu, cuda, cuda:1, …. By default that of the run."""
-    json: bool = False
-    """Print JSON instead of a table."""
     trust: Trust = False
 
     def execute(self, out: Terminal, err: Terminal) -> int:
@@ -43,9 +40,6 @@ class EvalCommand:
 
         settings = {name: getattr(self, name) for name in REPLACEABLE}
         accuracies = evaluate_run(self.run, **settings, trust=self.trust, console=err)
-        if self.json:
-            out.print(json.dumps(accuracies), soft_wrap=True)
-            return 0
         table = Table("accuracy, %", title=str(self.run))
         table.add_column("tuned", justify="right")
         for key, value in accuracies.items():

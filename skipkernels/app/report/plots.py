@@ -36,7 +36,7 @@ def coloured(names: Iterable[str]) -> dict[str, str]:
 
 
 def loss_svg(rows: list[dict[str, Any]]) -> str:
-    """Plot the training loss over the epochs, and that of the steps as a thin line; "" if no epoch has one.
+    """Plot the training loss over the epochs; "" if no epoch has one.
 
     >>> loss_svg([{"epoch": 1, "loss": None}])
     ''
@@ -44,17 +44,7 @@ def loss_svg(rows: list[dict[str, Any]]) -> str:
     points = [(row["epoch"] - 0.5, row["loss"]) for row in rows if finite(row.get("loss"))]  # means over the epoch
     if not points:
         return ""
-    steps = []
-    for row in rows:
-        losses = row.get("step_loss") or []
-        at = [row["epoch"] - 1 + (place + 0.5) / len(losses) for place in range(len(losses))]
-        steps += [(x, loss) for x, loss in zip(at, losses, strict=True) if finite(loss)]
-
-    def draw(axes: Axes) -> None:
-        axes.plot([x for x, _ in steps], [y for _, y in steps], color=LOSS, linewidth=0.8, alpha=0.45)
-        _line(axes, points, LOSS)
-
-    return figure_svg("loss", "training loss over the epochs", draw)
+    return figure_svg("loss", "training loss over the epochs", lambda axes: _line(axes, points, LOSS))
 
 
 def accuracy_svg(

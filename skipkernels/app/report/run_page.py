@@ -221,7 +221,7 @@ def _curves(metrics: Mapping[str, Any], rows: list[dict[str, Any]]) -> list[Mark
     accuracy = accuracy_svg(rows, metrics["zero_shot"], colours)
     legend = {name_of_test(name): colour for name, colour in colours.items()}
     found = [
-        ("training loss; thin: means of consecutive steps", loss_svg(rows), {}),
+        ("training loss", loss_svg(rows), {}),
         (f"test accuracy, % ({dashed}dotted: zero-shot)", accuracy, legend),
     ]
     found = [(title, svg, names) for title, svg, names in found if svg]

@@ -294,11 +294,10 @@ class Search:
 
     def _train(self, factor: float, images: Tensor, advance: Callable[[], None]) -> None:
         config = replace(self.config, **Candidate(self.groups[0][0].method, factor).settings(self.config))
-        method, classes = self.setup.method, self.setup.task.tests[0].classes
-        sampler = method.class_sampler
+        sampler = self.setup.method.class_sampler
         before = None if sampler is None else sampler.state_dict()
         part = self.features.subset(images.nonzero().squeeze(1))
-        trainer = Trainer(config, method, part, classes)
+        trainer = Trainer(config, self.setup.method, part)
         try:
             for _ in range(config.epochs or 0):
                 trainer.epoch(advance, lambda loss: None)

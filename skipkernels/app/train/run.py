@@ -157,7 +157,7 @@ class Run:
         """Make the trainer; None without epochs."""
         if not self.config.epochs:
             return None
-        trainer = Trainer(self.config, self.method, train, self.task.tests[0].classes)
+        trainer = Trainer(self.config, self.method, train)
         if trainer.not_graphed is not None:
             self._tell("note", f"steps run without a CUDA graph: {trainer.not_graphed}")
         return trainer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -18,14 +17,13 @@ from ...optimizer import FusedSGD
 from ...published import cosine_with_warmup
 from ..config import TuneConfig
 from ..data import InputError
-from ..data.files import format_names
 from ..methods import Method, StepOutput
 from .precision import REMEDY, autocast
 
 # Of gradients in fp16. PyTorch's default of 65,536 times CLIP's logit scale of 100 overflows: the first steps would be
 # skipped until it has been halved enough, to 8,192 on pictogram-tiny. Other models may need less.
 _INITIAL_SCALE = 2.0**10
-_CURVE = 100  # largest number of points of the loss curve in the row of an epoch
+_READ_EVERY = 50  # steps between displays and checks of the loss
 
 
 class Trainer:
@@ -37,15 +35,9 @@ class Trainer:
         not_graphed: Reason why steps are not captured in a CUDA graph, although `graph` is set and the device is a GPU.
     """
 
-    def __init__(
-        self,
-        config: TuneConfig,
-        method: Method,
-        train: FeatureCache,
-        classes: list[str],
-    ):
+    def __init__(self, config: TuneConfig, method: Method, train: FeatureCache):
         assert config.epochs and config.optimizer and config.batch_size and config.sampler
-        self._config, self._method, self._classes = config, method, classes
+        self._config, self._method = config, method
         self._labels, self._device = train.labels, torch.device(config.device)
         # In fp16 an update is skipped if a scaled gradient is not finite, and the scale adapts.
         fp16 = config.precision == "fp16"
@@ -87,9 +79,9 @@ class Trainer:
     def epoch(self, on_step: Callable[[], None], on_loss: Callable[[float], None]) -> dict[str, Any]:
         """Train for one epoch; return its row of metrics.jsonl, without the accuracy.
 
-        Calls `on_step` after each step, and `on_loss` every `log_every` steps with their mean loss.
+        Calls `on_step` after each step, and `on_loss` every 50 steps with their mean loss.
         """
-        started, waited, order = time.perf_counter(), self._loader.seconds_waited, self._loader.state_dict()
+        started, waited = time.perf_counter(), self._loader.seconds_waited
         losses: list[float] = []
         unread: list[Tensor] = []  # losses on the device
         images, kept = [], 0
@@ -101,9 +93,9 @@ class Trainer:
             images.append(len(labels))
             kept += out.classes
             on_step()
-            if step % self._config.log_every == 0 or step == self.steps:
+            if step % _READ_EVERY == 0 or step == self.steps:
                 new = torch.stack(unread).tolist()
-                self._check_losses(new, len(losses), order)
+                self._check_losses(new, len(losses))
                 on_loss(sum(new) / len(new))
                 losses += new
                 unread.clear()
@@ -112,7 +104,6 @@ class Trainer:
         return {
             "epoch": self.epochs,
             "loss": sum(loss * count for loss, count in zip(losses, images, strict=True)) / sum(images),
-            "step_loss": _means(losses, _CURVE),
             "lr": rates,
             "steps": self.steps,
             "kept_classes": kept / self.steps,
@@ -131,24 +122,13 @@ class Trainer:
         self._optimizer.zero_grad()
         return out
 
-    def _check_losses(self, values: Sequence[float], first: int, order: dict[str, Any]) -> None:
-        """Check that losses from step `first` on are finite. `order` is the loader's state before the epoch."""
-        for step, value in enumerate(values, first):
+    def _check_losses(self, values: Sequence[float], done: int) -> None:
+        """Check that the losses of the batches after the first `done` are finite."""
+        for batch, value in enumerate(values, done + 1):
             if not math.isfinite(value):
                 raise FloatingPointError(
-                    f"tune: the loss of batch {step + 1} of epoch {self.epochs + 1} is {value}. The batch has "
-                    f"{self._described(step, order)}. {REMEDY}"
+                    f"tune: the loss of batch {batch} of epoch {self.epochs + 1} is {value}. {REMEDY}"
                 )
-
-    def _described(self, step: int, order: dict[str, Any]) -> str:
-        """Describe the images and classes of a batch, which a sampler draws again from the order of the epoch."""
-        config = self._config
-        assert config.batch_size and config.sampler
-        sampler = BatchSampler(self._labels, config.batch_size, config.sampler, torch.Generator())
-        sampler.load_state_dict(order)
-        images = next(itertools.islice(sampler, step, None))
-        classes = dict.fromkeys(self._classes[label] for label in self._labels[images].tolist())
-        return f"training images {format_names(list(map(str, images)))} of {format_names(list(classes))}"
 
     def _check_weights(self) -> None:
         finite = torch.stack([weight.detach().isfinite().all() for weight in self.weights])
@@ -195,13 +175,8 @@ def make_optimizer(config: TuneConfig, groups: list[dict[str, Any]]) -> torch.op
     assert config.weight_decay is not None
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, weight_decay=config.weight_decay)
-    return FusedSGD(
-        groups,
-        momentum=config.momentum or 0.0,
-        weight_decay=config.weight_decay,
-        in_backward=config.fused_optimizer,
-        seed=config.seed,
-    )
+    momentum, seed = config.momentum or 0.0, config.seed
+    return FusedSGD(groups, momentum=momentum, weight_decay=config.weight_decay, seed=seed, in_backward=False)
 
 
 def _captures(device: torch.device) -> bool:
@@ -214,14 +189,3 @@ def to_training_mode(method: Method) -> None:
     for module in method.model.modules():
         if isinstance(module, _BatchNorm):
             module.eval()
-
-
-def _means(values: Sequence[float], count: int) -> list[float]:
-    """Return at most `count` values, each the mean of consecutive ones.
-
-    >>> _means([2.0, 4.0, 6.0], 2)
-    [2.0, 5.0]
-    """
-    count = min(count, len(values))
-    bounds = [place * len(values) // count for place in range(count + 1)]
-    return [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(bounds)]

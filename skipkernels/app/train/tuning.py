@@ -160,6 +160,6 @@ def _memory_errors() -> Iterator[None]:
             raise
         reason = str(error).partition("\n")[0].rstrip(".") or "MemoryError"
         raise MemoryError(
-            f"tune: out of memory ({reason}). Use `memory=min`, `fused_optimizer=True`, a smaller `batch_size`, a "
-            "larger `skip_layers`, or `cache=…`."
+            f"tune: out of memory ({reason}). Use `memory=min`, a smaller `batch_size`, a larger `skip_layers`, "
+            "or `cache=…`."
         ) from error

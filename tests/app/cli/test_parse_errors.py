@@ -13,7 +13,6 @@ from skipkernels.app.cli.main import main
         ("tun", ["tun", "tune", "compare"]),
         ("", ["tune", "compare"]),
         ("tune --dta x", ["--dta", "--data STR", "skipkernels tune --help"]),
-        ("eval run --jsn", ["--jsn", "--json"]),
         ("tune stray", ["stray"]),
         ("tune --shots x", ["--shots INT|{all}", "'x'"]),
         ("blend run --alpha x", ["--alpha", "FLOAT", "auto", "'x'"]),

@@ -91,15 +91,15 @@ def test_tune_beats_zero_shot_on_drawings_of_another_designer(tmp_path):
 def test_eval_reproduces_accuracy(run, capsys):
     folder, metrics = run
     assert evaluate_run(folder) == metrics["tuned"]
-    assert main(["eval", str(folder), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == metrics["tuned"]
+    assert main(["eval", str(folder)]) == 0
+    printed = capsys.readouterr().out.split()
+    assert all(printed[printed.index(name) + 2] == f"{value:.2f}" for name, value in metrics["tuned"].items())
 
 
 def test_eval_on_other_data(run, capsys):
-    folder, _ = run
-    arguments = ["eval", str(folder), "--data", "pictograms:food", "--protocol", "few-shot", "--json"]
-    assert main(arguments) == 0
-    assert list(json.loads(capsys.readouterr().out)) == ["all"]
+    assert main(["eval", str(run[0]), "--data", "pictograms:food", "--protocol", "few-shot"]) == 0
+    printed = capsys.readouterr().out
+    assert "all" in printed and "base" not in printed
 
 
 def test_tune_is_deterministic(run, tmp_path):
@@ -107,20 +107,11 @@ def test_tune_is_deterministic(run, tmp_path):
     torch.manual_seed(7)  # the caller's generator has no effect
     expected = torch.rand(1)
     torch.manual_seed(7)
-    again = tune(small(tmp_path / "again", log_every=1))
+    again = tune(small(tmp_path / "again"))
     assert torch.rand(1) == expected, "the caller's generator is restored"
     assert without_cost(again) == without_cost(metrics) and losses(tmp_path / "again") == losses(folder)
     tune(small(tmp_path / "other", seed=1, epochs=1))
     assert losses(tmp_path / "other")[0] != losses(folder)[0]
-
-
-def test_tune_with_updates_in_backward(run, tmp_path, monkeypatch):
-    folder, metrics = run
-    found, make = [], trainer.make_optimizer
-    monkeypatch.setattr(trainer, "make_optimizer", lambda *args: found.append(make(*args)) or found[0])
-    other = tune(small(tmp_path, fused_optimizer=True))
-    assert found[0]._in_backward and other["tuned"] == metrics["tuned"]
-    assert losses(tmp_path) == pytest.approx(losses(folder), rel=1e-5), "they round differently"
 
 
 def test_tune_changes_weights_above_cut_only(run):
