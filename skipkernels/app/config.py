@@ -19,7 +19,7 @@ from pydantic_core import to_jsonable_python
 
 from ..formatting import first_line
 from ..options import Precision
-from .data.base import InputError, published_name
+from .data.base import InputError
 from .data.registry import is_own
 from .methods.registry import AUTO, METHODS
 from .settings import Settings
@@ -172,8 +172,7 @@ class TuneConfig(Settings):
             classes = min(len(open_data().classes), self.max_classes or sys.maxsize)
             trained = math.ceil(classes / 2) if self.protocol == "base-to-new" else classes
             settings["epochs"] = math.ceil(steps / math.ceil(shots * trained / settings["batch_size"]))
-        kind, _, name = self.data.partition(":")
-        if kind == "coop" and published_name(name) in method.published_quarter:
+        if self.data in method.published_quarter:
             settings["epochs"] //= 4
         if (reference and self.method == "skip" and shots < 4) or self.class_weight is not None:
             settings["sampler"] = "random"

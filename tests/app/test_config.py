@@ -65,7 +65,7 @@ def test_with_method_resets_unused_settings(method):
 
 @pytest.mark.parametrize(
     ("data", "epochs"),
-    [("coop:imagenet", 5), ("coop:sun397", 5), ("coop:Food-101", 5), ("coop:dtd", 20), ("imagefolder:food101", 20),
+    [("coop:imagenet", 5), ("coop:sun397", 5), ("coop:food101", 5), ("coop:dtd", 20), ("imagefolder:food101", 20),
      ("hf:food101", 20)],
 )  # fmt: skip
 def test_resolved_large_dataset_epochs(data, epochs):

@@ -1,8 +1,7 @@
-"""Dataset types, names of published datasets, and the error for unusable input."""
+"""Type of datasets, and the error for unusable input."""
 
 from __future__ import annotations
 
-import re
 from typing import Any, Protocol, get_args
 
 from ...formatting import escaped
@@ -45,15 +44,6 @@ def check_choice(value: Any, literal: Any, argument: str, function: str) -> None
 def open_error(message: str, argument: str = "data") -> InputError:
     """Return an `InputError` of `open_source` about one of its arguments."""
     return InputError(message, argument, "open_source")
-
-
-def published_name(name: str) -> str:
-    """Return the NAME of coop:NAME in lower case and without punctuation, neither of which tells datasets apart.
-
-    >>> published_name("Food-101"), published_name("oxford_pets")
-    ('food101', 'oxfordpets')
-    """
-    return re.sub("[^a-z0-9]", "", name.lower())
 
 
 class SizedDataset(Protocol):

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from .base import InputError, open_error, published_name
+from .base import InputError, open_error
 from .files import absolute_path, check_inside, find_images, format_names, read_json, read_text, subfolders
 from .images import Images, LabelledImages
 from .source import Source, Split, normalize_class_name
@@ -57,12 +57,10 @@ _HELP = "CoOp's DATASETS.md says where to get it."
 
 
 def open_coop(name: str, root: str | Path | None, templates: Templates = None) -> Source:
-    """Open a dataset in CoOp's layout; `name` is a key of `DATASETS`; case and punctuation are ignored."""
-    keys = {published_name(key): key for key in DATASETS} | {"describabletextures": "dtd"}
-    key = keys.get(published_name(name))
-    if key is None:
+    """Open a dataset in CoOp's layout; `name` is a key of `DATASETS`."""
+    if name not in DATASETS:
         raise open_error(f"CoOp has no dataset {name!r}; choose coop: and one of {', '.join(DATASETS)}.")
-    dataset, layout = f"coop:{key}", DATASETS[key]
+    dataset, layout = f"coop:{name}", DATASETS[name]
     if root is None:
         raise open_error(f"{dataset} needs the folder of all datasets, which contains {layout.folder}.", "root")
     base = absolute_path(root)
@@ -71,11 +69,11 @@ def open_coop(name: str, root: str | Path | None, templates: Templates = None) -
     absent = next((path for path in (base, folder, images) if not os.path.isdir(path)), None)
     if absent is not None:
         raise open_error(f"{dataset}: no folder {absent}. {_HELP}", "root")
-    if key == "imagenet" or key in VARIANTS:
+    if name == "imagenet" or name in VARIANTS:
         file = folder / "classnames.txt"
         class_names = _class_names(file if file.is_file() else base / "imagenet" / "classnames.txt")
-        names, splits = _imagenet(dataset, key, images, class_names)
-    elif key == "fgvc_aircraft":
+        names, splits = _imagenet(dataset, name, images, class_names)
+    elif name == "fgvc_aircraft":
         names, splits = _aircraft(folder, images)
     else:
         names, splits = _split_file(folder / layout.split_file, images)
@@ -83,7 +81,7 @@ def open_coop(name: str, root: str | Path | None, templates: Templates = None) -
     notes = []
     if repeated := sorted(name for name, count in Counter(classes).items() if count > 1):
         notes = [f"{dataset}: more than one class is named {format_names(repeated)}; their prompts are equal."]
-    return Source(dataset, classes, resolve_templates(key, templates), splits=splits, notes=tuple(notes))
+    return Source(dataset, classes, resolve_templates(name, templates), splits=splits, notes=tuple(notes))
 
 
 def _split_file(file: Path, root: Path) -> tuple[list[str], dict[Split, Images]]:

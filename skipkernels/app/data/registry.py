@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from .base import open_error
 from .templates import Templates
@@ -13,14 +14,23 @@ from .templates import Templates
 if TYPE_CHECKING:
     from .source import Source
 
+
+class Kind(NamedTuple):
+    """Kind of datasets."""
+
+    form: str  # of their names
+    opener: str  # module and function, which takes the name after the colon
+    has_root: bool = False  # the function takes `root`
+
+
 KINDS = {
-    "imagefolder": "imagefolder:PATH",
-    "csv": "csv:PATH",
-    "hf": "hf:PATH or hf:NAME such as hf:food101",
-    "coop": "coop:NAME such as coop:dtd (with `root`)",
-    "pictograms": "pictograms, pictograms:TASK such as pictograms:animals",
+    "imagefolder": Kind("imagefolder:PATH", "image_folder:open_image_folder"),
+    "csv": Kind("csv:PATH", "csv_files:open_csv", has_root=True),
+    "hf": Kind("hf:PATH or hf:NAME such as hf:food101", "hugging_face_sets:open_hugging_face"),
+    "coop": Kind("coop:NAME such as coop:dtd (with `root`)", "coop:open_coop", has_root=True),
+    "pictograms": Kind("pictograms, pictograms:TASK such as pictograms:animals", "pictograms:open_pictograms"),
 }
-"""Form of the names of each kind."""
+"""Kinds by the beginning of their names."""
 IN_PYTHON = "dataset"
 """Kind of a dataset that was passed in Python."""
 OWN = ("imagefolder", "csv", "hf", IN_PYTHON)
@@ -61,33 +71,18 @@ def open_source(data: str, root: str | Path | None = None, templates: Templates 
         [1, 1, 0, 0]
     """
     kind, _, name = data.partition(":")
-    if kind in KINDS and kind != "pictograms" and not name:
-        raise open_error(f"{kind}: needs a path or a name: {KINDS[kind]}.")
-    if kind == "imagefolder":
-        from .image_folder import open_image_folder
-
-        return open_image_folder(name, templates)
-    if kind == "csv":
-        from .csv_files import open_csv
-
-        return open_csv(name, root, templates)
-    if kind == "hf":
-        from .hugging_face_sets import open_hugging_face
-
-        return open_hugging_face(name, templates)
-    if kind == "coop":
-        from .coop import open_coop
-
-        return open_coop(name, root, templates)
-    if kind == "pictograms":
-        from .pictograms import open_pictograms
-
-        return open_pictograms(name, templates)
-    if kind == "dataset":
+    if kind in KINDS:
+        form, opener, has_root = KINDS[kind]
+        if not name and kind != "pictograms":
+            raise open_error(f"{kind}: needs a path or a name: {form}.")
+        module, _, function = opener.partition(":")
+        opened = getattr(importlib.import_module(f"skipkernels.app.data.{module}"), function)
+        return opened(name, templates=templates, **({"root": root} if has_root else {}))
+    if kind == IN_PYTHON:
         raise open_error(f"{name} was passed to tune in Python. Pass it again as `dataset=`.")
     if os.path.exists(data):  # Path.exists raises an error for a name that is too long
         form = "imagefolder" if os.path.isdir(data) else "csv"
         raise open_error(f"no dataset {data!r}; did you mean {form}:{data}?")
     close = difflib.get_close_matches(kind, KINDS, 1)
     meant = f"did you mean {':'.join([close[0], *filter(None, [name])])}? Or " if close else ""
-    raise open_error(f"no dataset {data!r}; {meant}choose {', '.join(KINDS.values())}.")
+    raise open_error(f"no dataset {data!r}; {meant}choose {', '.join(each.form for each in KINDS.values())}.")

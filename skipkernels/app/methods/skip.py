@@ -31,7 +31,7 @@ class Skip(TunedModel):
     """
 
     name = "skip"
-    published_quarter = ("imagenet", "sun397", "food101")
+    published_quarter = ("coop:imagenet", "coop:sun397", "coop:food101")
 
     def __init__(
         self, model: nn.Module, tokenizer: Tokenizer, task: Task, *, skip_layers: int | float = 0.5, **options: Any

@@ -73,12 +73,6 @@ def test_open_coop_imagenetv2_sorts_folders_as_numbers(tmp_path):
     assert counts(source, "test") == {f"class {number:02d}": 1 for number in range(12)}
 
 
-@pytest.mark.parametrize("name", ["Oxford-Pets", "OXFORDPETS", "DescribableTextures", "FGVCAircraft"])
-def test_open_coop_normalizes_dataset_name(tmp_path, name):
-    key = {"d": "dtd", "f": "fgvc_aircraft", "o": "oxford_pets"}[name[0].lower()]
-    assert open_source(f"coop:{name}", str(make_coop(tmp_path, key))).name == f"coop:{key}"
-
-
 def test_open_coop_notes_duplicate_class_names(tmp_path):
     """Two classes of ImageNet are named crane."""
     make_coop(tmp_path, "imagenet")
