@@ -19,8 +19,7 @@ class ReportCommand:
     def execute(self, out: Terminal, err: Terminal) -> int:
         """Write the page, and print its path. Returns 0."""
         from skipkernels.app.config import CONFIG
-        from skipkernels.app.data import InputError
-        from skipkernels.app.results.files import REPORT, existing_run
+        from skipkernels.app.results.files import REPORT, existing_run, writing
         from skipkernels.folders import replace_text
 
         if self.run.is_dir() and not (self.run / CONFIG).is_file():
@@ -33,9 +32,7 @@ class ReportCommand:
 
             page = run_report(self.run)
         path = self.run / REPORT
-        try:
+        with writing(path, "run", "report"):
             replace_text(path, page)
-        except OSError as error:
-            raise InputError(f"{path} can't be written: {error.strerror}.", "run", "report") from error
         out.print(str(path), soft_wrap=True)
         return 0

@@ -1,8 +1,10 @@
-"""Names of the files of a run, and reading of those with its results."""
+"""Names of the files of a run, reading of those with its results, and the error for one that can't be written."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,3 +58,12 @@ def read_epochs(folder: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: damaged ({error}).") from error
+
+
+@contextlib.contextmanager
+def writing(path: Path, argument: str = "out", function: str = "tune") -> Iterator[None]:
+    """Convert an OSError to the error for a file or a folder that can't be written."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path} can't be written: {error.strerror or error}.", argument, function) from error

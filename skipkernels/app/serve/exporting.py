@@ -17,7 +17,7 @@ from ..data import InputError
 from ..data.base import check_choice
 from ..data.registry import KINDS, OWN
 from ..methods import METHODS
-from ..results.files import CARD, HEAD, METRICS, existing_run, read_metrics
+from ..results.files import CARD, HEAD, METRICS, existing_run, read_metrics, writing
 from ..train.checkpoint import FOLDER as CHECKPOINT
 from ..train.description import Description, versions, write_open_clip_config
 from ..train.model import RANDOM
@@ -87,14 +87,11 @@ def export(
     source, folder = existing_run(run, "export"), Path(out).expanduser()
     _check_folders(source, folder, overwrite=overwrite)
     loaded = load_plain(source, trust=trust)
-    try:
-        with replaced_files(folder, _files(folder)) as written:
-            notes = _write(loaded, source, to, written)
-            files = sorted(path.name for path in written.iterdir())
-            values = read_object(written / CLASSES) | {"files": files}
-            replace_text(written / CLASSES, json.dumps(values, indent=2) + "\n")
-    except OSError as error:
-        raise InputError(f"{folder} can't be written ({error.strerror or error}).", "out", "export") from error
+    with writing(folder, "out", "export"), replaced_files(folder, _files(folder)) as written:
+        notes = _write(loaded, source, to, written)
+        files = sorted(path.name for path in written.iterdir())
+        values = read_object(written / CLASSES) | {"files": files}
+        replace_text(written / CLASSES, json.dumps(values, indent=2) + "\n")
     return Exported(folder, files, notes)
 
 

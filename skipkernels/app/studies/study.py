@@ -14,7 +14,7 @@ from pydantic import AliasPath, BaseModel, Field
 from ...folders import replace_text
 from ..data import InputError
 from ..report.study_page import ACCURACY, COST, TIME, study_html
-from ..results.files import REPORT
+from ..results.files import REPORT, writing
 from ..train.metrics import environment
 from ..untrusted import read_object, validated
 from .runs import Result
@@ -103,12 +103,10 @@ def _value(metrics: Any, keys: tuple[str, ...]) -> float | None:
 def write_study(study: Mapping[str, Any], folder: Path) -> list[Path]:
     """Write compare.json and report.html, and return their paths."""
     texts = {folder / FILE: json.dumps(study, indent=2) + "\n", folder / REPORT: study_html(study)}
-    try:
+    with writing(folder, "out", "compare"):
         folder.mkdir(parents=True, exist_ok=True)
         for path, text in texts.items():
             replace_text(path, text)
-    except OSError as error:
-        raise InputError(f"{folder} can't be written: {error.strerror}.", "out", "compare") from error
     return list(texts)
 
 

@@ -17,13 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...digests import digest_file
-from ...folders import (
-    is_locked,
-    locked,
-    replace_tensors,
-    replace_text,
-    sweep,
-)
+from ...folders import is_locked, locked, replace_tensors, replace_text, sweep
 from ..config import CONFIG, TuneConfig
 from ..data import InputError
 from ..data.files import format_names
@@ -38,6 +32,7 @@ from ..results.files import (
     PREDICTIONS_CSV,
     RUN_FILES,
     read_metrics,
+    writing,
 )
 from ..results.predictions import TestPredictions, prediction_lines, save
 from ..untrusted import OPEN_CLIP
@@ -166,7 +161,7 @@ class RunFolder:
     def lock(self, config: TuneConfig) -> Iterator[None]:
         """Hold the lock of the folder during the run; delete what an earlier run or the resumed one left."""
         with contextlib.ExitStack() as stack:
-            try:
+            with writing(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(locked(self.path))
                 sweep(self.path)
@@ -175,8 +170,6 @@ class RunFolder:
                     self.delete_checkpoint()
                     for path in _files(self.path):
                         path.unlink(missing_ok=True)
-            except OSError as error:
-                raise InputError(f"{self.path} can't be used: {error.strerror}.", "out", "tune") from error
             self.write(CONFIG, config.to_yaml())
             if self.checkpoint is not None:
                 self.write_rows(self.checkpoint.rows)
@@ -184,16 +177,8 @@ class RunFolder:
 
     def write(self, name: str, text: str) -> None:
         """Replace a text file."""
-        with self.writing(name):
+        with writing(self.path / name):
             replace_text(self.path / name, text)
-
-    @contextlib.contextmanager
-    def writing(self, name: str) -> Iterator[None]:
-        """Convert an OSError to the error for a file that can't be written."""
-        try:
-            yield
-        except OSError as error:
-            raise InputError(f"{self.path / name} can't be written: {error.strerror}.", "out", "tune") from error
 
     def write_rows(self, rows: list[dict[str, Any]]) -> None:
         """Write metrics.jsonl."""
@@ -219,7 +204,7 @@ class RunFolder:
 
     def write_model(self, described: Description, weights: Mapping[str, Tensor], head: Head | None) -> Description:
         """Write the weights, the head, if there is one, and their description, which is returned."""
-        with self.writing(MODEL):
+        with writing(self.path / MODEL):
             replace_tensors(self.path / MODEL, weights)
             described = dataclasses.replace(described, weights_xxh3=digest_file(self.path / MODEL))
             if head is not None:
