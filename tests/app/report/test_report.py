@@ -1,10 +1,12 @@
-"""report.html: valid, self-contained, deterministic, with dashes for missing values."""
+"""report.html: valid, self-contained, deterministic, with dashes for missing values; in a browser; made again."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 import re
+import shutil
+import subprocess
 from xml.etree import ElementTree
 
 import matplotlib.figure
@@ -13,6 +15,8 @@ import torch
 
 from skipkernels.app.cli.main import main
 from skipkernels.app.config import TuneConfig
+from skipkernels.app.report import plots
+from skipkernels.app.report.run_page import run_report
 from skipkernels.app.results.class_metrics import metrics_of_test
 from skipkernels.app.results.predictions import TestPredictions, TopClasses
 from tests.app.report.pages import (
@@ -27,6 +31,7 @@ from tests.app.report.pages import (
     svgs,
     top,
 )
+from tests.app.runs import fails
 
 
 def test_report_contents():
@@ -299,3 +304,87 @@ def test_report_incomplete_rows():
     )
     assert len(svgs(text)) == 1, "only accuracy"
     assert_complete(text)
+
+
+# ---- colours ------------------------------------------------------------------------------------------------------
+
+
+def contrast(one: str, other: str) -> float:
+    def luminance(colour: str) -> float:
+        colour = "#" + "".join(2 * digit for digit in colour[1:]) if len(colour) == 4 else colour
+        channels = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+        red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    dark, light = sorted((luminance(one) + 0.05, luminance(other) + 0.05))
+    return light / dark
+
+
+def test_colours_have_contrast():
+    schemes = [
+        dict(re.findall(r"--(\w+): (#\w+);", rule)) for rule in re.findall(r":root \{(.*?)\}", page(), re.DOTALL)
+    ]
+    assert len(schemes) == 2 and schemes[0].keys() == schemes[1].keys(), "light and dark"
+    for colours in schemes:
+        for name in ("ink", "quiet", "better", "worse", "accent"):  # of text
+            for background in ("page", "soft"):
+                assert contrast(colours[name], colours[background]) >= 4.5, (name, background)
+        assert contrast(colours["zero"], colours["page"]) >= 3
+    assert len(set(plots.COLOURS)) == 12
+    for colour in (*plots.COLOURS, plots.LOSS, plots.GREY):
+        for scheme in schemes:
+            assert contrast(colour, scheme["page"]) >= 2.9, colour
+    assert "color-scheme: light dark" in page()
+
+
+# ---- in a browser -------------------------------------------------------------------------------------------------
+
+
+def browsed(path, address: str) -> tuple[str, str]:
+    """Page as a browser shows it, and what it logs."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("no Chromium is installed; the page is parsed by the other tests")
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={path / 'browser'}"]
+    command += ["--enable-logging=stderr", "--dump-dom", address]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return done.stdout, "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
+
+
+def test_report_in_a_browser(tmp_path):
+    """Names inject nothing, the page's own script runs, and the search of the address filters the table."""
+    (tmp_path / "report.html").write_text(page(label=NASTY, tests=[predicted(label=NASTY)]))
+    shown, logged = browsed(tmp_path, f"{(tmp_path / 'report.html').as_uri()}#q=GAMM")
+    assert logged == "", logged
+    rows = re.findall(
+        r'<tr( hidden="")?><th scope="row">([^<]*)', shown.partition('id="classes"')[2].partition("</section>")[0]
+    )
+    assert [(name[:4], bool(hidden)) for hidden, name in rows] == [("&lt;", True), ("beta", False)]
+    assert "1 of 2</output>" in shown and "<button" in shown.partition("<thead>")[2]
+
+
+# ---- skipkernels report -------------------------------------------------------------------------------------------
+
+
+def test_report_command_repeats_the_page(run, tmp_path, capsys):
+    folder, _ = run
+    expected = (folder / "report.html").read_text()
+    assert run_report(folder) == expected
+    assert main(["report", str(folder)]) == 0 and (folder / "report.html").read_text() == expected
+    found = Page(expected)
+    assert found.named("img") and "skipkernels tune --shots 2 --max-classes 24 --method skip --epochs 2" in found.text
+    (tmp_path / "run").mkdir()
+    for name in ("config.yaml", "metrics.json"):
+        shutil.copy(folder / name, tmp_path / "run")
+    assert "skipkernels tune" in run_report(tmp_path / "run"), "without predictions and rows"
+    assert main(["report", str(tmp_path)]) == 2
+    assert "has no results. Name the folder of a run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "metrics.jsonl"])
+def test_report_of_truncated_metrics_is_one_line(run, tmp_path, capsys, name):
+    for file in ("config.yaml", "metrics.json", "metrics.jsonl"):
+        shutil.copy(run[0] / file, tmp_path)
+    (tmp_path / name).write_text((tmp_path / name).read_text()[:-5])
+    error = fails(["report", tmp_path], capsys)
+    assert f"{tmp_path / name}: damaged (" in error and len(error) < 400
