@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from safetensors.torch import load_file
 from skipkernels.app.cli.main import main
 from skipkernels.app.config import TuneConfig
 from skipkernels.app.demo import pictogram_tiny
+from skipkernels.app.methods import Method
+from skipkernels.app.methods.skip import Skip
 from skipkernels.app.report import plots
 from skipkernels.app.train import tune
 from skipkernels.digests import digest_tensors
@@ -55,19 +58,28 @@ def small(out: Path, **changes: Any) -> TuneConfig:
     return dataclasses.replace(SMALL, out=out, **changes)
 
 
+@contextlib.contextmanager
+def at_step(number: int, happen: Callable[..., Any], method: type[Method] = Skip) -> Iterator[None]:
+    """Replace a step of a method, counted from 1, by a function."""
+    step, calls = method.step, itertools.count(1)
+
+    def replaced(self, inputs, labels):
+        return happen(self, inputs, labels) if next(calls) == number else step(self, inputs, labels)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(method, "step", replaced)
+        yield
+
+
+def interrupt(*arguments: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def stopped(folder: Path, step: int = 9, **changes: Any) -> None:
     """Start a run that is interrupted in a step, by default the third of the second epoch."""
-    method = small(folder, **changes).method_class()
-    calls, original = iter(range(1, 1000)), method.step
-
-    def interrupted(self, *args):
-        if next(calls) == step:
-            raise KeyboardInterrupt
-        return original(self, *args)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(method, "step", interrupted)
-        tune(small(folder, **changes))
+    config = small(folder, **changes)
+    with at_step(step, interrupt, config.method_class()), pytest.raises(KeyboardInterrupt):
+        tune(config)
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:

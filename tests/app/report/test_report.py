@@ -31,7 +31,6 @@ from tests.app.report.pages import (
     svgs,
     top,
 )
-from tests.app.runs import fails
 
 
 def test_report_contents():
@@ -379,12 +378,3 @@ def test_report_command_repeats_the_page(run, tmp_path, capsys):
     assert "skipkernels tune" in run_report(tmp_path / "run"), "without predictions and rows"
     assert main(["report", str(tmp_path)]) == 2
     assert "has no results. Name the folder of a run" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["metrics.json", "metrics.jsonl"])
-def test_report_of_truncated_metrics_is_one_line(run, tmp_path, capsys, name):
-    for file in ("config.yaml", "metrics.json", "metrics.jsonl"):
-        shutil.copy(run[0] / file, tmp_path)
-    (tmp_path / name).write_text((tmp_path / name).read_text()[:-5])
-    error = fails(["report", tmp_path], capsys)
-    assert f"{tmp_path / name}: damaged (" in error and len(error) < 400

@@ -16,6 +16,10 @@ from PIL import Image
 
 import skipkernels as sk
 from skipkernels.app.data import InputError
+from skipkernels.app.report.run_page import run_report
+from skipkernels.app.results.files import read_metrics
+from skipkernels.app.train import evaluate_run
+from skipkernels.app.train.choice import Choice
 from tests.app.runs import fails
 
 
@@ -83,8 +87,20 @@ CALLS: list[tuple[Callable[[Given], object], str]] = [
         ('{"format": 2}', "classifier.json: written by a later version. Upgrade"),
     )),
     (lambda on: sk.Classifier.load(without(on.copy, "classifier.json")), "no such file"),
-    (lambda on: sk.Classifier.load(written(on.copy, "model.safetensors", "x")),
-     "model.safetensors: missing or damaged"),
+    *((lambda on, use=use: use(written(on.copy, "model.safetensors", "x")),
+       "model.safetensors: missing or damaged: it does not match classifier.json. Copy the whole folder")
+      for use in (sk.Classifier.load, evaluate_run)),
+    (lambda on: sk.Classifier.load(described(on.copy, head_xxh3="0")),
+     r"head.safetensors: missing or damaged \(.*Copy the whole folder"),
+    (lambda on: sk.Classifier.load(written(described(on.copy, head_xxh3="0"), "head.safetensors", "x")),
+     r"head.safetensors: missing or damaged \(it does not match classifier.json"),
+    *((lambda on, text=text: read_metrics(written(on.copy, "metrics.json", text)),
+       rf"metrics.json: damaged \(.*{reason}.*\)\. Restore it")
+      for text, reason in (("[]", "not a JSON object"), ('{"status": "com', "Unterminated"))),
+    (lambda on: run_report(written(on.copy, "metrics.jsonl", "{")), r"metrics.jsonl: damaged \(Expecting"),
+    *((lambda on, text=text: Choice.read(written(on.copy, "candidates.json", text)),
+       rf"candidates.json: damaged \({reason}\)")
+      for text, reason in (("[]", "not a JSON object"), ("{}", "asked: Field required"))),
     # A method has more arguments than the settings of a run, such as a folder that it writes.
     (lambda on: sk.Classifier.load(described(on.copy, settings={"text_cache": "x"})),
      "settings.text_cache.*skip_layers"),

@@ -102,19 +102,6 @@ def test_blend_fits_the_head_again(run, tmp_path):
         assert (curve[0], curve[-1]) == (blended["tuned"][test], run.metrics["tuned"][test])
 
 
-@pytest.mark.parametrize("damage", ["other", "missing"])
-def test_a_damaged_head_is_refused(run, tmp_path, damage):
-    copy = tmp_path / "run"
-    copy.mkdir()
-    for file in run.folder.iterdir():
-        (copy / file.name).write_bytes(file.read_bytes())
-    (copy / "head.safetensors").unlink()
-    if damage == "other":
-        (copy / "head.safetensors").write_bytes(b"0" * 100)
-    with pytest.raises(InputError, match=r"head.safetensors: missing or damaged \(.*Copy the whole folder"):
-        sk.Classifier.load(copy, device="cpu")
-
-
 def test_balanced_prior_raises_rare_classes(tmp_path):
     """Nine images of one class and one of another, both between their texts."""
     labels = torch.tensor([0] * 9 + [1])

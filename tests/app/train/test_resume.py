@@ -9,14 +9,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rich.console import Console
+from safetensors.torch import load_file
 
 from skipkernels.app.cli.main import main
 from skipkernels.app.data import InputError
 from skipkernels.app.methods import METHODS
 from skipkernels.app.report import run_page
-from skipkernels.app.results.files import read_metrics
-from skipkernels.app.train import evaluate_run, trainer, tune
-from tests.app.runs import fails, files, results, shortened, small, stopped
+from skipkernels.app.train import checkpoint, evaluate_run, trainer, tune
+from skipkernels.app.train.evaluation import Evaluator
+from tests.app.runs import fails, files, results, rows, shortened, small, stopped
 
 ADAMW = {"optimizer": "adamw", "text_lr": 1e-4, "image_lr": 1e-4, "warmup_epochs": 1, "warmup_lr": 1e-5}
 # Settings of a run of two epochs of two steps, and the steps in which it is interrupted: each after a resume.
@@ -27,6 +28,7 @@ RUNS: dict[str, tuple[dict[str, Any], list[int]]] = {
     "fp16": ({"method": "skip", "precision": "fp16"}, [4]),
     "head of a blend": ({"method": "skip", "head": "anchored", "blend": 0.5}, [4]),
     "crops": ({"method": "skip", "refresh": "epoch"}, [4]),
+    "best epoch": ({"method": "skip", "validation": 0.5, "epochs": 4}, [3]),  # of one step
 }
 # Other methods that train in steps.
 OTHERS = [name for name in METHODS if name not in ("skip", "zero-shot", "linear-probe")]
@@ -51,6 +53,27 @@ def test_resume_gives_equal_bits(tmp_path, monkeypatch, name):
     assert results(tmp_path / "cut") == results(tmp_path / "whole")
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
     assert evaluate_run(tmp_path / "cut") == metrics["tuned"]
+
+
+def test_the_best_epoch_is_kept(tmp_path, monkeypatch):
+    """Of equal validation accuracies the last."""
+    accuracies, evaluate = [50.0, 70.0, 70.0, 60.0], Evaluator.evaluate
+    saved, save = [], checkpoint.save
+
+    def evaluated(self, method, *pretrained):
+        return evaluate(self, method, *pretrained)._replace(validation=accuracies[min(len(saved), 3)])
+
+    def recorded(run, weights, *others, **named):
+        saved.append({name: tensor.clone() for name, tensor in weights.items()})
+        save(run, weights, *others, **named)
+
+    monkeypatch.setattr(Evaluator, "evaluate", evaluated)
+    monkeypatch.setattr(checkpoint, "save", recorded)
+    metrics, kept = tune(small(tmp_path, validation=0.5, epochs=4, shots=1)), load_file(tmp_path / "model.safetensors")
+    assert metrics["best_epoch"] == 3 and metrics["epochs"] == 4 and metrics["validation"]["images"] == 12
+    assert all(kept[name].equal(saved[2][name]) for name in kept)
+    assert not all(kept[name].equal(saved[3][name]) for name in kept)
+    assert metrics["tuned"] == rows(tmp_path)[2]["accuracy"]
 
 
 def test_resume_continues_crops_of_a_cache(tmp_path):
@@ -129,13 +152,6 @@ def test_resume_refuses_other_settings(copy, arguments, message, capsys):
 def test_resume_in_python_refuses_a_default_that_the_run_does_not_have(copy):
     with pytest.raises(InputError, match="method is 'skip' in the run in .*, and 'auto' here"):
         tune(resume=copy, method="auto")
-
-
-def test_read_metrics_refuses_damaged_file(tmp_path):
-    for text, reason in (("[]", "not a JSON object"), ('{"status": "com', "Unterminated")):
-        (tmp_path / "metrics.json").write_text(text)
-        with pytest.raises(InputError, match=rf"metrics\.json: damaged \(.*{reason}.*\)\. Restore it"):
-            read_metrics(tmp_path)
 
 
 def test_resume_refuses_other_training_images(copy, monkeypatch, capsys):

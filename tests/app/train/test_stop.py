@@ -24,32 +24,16 @@ from skipkernels.app.data import InputError, pictograms
 from skipkernels.app.demo import pictogram_tiny
 from skipkernels.app.methods.base import StepOutput
 from skipkernels.app.methods.lora import LoRA
-from skipkernels.app.methods.skip import Skip
 from skipkernels.app.report import run_page
 from skipkernels.app.results.files import read_metrics
 from skipkernels.app.train import check, checkpoint, evaluate_run, tune, tuning
 from skipkernels.app.train.reading import how_to_resume
 from skipkernels.app.train.writing import RunFolder
 from skipkernels.folders import locked
-from tests.app.runs import fails, files, rows, small, stopped
+from tests.app.runs import at_step, fails, files, rows, small, stopped
 from tests.app.train.test_checkpoint import CLASSIFIER, weights_of
 
 ARGUMENTS = ["tune", "--method", "skip", "--shots", "2", "--max-classes", "24"]
-
-
-@pytest.fixture
-def at_step(monkeypatch):
-    """Replace a step, counted from 1, by a function."""
-
-    def let(number: int, happen, method=Skip) -> None:
-        step, calls = method.step, iter(range(1, 1000))
-
-        def other(self, inputs, labels):
-            return happen(self, inputs, labels) if next(calls) == number else step(self, inputs, labels)
-
-        monkeypatch.setattr(method, "step", other)
-
-    return let
 
 
 def test_interrupt_keeps_last_epoch(tmp_path, capsys):
@@ -93,12 +77,12 @@ def test_stop_during_overwrite_leaves_a_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_signal_is_interrupt(tmp_path, at_step, number, capsys):
+def test_signal_is_interrupt(tmp_path, number, capsys):
     before = signal.signal(number, signal.SIG_DFL)
-    at_step(2, lambda *args: signal.raise_signal(number))
     try:
         arguments = ["--method", "skip", "--shots", "2", "--max-classes", "4", "--epochs", "2"]  # a step per epoch
-        assert main(["tune", *arguments, "--out", str(tmp_path / "my run")]) == 128 + number
+        with at_step(2, lambda *args: signal.raise_signal(number)):
+            assert main(["tune", *arguments, "--out", str(tmp_path / "my run")]) == 128 + number
         assert signal.getsignal(number) is signal.SIG_DFL
     finally:
         signal.signal(number, before)
@@ -121,21 +105,24 @@ def test_nohup_ignores_sighup(monkeypatch):
         signal.signal(signal.SIGHUP, before)
 
 
-def test_nan_loss_names_batch(tmp_path, at_step):
-    at_step(6, lambda method, inputs, labels: StepOutput(torch.nan * method.clip(inputs, labels).loss, 5))
-    with pytest.raises(FloatingPointError, match="the loss of batch 3 of epoch 2 is nan. Lower `text_lr`"):
+def test_nan_loss_names_batch(tmp_path):
+    def bad(self, inputs, labels):
+        return StepOutput(torch.nan * self.clip(inputs, labels).loss, 5)
+
+    message = "the loss of batch 3 of epoch 2 is nan. Lower `text_lr`"
+    with at_step(6, bad), pytest.raises(FloatingPointError, match=message):
         tune(small(tmp_path, max_classes=12))
     assert evaluate_run(tmp_path) == rows(tmp_path)[0]["accuracy"] and len(rows(tmp_path)) == 1
 
 
-def test_nan_weights_are_not_saved(tmp_path, at_step):
+def test_nan_weights_are_not_saved(tmp_path):
     def spoil(self, inputs, labels):
         loss = self.clip(inputs, labels).loss
         loss.register_hook(lambda gradient: gradient * float("nan"))
         return StepOutput(loss, 5)
 
-    at_step(2, spoil)
-    with pytest.raises(FloatingPointError, match="after the last batch of epoch 2 weights are not finite"):
+    message = "after the last batch of epoch 2 weights are not finite"
+    with at_step(2, spoil), pytest.raises(FloatingPointError, match=message):
         tune(small(tmp_path, max_classes=4))
     assert evaluate_run(tmp_path) == rows(tmp_path)[0]["accuracy"]
 
@@ -191,9 +178,9 @@ def test_check_opens_data_once(tmp_path, monkeypatch, changes):
 # ---- memory and disk -----------------------------------------------------------------------------------------------
 
 
-def test_out_of_memory_in_step(tmp_path, at_step, capsys):
-    at_step(2, lambda *args: torch.empty(2**60))
-    message = fails([*ARGUMENTS, "--out", tmp_path / "run"], capsys)
+def test_out_of_memory_in_step(tmp_path, capsys):
+    with at_step(2, lambda *args: torch.empty(2**60)):
+        message = fails([*ARGUMENTS, "--out", tmp_path / "run"], capsys)
     assert "out of memory" in message and "--memory min" in message
     assert not (tmp_path / "run" / "metrics.json").exists()
 
@@ -231,16 +218,16 @@ def small_disk():
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_full_disk_keeps_last_epoch(tmp_path, at_step, small_disk):
+def test_full_disk_keeps_last_epoch(tmp_path, small_disk):
     """The weights of LoRA are written; the state of AdamW, twice as large, is not."""
 
     def fill(self, inputs, labels):
         small_disk(3 * sum(tensor.nbytes for tensor in self.state_dict().values()) // 2)
         return StepOutput(self.clip(inputs, labels).loss, 5)
 
-    at_step(2, fill, LoRA)
     changes = {"method": "lora", "max_classes": 4}  # two epochs of a step
-    with pytest.raises(InputError, match="the checkpoint can't be written.* continue with `resume=True`"):
+    message = "the checkpoint can't be written.* continue with `resume=True`"
+    with at_step(2, fill, LoRA), pytest.raises(InputError, match=message):
         tune(small(tmp_path, **changes))
     small_disk(resource.RLIM_INFINITY)
     assert not (tmp_path / "metrics.json").exists(), "the run is not marked complete"
