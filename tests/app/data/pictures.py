@@ -14,6 +14,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from skipkernels.app.data import InputError
+from skipkernels.app.data.coop import DATASETS
 
 SPLITS = {"train": 4, "val": 1, "test": 2}  # images of each class
 RED = 20  # difference between two classes
@@ -85,74 +86,41 @@ def raises_input_error(*words: str | Path, argument: Any = ...) -> Iterator[None
 
 # ---- CoOp's layout ---------------------------------------------------------------------------------------------------
 
-# Folder, root of its paths, split file, and a path as in the published split files.
-JSON_SETS = {
-    "caltech101": ("caltech-101", "101_ObjectCategories", "split_zhou_Caltech101.json", "{}/image_{:04d}.jpg"),
-    "oxford_pets": ("oxford_pets", "images", "split_zhou_OxfordPets.json", "{}_{}.jpg"),
-    "stanford_cars": ("stanford_cars", ".", "split_zhou_StanfordCars.json", "cars_train/{}{:05d}.jpg"),
-    "oxford_flowers": ("oxford_flowers", "jpg", "split_zhou_OxfordFlowers.json", "image_{}{:05d}.jpg"),
-    "food101": ("food-101", "images", "split_zhou_Food101.json", "{}/{}.jpg"),
-    "sun397": ("sun397", "SUN397", "split_zhou_SUN397.json", "a/{}/sun_{}.jpg"),
-    "dtd": ("dtd", "images", "split_zhou_DescribableTextures.json", "{0}/{0}_{1:04d}.jpg"),
-    "eurosat": ("eurosat", "2750", "split_zhou_EuroSAT.json", "{0}/{0}_{1}.jpg"),
-    "ucf101": ("ucf101", "UCF-101-midframes", "split_zhou_UCF101.json", "{0}/v_{0}_g01_c{1:02d}.jpg"),
-}
 NAMES = ["apple_pie", "baby back ribs", "crème brûlée"]
 WNIDS = ["n01440764", "n01443537", "n01484850", "n01491361"]
 IMAGENET_NAMES = ["tench", "goldfish", "great white shark", "tiger shark"]
+# Class folders of ImageNet and its variants.
+_FOLDERS = {"imagenet": WNIDS, "imagenetv2": ["0", "1", "2", "3"], "imagenet_sketch": WNIDS}
+_FOLDERS |= {"imagenet_a": [WNIDS[1], WNIDS[3]], "imagenet_r": WNIDS[:3]}
 
 
 def make_coop(root: Path, name: str) -> Path:
     """Make a dataset in CoOp's layout, of the three classes of NAMES, or the four of IMAGENET_NAMES."""
-    if name in JSON_SETS:
-        folder, start, split_file, pattern = JSON_SETS[name]
-        content: dict[str, list[Any]] = {split: [] for split in SPLITS}
-        number = 0
-        for split, count in SPLITS.items():
-            for label, of_class in enumerate(NAMES):
-                for _ in range(count):
-                    number += 1
-                    path = pattern.format(of_class.replace(" ", "_"), number)
-                    draw_image(root / folder / start / path, label)
-                    content[split].append([path, label, of_class])
-        (root / folder / split_file).write_text(json.dumps(content))
-    elif name == "fgvc_aircraft":
-        folder = root / "fgvc_aircraft"
-        number = 0
-        for split, count in SPLITS.items():
-            lines = []
-            for label, of_class in enumerate(NAMES):
-                for _ in range(count):
-                    number += 1
-                    draw_image(folder / "images" / f"{number:07d}.jpg", label)
-                    lines.append(f"{number:07d} {of_class}\n")
-            (folder / f"images_variant_{split}.txt").write_text("".join(lines))
-        (folder / "variants.txt").write_text("".join(f"{of_class}\n" for of_class in NAMES))
-    elif name == "imagenet":
-        for label, wnid in enumerate(WNIDS):
-            for number in range(4):
-                draw_image(root / "imagenet/images/train" / wnid / f"{wnid}_{number}.JPEG", label)
-            for number in range(2):
-                draw_image(root / "imagenet/images/val" / wnid / f"ILSVRC2012_val_{number:08d}.JPEG", label)
-        (root / "imagenet/images/train/scripts").mkdir()
-        classnames(root / "imagenet")
-    else:
-        inside, of_classes = {
-            "imagenetv2": ("imagenetv2/imagenetv2-matched-frequency-format-val", ["0", "1", "2", "3"]),
-            "imagenet_sketch": ("imagenet-sketch/images", WNIDS),
-            "imagenet_a": ("imagenet-adversarial/imagenet-a", [WNIDS[1], WNIDS[3]]),
-            "imagenet_r": ("imagenet-rendition/imagenet-r", WNIDS[:3]),
-        }[name]
-        for label, folder in enumerate(of_classes):
-            for number in range(2):
-                draw_image(root / inside / folder / f"{number}.jpg", label)
-        (root / inside / "README.txt").write_text("cite us")
-        classnames(root / inside.partition("/")[0])
+    layout = DATASETS[name]
+    folder, images = root / layout.folder, root / layout.folder / layout.images
+    if name in _FOLDERS:
+        for part, count in (("train/", 4), ("val/", 2)) if name == "imagenet" else [("", 2)]:
+            for label, of_class in enumerate(_FOLDERS[name]):
+                for number in range(count):
+                    draw_image(images / f"{part}{of_class}/{number}.JPEG", label)
+        (images / "scripts").mkdir()
+        (images / "README.txt").write_text("cite us")
+        lines = [f"{wnid} {of_class}\n" for wnid, of_class in zip(WNIDS, IMAGENET_NAMES, strict=True)]
+        (folder / "classnames.txt").write_text("".join(reversed(lines)))  # not in the order of the labels
+        return root
+    listed: dict[str, list[Any]] = {
+        split: [(f"{split}_{label}{number}", label, of_class) for label, of_class in enumerate(NAMES)
+                for number in range(count)]
+        for split, count in SPLITS.items()
+    }  # fmt: skip
+    for image, label, _ in (each for of_split in listed.values() for each in of_split):
+        draw_image(images / f"{image}.jpg", label)
+    if layout.split_file:
+        content = {split: [(f"{image}.jpg", *rest) for image, *rest in of] for split, of in listed.items()}
+        (folder / layout.split_file).write_text(json.dumps(content))
+    else:  # fgvc_aircraft
+        for split, of_split in listed.items():
+            text = "".join(f"{image} {of_class}\n" for image, _, of_class in of_split)
+            (folder / f"images_variant_{split}.txt").write_text(text)
+        (folder / "variants.txt").write_text("\n".join(NAMES))
     return root
-
-
-def classnames(folder: Path) -> None:
-    """Write the class names of ImageNet, not in the order of the labels."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = [f"{wnid} {name}\n" for wnid, name in zip(WNIDS, IMAGENET_NAMES, strict=True)]
-    (folder / "classnames.txt").write_text("".join(reversed(lines)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +42,9 @@ def build(root: Path, tree: Tree) -> None:
             target.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
-def eurosat(*train: list) -> dict[str, Any]:
-    """Split file of CoOp with other training images."""
-    text = json.dumps({"train": train[0] if train and isinstance(train[0], str) else train, "val": [], "test": []})
+def eurosat(*train: Any, test: Sequence[list] = ()) -> dict[str, Any]:
+    """Split file of CoOp with other training and test images."""
+    text = json.dumps({"train": train[0] if train and isinstance(train[0], str) else train, "val": [], "test": test})
     return {"eurosat": 0, "eurosat/split_zhou_EuroSAT.json": text}
 
 
@@ -143,29 +143,12 @@ def test_open_source_refuses(tmp_path, monkeypatch, data, tree, argument, words)
         open_source(data.format(tmp_path), tmp_path if data.startswith(("coop:", "csv:")) else None)
 
 
-# Images of a split that a source does not have, or too few of them for a choice.
-SPLITS: list[tuple[str, Tree, str, list[str]]] = [
-    ("imagefolder:{}", {"train/cat": 3, "train/dog": 2, "valid/cat": 1, "valid/dog": 1}, "val",
-     ["no val images: it has train, test images."]),
-    ("imagefolder:{}", {"test/cat": 2, "test/dog": 1}, "train", ["no train images: it has test images"]),
-    ("coop:imagenet", {"imagenet": 0, "imagenet/images/val": None}, "test",
-     ["coop:imagenet has no test images: it has train images"]),
-    ("coop:imagenet_a", {"imagenet_a": 0}, "train", ["no train images: it has test images"]),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("data", "tree", "split", "words"), SPLITS, ids=words_of(SPLITS))
-def test_source_has_no_images_of_a_split(tmp_path, data, tree, split, words):
-    build(tmp_path, tree)
-    source = open_source(data.format(tmp_path), tmp_path if data.startswith(("coop:", "csv:")) else None)
-    with raises_input_error(*words):
-        source.images(split)
-
-
+ONE, TWO = ["a.jpg", 0, "one"], ["b.jpg", 1, "two"]
 SQUARES = [("image", 0), ("image", 1)]
 UNTRAINED = from_datasets("squares", test=SQUARES, classes=["black", "grey"])
 
-# Arguments of load_task beside four pictograms of base-to-new, with {} for the folder; files; argument; words.
+# Arguments of load_task beside four pictograms of base-to-new, with {} for the folder, which is `root` of coop:; files;
+# argument; words.
 LOADED: list[tuple[dict[str, Any], Tree, str, list[str]]] = [
     ({"shots": 0}, {}, "shots", ["shots must be a whole number, at least 1; got 0."]),
     ({"shots": "16"}, {}, "shots", ["shots must be a whole number, at least 1; got '16'."]),
@@ -183,6 +166,18 @@ LOADED: list[tuple[dict[str, Any], Tree, str, list[str]]] = [
     ({"data": "pictograms:plants"}, {}, "data", ["no task 'plants' of pictograms; choose from animals, food"]),
     ({"data": "imagefolder:{}", "protocol": "few-shot"}, {"cat": 4}, "data", ["fewer than two classes"]),
     ({"data": from_datasets("empty", test=[], classes=[])}, {}, "data", ["empty has fewer than two classes"]),
+    ({"data": "imagefolder:{}", "protocol": "few-shot"}, {"test/cat": 2, "test/dog": 1}, "data",
+     ["no train images: it has test images"]),
+    ({"data": "imagefolder:{}", "protocol": "few-shot", "validation": "split"},
+     {"train/cat": 3, "train/dog": 2, "valid/cat": 1, "valid/dog": 1}, "data",
+     ["no val images: it has train, test images."]),
+    ({"data": "coop:imagenet_a", "protocol": "few-shot"}, {"imagenet_a": 0}, "data",
+     ["no train images: it has test images"]),
+    ({"data": "coop:imagenet"}, {"imagenet": 0, "imagenet/images/val": None}, "data",
+     ["coop:imagenet has no test images: it has train images"]),
+    ({"data": "coop:eurosat", "protocol": "few-shot"}, eurosat(ONE, test=[ONE, TWO]), "data",
+     ["coop:eurosat has no training images of two"]),
+    ({"data": "coop:eurosat"}, eurosat(ONE, TWO, test=[ONE]), "data", ["coop:eurosat has no test images of two"]),
 ]  # fmt: skip
 
 
@@ -192,7 +187,7 @@ def test_load_task_refuses(tmp_path, arguments, tree, argument, words):
     given = {"data": "pictograms", "protocol": "base-to-new", "shots": 2, "max_classes": 4} | arguments
     data = given.pop("data")
     with raises_input_error(*words, argument=argument):
-        load_task(data.format(tmp_path) if isinstance(data, str) else data, TaskOptions(**given))
+        load_task(data.format(tmp_path) if isinstance(data, str) else data, TaskOptions(root=tmp_path, **given))
 
 
 def squares(**arguments: Any) -> Callable[[], object]:
