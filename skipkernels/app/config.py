@@ -6,7 +6,6 @@ import dataclasses
 import difflib
 import functools
 import math
-import re
 import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -20,6 +19,7 @@ from pydantic_core import to_jsonable_python
 from ..formatting import first_line
 from ..options import Precision
 from .data.base import InputError
+from .data.files import file_name
 from .data.registry import is_own
 from .methods.registry import AUTO, METHODS
 from .settings import Settings
@@ -185,7 +185,7 @@ class TuneConfig(Settings):
         """Folder of the results. Default: in runs/, named after the data and the method."""
         if isinstance(self.resume, Path):
             return self.resume
-        return self.out or Path("runs", re.sub(r"[^\w.+-]", "-", f"{self.data}-{self.method}"))
+        return self.out or Path("runs", file_name(f"{self.data}-{self.method}"))
 
     @property
     def own_data(self) -> bool:
@@ -212,15 +212,15 @@ class TuneConfig(Settings):
         options, recipe = method.options(), dataclasses.asdict(method.recipe(self.model, "few-shot", _SHOTS))
 
         def used(field: dataclasses.Field) -> bool:
-            name, methods = field.name, field.metadata.get("methods", "all")
+            name, methods, value = field.name, field.metadata.get("methods", "all"), getattr(self, field.name)
+            if methods == "heads":
+                return method.takes_head or value == "none"
+            if methods == "blends":
+                return method.trains_model
             if methods == "constructor" and name not in options:
                 return False
-            if name in ("head", "prior"):
-                return method.takes_head or getattr(self, name) == "none"
-            if name == "blend":
-                return method.trains_model
             if not self.has_steps:
-                return getattr(self, name) == recipe.get(name, getattr(self, name))
+                return value == recipe.get(name, value)
             return methods != "rates" or recipe[name] is not None
 
         fields = dataclasses.fields(TuneConfig)

@@ -34,7 +34,7 @@ from .methods.registry import AUTO, METHOD_HELP
 def option(
     default: Any,
     *,
-    methods: Literal["all", "constructor", "rates"] = "all",
+    methods: Literal["all", "constructor", "rates", "heads", "blends"] = "all",
     results: bool = True,
     help: str | None = None,
     **bounds: float,
@@ -43,8 +43,8 @@ def option(
 
     Args:
         default: Default value.
-        methods: Methods that use it: all, those with a constructor argument of this name, or those with this rate in
-            their recipe.
+        methods: Methods that use it: all, those with a constructor argument of this name, those with this rate in their
+            recipe, those that take a head, or those that train the weights of the model.
         results: False if it changes the results by rounding at most, so that a resumed run may have another value.
         help: Help text; by default the text below the field.
         bounds: Bounds of a number as for `pydantic.Field`: ge, gt, le, lt.
@@ -119,14 +119,14 @@ class Settings:
 
     # Classifier of the embeddings, fitted to the training images after training
 
-    head: HeadChoice | None = None
+    head: HeadChoice | None = option(None, methods="heads")
     """none: the texts of the classes. anchored: a logistic regression that is drawn to the texts. gaussian: a Gaussian
     for each class, and the texts. probe: a logistic regression without texts, for trained classes alone. auto: one of
     these, by held-out images. By default auto for --method auto, else none."""
-    prior: Prior = "images"
+    prior: Prior = option("images", methods="heads")
     """Frequencies of the classes that a head expects. images: those of the training images. balanced: equal ones, which
     raises the accuracy on rare classes."""
-    blend: float = option(1.0, gt=0, le=1)
+    blend: float = option(1.0, gt=0, le=1, methods="blends")
     """Weight of the tuned model in the mean of the weights before and after training, before a head is fitted."""
 
     # Settings of Skip Tuning

@@ -37,6 +37,7 @@ class CompareCommand(Settings):
     def execute(self, out: Terminal, err: Terminal) -> int:
         """Run the comparison, write its files, and print its tables. Returns 0."""
         from skipkernels.app.data import InputError
+        from skipkernels.app.data.files import file_name
         from skipkernels.app.methods.registry import METHODS
         from skipkernels.app.train.command_line import command_line
         from skipkernels.app.train.writing import check_writable
@@ -44,8 +45,7 @@ class CompareCommand(Settings):
         config = tune_config(self, out=None, overwrite=False)
         if not 1 <= self.seeds <= 1000:
             raise InputError(f"must be a number of runs from 1 to 1000; got {self.seeds}.", "seeds", "compare")
-        name = f"{config.data}-{config.model}".replace(":", "-").replace("/", "-")
-        folder = self.out or Path("runs", "compare", name)
+        folder = self.out or Path("runs", "compare", file_name(f"{config.data}-{config.model}"))
         check_writable(folder)  # before the work is done
         import_torch(err)
         from skipkernels.app.report.study_page import explained, headline, tables

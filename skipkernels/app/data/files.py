@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -31,6 +32,15 @@ def format_names(names: Sequence[str]) -> str:
 def absolute_path(path: str | Path) -> Path:
     """Return an absolute path, with "~" expanded; "~USER" of an unknown user is kept."""
     return Path(os.path.expanduser(path)).absolute()
+
+
+def file_name(text: str) -> str:
+    """Return text as a name of a file or a folder.
+
+    >>> file_name("imagefolder:my photos/2026-skip")
+    'imagefolder-my-photos-2026-skip'
+    """
+    return re.sub(r"[^\w.+-]", "-", text)
 
 
 def _is_visible(path: str) -> bool:

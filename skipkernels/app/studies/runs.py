@@ -6,9 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import multiprocessing
-import os
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -21,6 +19,7 @@ from ...formatting import duration
 from ..config import CONFIG, TuneConfig
 from ..console import Terminal, plain, print_plain
 from ..data import InputError
+from ..data.files import file_name
 from ..results.files import METRICS, read_metrics
 from ..train import check, tune
 from ..train.choice import chosen_before
@@ -97,7 +96,7 @@ def run_variants(
 
 def _plan(variant: str, config: TuneConfig, seed: int, folder: Path, *, overwrite: bool) -> Planned:
     """Plan the run of a variant; raise if its folder holds a run with other settings."""
-    inner = f"{RUNS}/{variant.replace(' ', '-').replace('/', '-')}-{seed}"
+    inner = f"{RUNS}/{file_name(variant)}-{seed}"
     out = folder / inner
     config = dataclasses.replace(config, seed=seed, out=out, overwrite=overwrite, resume=False)
     with _variant_in_errors(variant):
@@ -139,19 +138,8 @@ def _outcome(metrics: Mapping[str, Any]) -> str:
 
 def _in_subprocess(work: Callable[[Any], Any], argument: Any) -> Any:
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context, initializer=_end_with_parent) as process:
+    with ProcessPoolExecutor(1, mp_context=context) as process:
         return process.submit(work, argument).result()
-
-
-def _end_with_parent() -> None:
-    """End this process when the one that started it ends, also by a kill, which no code of it survives."""
-
-    def wait(parent: Any) -> None:
-        parent.join()
-        os._exit(1)
-
-    if (parent := multiprocessing.parent_process()) is not None:
-        threading.Thread(target=wait, args=(parent,), daemon=True).start()
 
 
 def _check(configs: Mapping[str, TuneConfig]) -> None:

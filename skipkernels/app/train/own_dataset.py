@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +12,7 @@ from ...features.identity import dataset_identity
 from ..config import TuneConfig
 from ..data import InputError, Source, from_datasets
 from ..data.base import SizedDataset
+from ..data.files import file_name
 from ..data.registry import IN_PYTHON
 from ..data.splits import listed_source
 
@@ -50,7 +50,7 @@ class OwnData:
                     argument,
                     function,
                 )
-        name = f"{IN_PYTHON}:" + re.sub(r"[^\w.+-]", "-", self.name or type(self.dataset).__name__)
+        name = f"{IN_PYTHON}:{file_name(self.name or type(self.dataset).__name__)}"
         parts_identity = [[argument, dataset_identity(part, self.identity)] for argument, part in given.items()]
         digest = digest_json([parts_identity, None if self.classes is None else list(self.classes)])
         config = replace(config, data=name, dataset_identity=digest)

@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import multiprocessing
-import os
-import select
-import signal
-import time
 
 import pytest
 from rich.console import Console
@@ -165,29 +160,6 @@ def test_settings_are_checked_in_a_new_process(monkeypatch):
     monkeypatch.setattr(runs.multiprocessing, "get_context", lambda method: context)
     with pytest.raises(InputError, match="epochs: 1 has no effect with `method=linear-probe`; leave it out. .run: a.$"):
         runs._in_subprocess(runs._check, {"a": dataclasses.replace(TINY, method="linear-probe")})
-
-
-def _wait(started: int) -> None:
-    os.write(started, b"x")
-    time.sleep(20)
-    os._exit(1)
-
-
-def test_run_ends_with_its_command(monkeypatch):
-    """A killed command leaves no process of a run behind. The end of the pipe is the end of all of its processes."""
-    context = multiprocessing.get_context("fork")
-    monkeypatch.setattr(runs.multiprocessing, "get_context", lambda method: context)
-    read, write = os.pipe()
-    command = os.fork()
-    if command == 0:
-        runs._in_subprocess(_wait, write)
-        os._exit(0)
-    os.close(write)
-    assert os.read(read, 1) == b"x"
-    os.kill(command, signal.SIGKILL)
-    os.waitpid(command, 0)
-    assert select.select([read], [], [], 10)[0] and os.read(read, 1) == b""
-    os.close(read)
 
 
 def test_compare_command(tmp_path, capsys, in_process):
