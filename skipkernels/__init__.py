@@ -14,7 +14,7 @@ from ._lazy import lazy_names
 if TYPE_CHECKING:
     from skipkernels import functional, ops, pairs, parallel, reference, retrieval
     from skipkernels.app.config import TuneConfig
-    from skipkernels.app.serve import Classifier, blend, export, predict
+    from skipkernels.app.serve import Classifier, blend, export
     from skipkernels.app.train import tune
     from skipkernels.boundary import LSkipBoundary
     from skipkernels.clip import SkipCLIP, SkipOutput
@@ -53,7 +53,6 @@ __all__ = [
     "ops",
     "pairs",
     "parallel",
-    "predict",
     "reference",
     "retrieval",
     "save_lora",
@@ -74,7 +73,7 @@ _find = lazy_names(
         "ops": ("backends",),
         "optimizer": ("FusedSGD",),
         "selection": ("ClassSelection", "select_classes"),
-        "app.serve": ("Classifier", "blend", "export", "predict"),
+        "app.serve": ("Classifier", "blend", "export"),
         "towers.base": ("UnsupportedModel",),
         "towers.fusing": ("fuse", "unfuse"),
         "app.config": ("TuneConfig",),

@@ -1,4 +1,4 @@
-"""Entry point of the command line: before it imports torch, and in several processes."""
+"""Entry point of the command line, before it imports torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import pytest
 
 from skipkernels import __main__ as entry
-from skipkernels.app.cli.main import main
 
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
 
@@ -21,9 +20,3 @@ def test_passive_wait_before_import_of_torch_keeps_user_settings(monkeypatch, ow
     assert entry.main() == 0
     found = {name: at_import[name] for name in WAITING if name in at_import}
     assert found == (own or {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"})
-
-
-def test_start_by_torchrun_is_refused(monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(["doctor"]) == 2
-    assert "skipkernels runs in one process; torchrun started 2. Start one" in capsys.readouterr().err

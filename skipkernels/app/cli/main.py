@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import signal
 import sys
 from typing import Annotated, Any, Union
@@ -98,7 +97,7 @@ def _parse(arguments: list[str], err: Terminal) -> Any:
         program, words = "skipkernels", arguments
         kind = Union[tuple(Annotated[COMMANDS[name], tyro.conf.subcommand(name)] for name in COMMANDS)]  # noqa: UP007
     try:
-        command = tyro.cli(
+        return tyro.cli(
             kind,
             prog=program,
             default=command_with_file(words, err) if kind is TuneCommand else tyro.MISSING_NONPROP,
@@ -110,14 +109,6 @@ def _parse(arguments: list[str], err: Terminal) -> Any:
         if basic and isinstance(kind, type) and issubclass(kind, Settings):  # which --help does not show all
             sys.stdout.write(f"More options: {program} --help-all\n")
         raise
-    if (launched := os.environ.get("WORLD_SIZE", "1")) != "1":
-        from skipkernels.app.data import InputError
-
-        raise InputError(
-            f"skipkernels runs in one process; torchrun started {launched}. Start one, or train in several by "
-            "parallel.ShardedSkipCLIP."
-        )
-    return command
 
 
 def _print_error(err: Terminal, kind: str, error: str) -> None:

@@ -8,16 +8,16 @@ from ..._lazy import lazy_names
 
 if TYPE_CHECKING:
     from .blending import blend
-    from .classifier import Classifier, Predictions, predict
+    from .classifier import Classifier, Predictions
     from .exporting import Exported, export
 
-__all__ = ["Classifier", "Exported", "Predictions", "blend", "export", "predict"]
+__all__ = ["Classifier", "Exported", "Predictions", "blend", "export"]
 
 __getattr__ = lazy_names(
     __name__,
     {
         "blending": ("blend",),
-        "classifier": ("Classifier", "Predictions", "predict"),
+        "classifier": ("Classifier", "Predictions"),
         "exporting": ("Exported", "export"),
     },
 )

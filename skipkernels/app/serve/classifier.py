@@ -357,21 +357,3 @@ def check_threshold(threshold: float | None) -> None:
             "threshold",
             "Classifier.predict",
         )
-
-
-def predict(
-    run: str | Path,
-    images: ImageInput | Iterable[ImageInput],
-    *,
-    classes: Sequence[str] | None = None,
-    templates: str | Sequence[str] | None = None,
-    device: str | torch.device | None = None,
-    precision: Precision = "auto",
-    trust: bool = False,
-    **options: Any,
-) -> Predictions:
-    """Classify images with a run: `Classifier.load` with its arguments, and `predict` with the others."""
-    classifier = Classifier.load(
-        run, classes=classes, templates=templates, device=device, precision=precision, trust=trust
-    )
-    return classifier.predict(images, **options)

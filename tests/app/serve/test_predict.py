@@ -103,7 +103,9 @@ def test_run_opens_in_a_new_process(run, tmp_path):
 
 def test_other_classes_by_their_names(run, photos):
     new = run.task.tests[1]
-    found = sk.predict(run.folder, [image for image, _ in new.images], classes=new.classes, device="cpu")
+    found = sk.Classifier.load(run.folder, classes=new.classes, device="cpu").predict(
+        [image for image, _ in new.images]
+    )
     correct = (found.ids[:, 0] == torch.tensor(new.images.labels)).float().mean().item()
     assert 100 * correct == pytest.approx(run.metrics["tuned"]["new"], abs=1e-3)
 
@@ -219,9 +221,8 @@ def test_command_with_a_threshold(run, photos, tmp_path, capsys):
         assert row == expected | {"known": "false" if none else "true"}
     assert command(capsys, run.folder, part, *options, "--out", table)[0] == 0
     assert table.read_text() == out
-    assert sk.predict(run.folder, part, threshold=threshold - 1e-5, device="cpu").known.tolist() == [
-        not none for none in below
-    ]
+    known = sk.Classifier.load(run.folder, device="cpu").predict(part, threshold=threshold - 1e-5).known
+    assert known.tolist() == [not none for none in below]
 
 
 def test_command_writes_what_is_done_after_an_error(run, photos, tmp_path, capsys, monkeypatch):
