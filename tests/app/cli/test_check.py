@@ -109,11 +109,6 @@ def test_check_says_what_tune_refuses(tmp_path, capsys, images, words):
         tune(TuneConfig(data=f"imagefolder:{tmp_path / 'data'}", out=tmp_path / "run", unreadable="skip", **SETTINGS))
 
 
-def test_check_refuses_other_files(data, tmp_path, capsys):
-    assert main(["check", f"imagefolder:{data}", "--out", str(tmp_path / "a.txt")]) == 2
-    assert "--out must end in .csv; got" in capsys.readouterr().err
-
-
 SETTINGS = {"method": "zero-shot", "device": "cpu", "shots": "all"}
 
 

@@ -28,8 +28,3 @@ def test_error_names_option_and_values(arguments, words, capsys, monkeypatch):
         main(arguments.split())
     error = capsys.readouterr().err
     assert ended.value.code == 2 and all(word in error for word in words), error
-
-
-def test_list_without_items(tmp_path, capsys):
-    assert main(["tune", "--out", str(tmp_path / "run"), "--template"]) == 2
-    assert "--template must have an item, such as 'a photo of a {}.'; got none." in capsys.readouterr().err

@@ -128,25 +128,6 @@ def test_write_study_unwritable_folder(tmp_path, monkeypatch):
         write_study(study_of("t", "", [], {}, None), tmp_path / "file")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["compare", "--methods", "skip", "skip"], "--methods must be distinct names of skip, zero-shot, full"),
-        (["compare", "--seeds", "0"], "--seeds must be a number of runs from 1 to 1000"),
-        (
-            ["compare", "--methods", "zero-shot", "skip", "--skip-layers", "9"],
-            "such as 0.5, or a tuple (image, text) of either; got 9. (run: skip)",
-        ),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_study_commands_bad_arguments(arguments, message, tmp_path, capsys, monkeypatch, in_process):
-    monkeypatch.chdir(tmp_path)
-    assert main(arguments) == 2
-    assert message in " ".join(capsys.readouterr().err.split())
-    assert not list(tmp_path.iterdir()), "all settings are checked before the first run"
-
-
 @pytest.mark.parametrize("option", ["--seed", "--resume", "--method"])
 def test_compare_has_no_option_for_settings_of_the_runs(option, capsys):
     with pytest.raises(SystemExit):
