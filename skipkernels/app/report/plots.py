@@ -8,7 +8,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import cycle
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from .formats import finite
 
@@ -22,7 +22,6 @@ COLOURS += ("#c2529f", "#7f8c1f", "#a8703f", "#5b83a6", "#e0563a", "#5f9148")
 LOSS, GREY = "#7a5ccc", "#808080"
 
 _MAX_DOTS = 40  # on a line
-_INSTANT = 1e-3  # a point that takes less than this share of the longest time trains nothing
 _METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # None leaves a key out, for equal bytes
 
 
@@ -67,56 +66,6 @@ def accuracy_svg(
         within_per_cent(axes)
 
     return figure_svg("accuracy", "test accuracy over the epochs, in per cent", draw) if rows else ""
-
-
-class TimedAccuracy(NamedTuple):
-    """Time in seconds, accuracy in per cent, and half of its interval."""
-
-    seconds: float
-    accuracy: float
-    half: float
-
-
-def pareto(points: Mapping[str, TimedAccuracy]) -> list[str]:
-    """Return the names of the points on the Pareto front, by time: no other is as good in both.
-
-    >>> of = TimedAccuracy
-    >>> pareto({"slow": of(9.0, 80.0, 0.0), "fast": of(1.0, 60.0, 0.0), "bad": of(5.0, 50.0, 0.0)})
-    ['fast', 'slow']
-    """
-    found: list[str] = []
-    for name in sorted(points, key=lambda name: (points[name].seconds, -points[name].accuracy)):
-        if not found or points[name].accuracy > points[found[-1]].accuracy:
-            found.append(name)
-    return found
-
-
-def pareto_svg(name: str, points: Mapping[str, TimedAccuracy], colours: Mapping[str, str]) -> str:
-    """Plot accuracy over time, with the line of the points that no other beats; `name` is that of the accuracy."""
-    longest = max(point.seconds for point in points.values())
-    shortest = min((point.seconds for point in points.values() if point.seconds > _INSTANT * longest), default=1.0)
-    line = [points[label] for label in pareto(points)]
-
-    def draw(axes: Axes) -> None:
-        from matplotlib.ticker import LogLocator
-
-        axes.step(
-            [each.seconds for each in line], [each.accuracy for each in line], "-", where="post", color=GREY, lw=1
-        )
-        for label, (seconds, accuracy, half) in points.items():
-            axes.errorbar([seconds], [accuracy], yerr=[half], color=colours[label], marker="o", capsize=3)
-        axes.set_xscale("symlog", linthresh=shortest, linscale=0.5)  # with 0, of what trains nothing
-        axes.margins(x=0.05, y=0.2)
-        within_per_cent(axes)
-        decades = LogLocator(subs=(1, 2, 5), numticks=6).tick_values(shortest, longest)
-        axes.set_xticks([0, *(tick for tick in decades if shortest <= tick <= longest)])
-        axes.xaxis.set_major_formatter(lambda value, position: f"{value:g}")
-        axes.minorticks_off()
-        axes.set_xlabel("tuning, s (logarithmic)")
-        axes.grid(axis="y", color=GREY, alpha=0.25, linewidth=0.8)
-
-    label = f"{name} accuracy over the time of tuning, with the line of the best at each time"
-    return plot_svg(f"pareto-{name}", label, lambda figure: draw(figure.subplots()), size=(5.2, 3.4))
 
 
 def within_per_cent(axes: Axes) -> None:

@@ -1,17 +1,14 @@
-"""Page of a comparison of methods: accuracies with intervals, also over the time of tuning, and costs."""
+"""Page of a comparison of methods: accuracies with intervals, and costs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from markupsafe import Markup
-
 from . import page
 from .formats import MISSING, joined, number, plural
 from .intervals import LEAST_RUNS, half_interval, range_text, wilson
 from .page import Cell, Section, Table, part, row
-from .plots import TimedAccuracy, coloured, pareto_svg
 from .words import name_of_method, name_of_test
 
 ACCURACY, COST = "accuracy, %", "cost"
@@ -30,7 +27,7 @@ def study_html(study: Mapping[str, Any]) -> str:
         study["title"],
         study["finished"],
         headline(study),
-        [accuracies.html, part("text", explained(study)), *_plots(study)],
+        [accuracies.html, part("text", explained(study))],
         [
             Section("more", "Cost", [table.html for table in others]),
             page.reproduction(study["command"], {"seeds": seeds}, study, ""),
@@ -59,8 +56,8 @@ def headline(study: Mapping[str, Any]) -> str:
     several = f"The {rank} {_measure(column)} is that of {name}, "
     sentence = several if len(summary) > 1 else f"The {_measure(column)} of {name} is "
     sentence += f"{number(mean)}{f' ± {half:.1f}' if half else ''} %"
-    if one and (time := _time(summary[best])) is not None:
-        sentence += f", after {number(time, ',.1f')} s of tuning"
+    if one and (time := summary[best][COST][TIME]):
+        sentence += f", after {number(time[0], ',.1f')} s of tuning"
     images = _images(study).get(column)
     counts = [plural(seeds, "seed"), *([plural(images, "test image")] if images else [])]
     sentence += f" ({', '.join(counts)})"
@@ -94,7 +91,7 @@ def explained(study: Mapping[str, Any]) -> str:
     """Return what the intervals in the tables are, and what "best" means."""
     seeds = len(study["seeds"])
     text = f"Means of {seeds} seeds" if seeds > 1 else "One seed"
-    over_seeds = "; ± and bars: 95 % interval of the mean over seeds (Student's t)"
+    over_seeds = "; ±: 95 % interval of the mean over seeds (Student's t)"
     text += over_seeds if seeds >= LEAST_RUNS else ", too few for an interval over seeds"
     text += "; in brackets the 95 % interval over the test images (Wilson)"
     if study["comparison"]:
@@ -104,30 +101,6 @@ def explained(study: Mapping[str, Any]) -> str:
             "all tests together)"
         )
     return f"{text}."
-
-
-def _time(groups: Mapping[str, Any]) -> float | None:
-    found = groups[COST][TIME]
-    return found[0] if found else None
-
-
-def _plots(study: Mapping[str, Any]) -> list[Markup]:
-    """Plot the accuracy that decides over the time of tuning."""
-    summary, seeds = study["summary"], len(study["seeds"])
-    column, found, _ = _best(study)
-    points = {
-        name_of_method(method): TimedAccuracy(time, mean, half_interval(deviation, seeds))
-        for method, (mean, deviation) in found.items()
-        if mean is not None and (time := _time(summary[method])) is not None
-    }
-    if len(points) < 2:
-        return []
-    colours = coloured(points)
-    svg, text = (
-        pareto_svg(column, points, colours),
-        "The line joins those that no other beats in both accuracy and time.",
-    )
-    return [part("figures", [(f"{_measure(column)}, %, over the time of tuning", svg, colours)]), part("text", text)]
 
 
 def tables(study: Mapping[str, Any]) -> list[Table]:

@@ -260,6 +260,15 @@ def test_report_plots_are_xml_with_unique_ids():
     assert set(names) == set(re.findall(r"""(?:url\(|xlink:href=")#([\w.-]+)""", text)), "each id is used"
 
 
+@pytest.mark.parametrize(("values", "limits"), [((60.0, 100.0), (58.0, 100.0)), ((0.0, 40.0), (0.0, 42.0))])
+def test_axis_of_accuracies_is_within_per_cent(values, limits):
+    axes = matplotlib.figure.Figure().subplots()
+    axes.plot((0, 1), values)
+    plots.within_per_cent(axes)
+    assert axes.get_ylim() == pytest.approx(limits)
+    assert not any(line.get_clip_on() for line in axes.lines)
+
+
 def test_report_is_deterministic():
     before, settings = page(), dict(matplotlib.rcParams)
     with matplotlib.rc_context({"lines.linewidth": 9, "axes.facecolor": "red", "text.usetex": True, "font.size": 30}):

@@ -1,16 +1,9 @@
-"""Page of a study: its sentence, tables and plots."""
+"""Page of a study: its sentence and tables."""
 
 from __future__ import annotations
 
-from xml.etree import ElementTree
-
-import matplotlib.figure
-import pytest
-
-from skipkernels.app.report import plots
-from skipkernels.app.report.plots import TimedAccuracy, pareto
 from skipkernels.app.report.study_page import study_html
-from tests.app.report.pages import ENVIRONMENT, NASTY, Page, svgs
+from tests.app.report.pages import ENVIRONMENT, NASTY, Page
 
 
 def study() -> dict:
@@ -32,15 +25,6 @@ def study() -> dict:
     }
 
 
-@pytest.mark.parametrize(("values", "limits"), [((60.0, 100.0), (58.0, 100.0)), ((0.0, 40.0), (0.0, 42.0))])
-def test_axis_of_accuracies_is_within_per_cent(values, limits):
-    axes = matplotlib.figure.Figure().subplots()
-    axes.plot((0, 1), values)
-    plots.within_per_cent(axes)
-    assert axes.get_ylim() == pytest.approx(limits)
-    assert not any(line.get_clip_on() for line in axes.lines)
-
-
 def test_study_page_of_methods():
     text = study_html(study())
     found = Page(text)
@@ -50,14 +34,9 @@ def test_study_page_of_methods():
     )
     assert ["Skip Tuning", "80.0 ± 2.5", "–"] in found.rows and ["bad", "5.0", "100"] in found.rows
     assert len(found.named("script")) == 1 and NASTY not in text
-    assert [svg.get("aria-label") for svg in map(ElementTree.fromstring, svgs(text))][0].startswith(
-        "base accuracy over"
-    )
     tied = study()
     tied["summary"]["bad"]["accuracy, %"]["base"] = [80.04, 0.5]
     assert (
         "The highest accuracy on trained classes is that of Skip Tuning and bad, 80.0 % (3 seeds)."
         in Page(study_html(tied)).text
     )
-    points = {"a": (1.0, 5.0), "b": (1.0, 6.0), "c": (2.0, 6.0)}
-    assert pareto({name: TimedAccuracy(*point, half=0.0) for name, point in points.items()}) == ["b"]
