@@ -11,14 +11,11 @@ from skipkernels.app.cli.main import main
     ("arguments", "words"),
     [
         ("tun", ["tun", "tune", "compare"]),
-        ("", ["tune", "compare"]),
         ("tune --dta x", ["--dta", "--data STR", "skipkernels tune --help"]),
-        ("tune stray", ["stray"]),
         ("tune --shots x", ["--shots INT|{all}", "'x'"]),
         ("blend run --alpha x", ["--alpha", "FLOAT", "auto", "'x'"]),
         ("tune --class-weight balancd", ["'balancd'", "--class-weight {balanced}|FLOAT"]),
         ("tune --head nope", ["'nope'", "('none', 'anchored', 'gaussian', 'probe', 'auto')"]),
-        ("tune --shots", ["Missing value", "'--shots'"]),
         ("export", ["Missing", "RUN", "--to {open-clip,hugging-face,onnx}", "--out PATH"]),
     ],
 )  # fmt: skip

@@ -11,13 +11,16 @@ import torch.nn.functional as F
 from rich.console import Console
 from safetensors.torch import load_file
 
+import skipkernels as sk
 from skipkernels.app.cli.main import main
 from skipkernels.app.data import InputError
 from skipkernels.app.methods import METHODS
 from skipkernels.app.report import run_page
 from skipkernels.app.train import checkpoint, evaluate_run, trainer, tune
 from skipkernels.app.train.evaluation import Evaluator
+from skipkernels.app.train.reading import unfinished
 from tests.app.runs import fails, files, results, rows, shortened, small, stopped
+from tests.test_folders import Killed, stopped_at
 
 ADAMW = {"optimizer": "adamw", "text_lr": 1e-4, "image_lr": 1e-4, "warmup_epochs": 1, "warmup_lr": 1e-5}
 # Settings of a run of two epochs of two steps, and the steps in which it is interrupted: each after a resume.
@@ -82,6 +85,24 @@ def test_resume_continues_crops_of_a_cache(tmp_path):
     stopped(tmp_path / "cut", step=4, cache=tmp_path / "cache", cache_dtype="fp32", **changes)
     tune(small(tmp_path / "cut", cache=tmp_path / "cache", cache_dtype="fp32", resume=True, **changes))
     assert results(tmp_path / "cut")[1:] == results(tmp_path / "whole")[1:]
+
+
+@pytest.mark.slow
+def test_killed_run_resumes_to_equal_bits(tmp_path):
+    """Killed at every eleventh call that changes a folder: while files are begun, replaced and deleted."""
+    changes = {"epochs": 3, "shots": 1, "max_classes": 4, "validation": 0.5}  # the best epoch is seldom the last
+    whole = tmp_path / "whole"
+    with stopped_at(0) as made:
+        tune(small(whole, **changes))
+    for moment in range(1, len(made), 11):
+        folder = tmp_path / f"{moment}"
+        with pytest.raises(Killed), stopped_at(moment, "kill"):
+            tune(small(folder, **changes))
+        if (folder / "config.yaml").exists() and unfinished(folder):
+            sk.Classifier.load(folder, device="cpu")
+        tune(small(folder, resume=True, **changes))
+        assert results(folder) == results(whole) and files(folder) == files(whole)
+        assert not [*folder.glob(".checkpoint*"), *folder.glob(".*.partial")]
 
 
 def test_resume_of_complete_run(run, capsys):
