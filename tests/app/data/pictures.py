@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -51,6 +52,13 @@ def decoders(parent: int | None = None) -> list[int]:
             if int(parent_of_it) == (parent or os.getpid()) and state != "Z" and b".decoder import answer" in command:
                 found.append(int(path.parent.name))
     return found
+
+
+def encoded(image: Image.Image, kind: str = "png", **options: Any) -> bytes:
+    """Return an image as the bytes of a file."""
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
 
 
 def slow_picture() -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import signal
 import struct
@@ -21,14 +20,7 @@ from skipkernels.app.data import decoder
 from skipkernels.app.data.decoder import decode
 from skipkernels.app.data.images import LabelledImages
 from skipkernels.app.data.reading import read_image
-from tests.app.data.pictures import class_of, decoders, draw_image, raises_input_error, slow_picture
-
-
-def encoded(image: Image.Image, kind: str = "png", **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
+from tests.app.data.pictures import class_of, decoders, draw_image, encoded, raises_input_error, slow_picture
 
 PICTURE = encoded(Image.new("RGB", (3, 2), "red"))
 

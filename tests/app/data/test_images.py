@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import warnings
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from torch.utils.data import Subset, TensorDataset
 from skipkernels.app.data.decoding import open_image, to_rgb
 from skipkernels.app.data.images import DatasetImages, LabelledImages, read_labels
 from skipkernels.app.data.reading import read_image
-from tests.app.data.pictures import Listed, class_of, draw_image, raises_input_error
+from tests.app.data.pictures import Listed, class_of, draw_image, encoded, raises_input_error
 
 
 def one(path: Path) -> Image.Image:
@@ -92,16 +91,12 @@ def test_read_image_heif(tmp_path):
 # ---- invalid files ---------------------------------------------------------------------------------------------------
 
 
-def encoded(kind: str) -> bytes:
-    pixels = np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, kind)
-    return file.getvalue()
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8))
 
 
 def test_read_image_invalid_files(tmp_path):
     path = tmp_path / "ünïcode.png"
-    for content in (b"", b"<html>404 Not Found</html>", encoded("jpeg")[:300], encoded("png")[:300]):
+    for content in (b"", b"<html>404 Not Found</html>", encoded(NOISE, "jpeg")[:300], encoded(NOISE)[:300]):
         path.write_bytes(content)
         with raises_input_error(path, "can't be read as an image", "remove"):
             one(path)
@@ -132,7 +127,7 @@ def test_read_image_extreme_ratio(tmp_path):
 @hypothesis.given(data=st.data())
 @hypothesis.settings(max_examples=30)
 def test_read_image_fuzzed_files(tmp_path_factory, kind, data):
-    content = bytearray(encoded(kind))
+    content = bytearray(encoded(NOISE, kind))
     for _ in range(data.draw(st.integers(1, 8))):
         content[data.draw(st.integers(0, min(len(content), 400) - 1))] = data.draw(st.integers(0, 255))
     path = tmp_path_factory.getbasetemp() / f"damaged.{kind}"

@@ -20,7 +20,7 @@ from PIL import Image
 import skipkernels as sk
 from skipkernels.app.cli.main import main
 from skipkernels.app.serve.output import NONE
-from tests.app.data.pictures import decoders, slow_picture
+from tests.app.data.pictures import decoders, encoded, slow_picture
 from tests.app.runs import fails
 
 pytest.importorskip("starlette", reason="serve needs the extra web")
@@ -47,12 +47,6 @@ def web(classifier) -> TestClient:
     return client(classifier)
 
 
-def png(image: Image.Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "png")
-    return file.getvalue()
-
-
 @pytest.fixture(scope="module")
 def pictures(run) -> list[Image.Image]:
     return [run.task.tests[0].images[number][0] for number in range(3)]
@@ -60,30 +54,30 @@ def pictures(run) -> list[Image.Image]:
 
 def test_form_and_bytes_give_the_predictions_of_the_classifier(web, classifier, pictures):
     expected = classifier.predict(pictures, top=5)
-    answer = web.post("/predict", files=[("x", (f"{n}.png", png(image))) for n, image in enumerate(pictures)])
+    answer = web.post("/predict", files=[("x", (f"{n}.png", encoded(image))) for n, image in enumerate(pictures)])
     found = answer.json()["images"]
     assert answer.status_code == 200 and [item["name"] for item in found] == ["0.png", "1.png", "2.png"]
     for item, labels, row in zip(found, expected.labels, expected.probabilities.tolist(), strict=True):
         assert [each["label"] for each in item["predictions"]] == labels
         assert [each["probability"] for each in item["predictions"]] == pytest.approx(row, abs=1e-5)
-    (raw,) = web.post("/predict", content=png(pictures[0])).json()["images"]
+    (raw,) = web.post("/predict", content=encoded(pictures[0])).json()["images"]
     assert raw["name"] == "image" and raw["predictions"][0]["label"] == expected.labels[0][0]
 
 
 def test_threshold(classifier, pictures):
-    found = client(classifier, threshold=1.0, top=2).post("/predict", content=png(pictures[0])).json()["images"][0]
+    found = client(classifier, threshold=1.0, top=2).post("/predict", content=encoded(pictures[0])).json()["images"][0]
     assert found["predictions"][0] == {"label": NONE, "probability": None} and len(found["predictions"]) == 2
 
 
 def test_one_bad_image_does_not_stop_the_others(web, pictures):
-    files = [("x", ("a.png", b"no image")), ("x", ("b.png", png(pictures[0])))]
+    files = [("x", ("a.png", b"no image")), ("x", ("b.png", encoded(pictures[0])))]
     answer = web.post("/predict", files=files)
     bad, good = answer.json()["images"]
     assert answer.status_code == 200 and bad["error"].startswith("a.png: can't be read as an image (not JPEG")
     assert bad.keys() == {"name", "error"} and len(good["predictions"]) == 5
 
 
-BLACK = png(Image.new("RGB", (40, 40)))
+BLACK = encoded(Image.new("RGB", (40, 40)))
 
 
 @pytest.mark.parametrize(
@@ -91,8 +85,8 @@ BLACK = png(Image.new("RGB", (40, 40)))
     [
         ({"content": b"no image"}, 415, "image: can't be read as an image (not JPEG"),
         ({"content": BLACK[:60]}, 400, "image: can't be read as an image"),
-        ({"content": png(Image.new("1", (101, 100)))}, 413, "image: must have at most 10,000 pixels"),
-        ({"content": png(Image.new("1", (16_000, 16_000)))}, 413, "image: must have at most 10,000 pixels"),
+        ({"content": encoded(Image.new("1", (101, 100)))}, 413, "image: must have at most 10,000 pixels"),
+        ({"content": encoded(Image.new("1", (16_000, 16_000)))}, 413, "image: must have at most 10,000 pixels"),
         ({"content": bytes(50_001)}, 413, "the request must have at most 50.0 kB"),
         ({"content": iter([BLACK])}, 411, "the request must have its length"),
         ({"files": [("x", ("a", bytes(50_001)))]}, 413, "a: must have at most 50.0 kB; got 50.0 kB"),

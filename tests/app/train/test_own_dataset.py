@@ -18,7 +18,7 @@ from skipkernels.app.train import evaluate_run, tune
 from skipkernels.app.train.checkpoint import best_epoch
 from skipkernels.clip import SkipCLIP
 from skipkernels.features import CacheError
-from tests.app.data.pictures import Listed
+from tests.app.data.pictures import Listed, make_folders
 from tests.app.runs import fails, files, rows
 
 COLOURS = ["black", "red", "white"]
@@ -154,19 +154,10 @@ def test_identity_of_a_dataset_with_a_lambda(tmp_path):
     assert tune(**parts, identity="version 1", **options)["status"] == "complete"
 
 
-def squares_folder(root, names, count):
-    """Folder of images of a class for each name."""
-    for label, name in enumerate(names):
-        (root / name).mkdir(parents=True)
-        for number in range(count):
-            Image.new("RGB", (40, 32), (60 * label, number, 99)).save(root / name / f"{number}.png")
-    return root
-
-
 @pytest.mark.parametrize(("count", "validation", "shown"), [(5, "auto", "no test; 3 validation images, which choose"),
                                                             (1, "none", "no test; there is none")])  # fmt: skip
 def test_tune_without_test(tmp_path, capsys, count, validation, shown):
-    data, out = squares_folder(tmp_path / "photos", COLOURS, count), tmp_path / "run"
+    data, out = make_folders(tmp_path / "photos", dict.fromkeys(COLOURS, count)), tmp_path / "run"
     options = f"--method skip --test none --shots all --validation {validation} --epochs 1 --device cpu".split()
     assert main(["tune", "--data", f"imagefolder:{data}", *options, "--out", str(out)]) == 0
     output, metrics = capsys.readouterr(), json.loads((out / "metrics.json").read_text())
@@ -184,8 +175,8 @@ def test_tune_without_test(tmp_path, capsys, count, validation, shown):
 
 
 def test_eval_of_other_data_has_all_its_classes(tmp_path, capsys):
-    data = f"imagefolder:{squares_folder(tmp_path / 'photos', COLOURS, 4)}"
-    other = f"imagefolder:{squares_folder(tmp_path / 'other', 'abcdefg', 3)}"
+    data = f"imagefolder:{make_folders(tmp_path / 'photos', dict.fromkeys(COLOURS, 4))}"
+    other = f"imagefolder:{make_folders(tmp_path / 'other', dict.fromkeys('abcdefg', 3))}"
     out = str(tmp_path / "run")
     assert main(["tune", "--method", "zero-shot", "--data", data, "--max-classes", "2", "--out", out]) == 0
     capsys.readouterr()
