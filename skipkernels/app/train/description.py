@@ -85,16 +85,11 @@ class Description:
             )
         try:
             values = read_object(path)
-            written = values.pop("format", None)
-            if isinstance(written, int) and written > FORMAT:
-                raise InputError(f"{path}: written by a later version. Upgrade skipkernels.")
-            if written != FORMAT:
+            if (written := values.pop("format", None)) != FORMAT:
                 raise ValueError(f"format must be {FORMAT}; got {written!r}")
             return validated(cls, values)
         except OSError as error:
             raise InputError(f"{path}: can't be read ({error.strerror}).") from error
-        except InputError:
-            raise
         except ValueError as error:
             raise InputError(f"{path}: damaged: {error}. Restore it from a copy, or tune again.") from error
 
