@@ -273,11 +273,6 @@ class TuneConfig(Settings):
         values = {name: value for name, value in self._plain().items() if name in results}
         return values | {"cache_dtype": None if self.cache is None else self.cache_dtype}
 
-    def differs_from(self, other: TuneConfig) -> list[str]:
-        """Names of the settings by which the results of two resolved configurations differ."""
-        own, others = self.identity(), other.identity()
-        return [name for name in own if own[name] != others[name]]
-
     def _plain(self) -> dict[str, Any]:
         """Settings as values of JSON."""
         values = dataclasses.asdict(self)

@@ -83,15 +83,6 @@ def test_resolved_epochs_depend_on_classes():
     assert dataclasses.replace(config, protocol="few-shot").resolved().epochs == 100
 
 
-def test_differs_from():
-    run = SMALL.resolved()
-    assert run.differs_from(dataclasses.replace(SMALL, memory="min", resume=True).resolved()) == []
-    assert run.differs_from(dataclasses.replace(SMALL, seed=1, shots=1).resolved()) == ["shots", "seed"]
-    cached = dataclasses.replace(SMALL, cache="c").resolved()
-    assert cached.differs_from(dataclasses.replace(SMALL, cache="d").resolved()) == []
-    assert cached.differs_from(run) == ["cache_dtype"]
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -52,6 +52,8 @@ DATASETS = {
     "imagenet_a": Layout("imagenet-adversarial", "imagenet-a"),
     "imagenet_r": Layout("imagenet-rendition", "imagenet-r"),
 }
+Item = tuple[str, int, str]
+"""Path, label and class name of an image in a list."""
 VARIANTS = ("imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r")
 _HELP = "CoOp's DATASETS.md says where to get it."
 
@@ -74,9 +76,10 @@ def open_coop(name: str, root: str | Path | None, templates: Templates = None) -
         class_names = _class_names(file if file.is_file() else base / "imagenet" / "classnames.txt")
         names, splits = _imagenet(dataset, name, images, class_names)
     elif name == "fgvc_aircraft":
-        names, splits = _aircraft(folder, images)
+        names, splits = _listed(folder, images, _aircraft(folder))
     else:
-        names, splits = _split_file(folder / layout.split_file, images)
+        file = folder / layout.split_file
+        names, splits = _listed(file, images, read_json(file, dict[str, list[Item]]))
     classes = tuple(map(normalize_class_name, names))
     notes = []
     if repeated := sorted(name for name, count in Counter(classes).items() if count > 1):
@@ -84,9 +87,8 @@ def open_coop(name: str, root: str | Path | None, templates: Templates = None) -
     return Source(dataset, classes, resolve_templates(name, templates), splits=splits, notes=tuple(notes))
 
 
-def _split_file(file: Path, root: Path) -> tuple[list[str], dict[Split, Images]]:
-    """Read the class names and the splits of a JSON file; its labels must be 0, 1, … with one name each."""
-    content = read_json(file, dict[str, list[tuple[str, int, str]]])
+def _listed(file: Path, root: Path, content: Mapping[str, list[Item]]) -> tuple[list[str], dict[Split, Images]]:
+    """Return the class names and the splits of lists; their labels must be 0, 1, … with one name each."""
     name_of: dict[int, str] = {}
     splits: dict[Split, Images] = {}
     for split in get_args(Split):
@@ -104,21 +106,17 @@ def _split_file(file: Path, root: Path) -> tuple[list[str], dict[Split, Images]]
     return [name_of[label] for label in range(len(name_of))], splits
 
 
-def _aircraft(folder: Path, root: Path) -> tuple[list[str], dict[Split, Images]]:
-    names = _lines(folder / "variants.txt")
-    label_of = {name: label for label, name in enumerate(names)}
-    splits: dict[Split, Images] = {}
+def _aircraft(folder: Path) -> dict[str, list[Item]]:
+    label_of = {name: label for label, name in enumerate(_lines(folder / "variants.txt"))}
+    content: dict[str, list[Item]] = {}
     for split in get_args(Split):
         file = folder / f"images_variant_{split}.txt"
-        paths, labels = [], []
+        content[split] = []
         for image, _, name in (line.partition(" ") for line in _lines(file)):
             if name not in label_of:
                 raise InputError(f"{file}: {name!r} is not in variants.txt. {_HELP}")
-            check_inside(image, str(file))
-            paths.append(f"{image}.jpg")
-            labels.append(label_of[name])
-        splits[split] = LabelledImages(root, paths, labels)
-    return names, splits
+            content[split].append((f"{image}.jpg", label_of[name], name))
+    return content
 
 
 def _lines(file: Path) -> list[str]:

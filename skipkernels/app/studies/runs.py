@@ -20,9 +20,10 @@ from ..config import CONFIG, TuneConfig
 from ..console import Terminal, plain, print_plain
 from ..data import InputError
 from ..data.files import file_name
-from ..results.files import METRICS, read_metrics
+from ..results.files import METRICS
 from ..train import check, tune
 from ..train.choice import chosen_before
+from ..train.writing import RunFolder
 
 RUNS = "runs"
 
@@ -95,32 +96,17 @@ def run_variants(
 
 
 def _plan(variant: str, config: TuneConfig, seed: int, folder: Path, *, overwrite: bool) -> Planned:
-    """Plan the run of a variant; raise if its folder holds a run with other settings."""
+    """Plan the run of a variant; raise if its folder holds a complete run with other settings."""
     inner = f"{RUNS}/{file_name(variant)}-{seed}"
     out = folder / inner
     config = dataclasses.replace(config, seed=seed, out=out, overwrite=overwrite, resume=False)
+    metrics = None
     with _variant_in_errors(variant):
         config = config.resolved()
-        metrics = None if overwrite else _complete(config, out)
+        if (out / METRICS).exists() and not overwrite:
+            metrics = RunFolder(dataclasses.replace(chosen_before(config)[0], resume=True)).finished
     config = dataclasses.replace(config, resume=not overwrite and (out / CONFIG).exists())
     return Planned(variant, config, inner, metrics)
-
-
-def _complete(config: TuneConfig, out: Path) -> dict[str, Any] | None:
-    """Metrics of the run in the folder if it is complete, else None; raise if its settings differ."""
-    if not (out / METRICS).exists():
-        return None
-    # trust: sources are compared, not opened
-    differing = chosen_before(config)[0].differs_from(TuneConfig.from_yaml(out / CONFIG, trust=True))
-    if differing:
-        raise InputError(
-            f"{out} holds a run with another {' and '.join(differing)}. Choose another folder, or add "
-            "`overwrite=True`.",
-            "out",
-            "run_variants",
-        )
-    metrics = read_metrics(out)
-    return metrics if metrics["status"] == "complete" else None
 
 
 def _outcome(metrics: Mapping[str, Any]) -> str:
