@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from skipkernels.app.data import InputError
 from skipkernels.app.data.coop import DATASETS
+from skipkernels.app.data.source import Source, Split
 
 SPLITS = {"train": 4, "val": 1, "test": 2}  # images of each class
 RED = 20  # difference between two classes
@@ -69,6 +70,16 @@ def slow_picture() -> bytes:
 def class_of(image: Image.Image) -> int:
     """Return the class of an image."""
     return round(image.getpixel((2, 2))[0] / RED)
+
+
+def contents(source: Source, split: Split) -> dict[str, list[str]]:
+    """Image names by class name, after a check that every image is of its class."""
+    images, found = source.images(split), {}
+    for index, (name, label) in enumerate(zip(images.names, images.labels, strict=True)):
+        image, itself = images[index]
+        assert class_of(image) == label == itself
+        found.setdefault(source.classes[label], []).append(name)
+    return found
 
 
 def make_folders(root: Path, counts: dict[str, int], extension: str = ".png") -> Path:

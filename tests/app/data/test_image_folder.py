@@ -13,21 +13,11 @@ import pytest
 from skipkernels.app.data import TaskOptions, load_task, open_source
 from skipkernels.app.data.images import DatasetImages
 from skipkernels.app.data.splits import listed_source
-from tests.app.data.pictures import class_of, draw_image, make_folders
+from tests.app.data.pictures import contents, draw_image, make_folders
 
 
 def open_folder(root):
     return open_source(f"imagefolder:{root}")
-
-
-def contents(source, split):
-    """Image names by class name, after a check that every image is of its class."""
-    images, found = source.images(split), {}
-    for index, (name, label) in enumerate(zip(images.names, images.labels, strict=True)):
-        image, itself = images[index]
-        assert class_of(image) == label == itself
-        found.setdefault(source.classes[label], []).append(name)
-    return found
 
 
 # ---- splits ----------------------------------------------------------------------------------------------------------
