@@ -31,8 +31,7 @@ from ...formatting import decimal, escaped
 from ..data import InputError
 from ..data.decoder import decode
 from ..data.decoding import TooLarge, UnknownFormat
-from ..report.mistakes import thumbnail
-from ..report.page import image_source, render
+from ..report.page import render
 from ..train.description import CALIBRATED, NOT_CALIBRATED
 from .classifier import Classifier, check_counts, check_threshold
 from .output import check_none, json_predictions, labelled
@@ -116,8 +115,7 @@ class Service:
         try:
             uploads = await self._uploads(request)
             async with self._busy:
-                thumbnails = "thumbnail" in request.query_params
-                status, found = await run_in_threadpool(self._answer, uploads, thumbnails=thumbnails)
+                status, found = await run_in_threadpool(self._answer, uploads)
             return JSONResponse(found, status, {"Cache-Control": "no-store"})
         finally:
             await request.close()  # deletes the temporary files of a form
@@ -145,7 +143,7 @@ class Service:
             raise HTTPException(400, "the request has no image; send a form with files, or the bytes of an image.")
         return found
 
-    def _answer(self, uploads: list[Upload], *, thumbnails: bool) -> tuple[int, dict[str, Any]]:
+    def _answer(self, uploads: list[Upload]) -> tuple[int, dict[str, Any]]:
         """Return the HTTP status and the results, with an error in place of those of an image that can't be read."""
         deadline = time.monotonic() + self.limits.decoding
         items: list[dict[str, Any]] = [{"name": name} for name, _, _ in uploads]
@@ -157,8 +155,6 @@ class Service:
                 item["error"] = str(error)
                 errors.append(error)
                 continue
-            if thumbnails:
-                item["thumbnail"] = image_source(thumbnail(image))
             read.append(item)
             tensors.append(self.classifier.transform(image))
         if not tensors:

@@ -97,16 +97,6 @@ def test_page(address, browser, files, run, width):
     assert errors == []  # none of the policy either
 
 
-def test_preview_of_a_format_that_the_browser_does_not_show(address, browser, tmp_path):
-    heif = pytest.importorskip("pillow_heif")
-    heif.from_pillow(Image.new("RGB", (100, 80), "red")).save(tmp_path / "photo.heic")
-    browser.get(address)
-    choose(browser, [str(tmp_path / "photo.heic")])
-    width = "return document.querySelector('.preview').naturalWidth"
-    WebDriverWait(browser, 10, 0.02).until(lambda _: browser.execute_script(width) == 100)
-    assert not [entry for entry in browser.get_log("browser") if "Security Policy" in entry["message"]]
-
-
 def test_twelve_images_and_the_keyboard(address, browser, files):
     browser.get(address)
     browser.switch_to.active_element.send_keys(Keys.TAB)

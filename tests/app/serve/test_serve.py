@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import os
 import signal
 import socket
@@ -106,7 +104,7 @@ def test_refused_requests(web, request_options, status, message):
 def test_one_request_at_a_time_is_classified(classifier, monkeypatch):
     running, most = [], []
 
-    def answer(self, uploads, **options):
+    def answer(self, uploads):
         running.append(1)
         most.append(len(running))
         time.sleep(0.02)
@@ -117,18 +115,6 @@ def test_one_request_at_a_time_is_classified(classifier, monkeypatch):
     with client(classifier) as web, ThreadPoolExecutor(3) as pool:
         list(pool.map(lambda _: web.post("/predict", content=b"x"), range(3)))
     assert most == [1, 1, 1]
-
-
-def test_thumbnail_of_an_image(web):
-    """The page shows it where the browser does not know the format."""
-    pytest.importorskip("pillow_heif", reason="HEIC needs the extra heif")
-    file = io.BytesIO()
-    from_pillow = sys.modules["pillow_heif"].from_pillow
-    from_pillow(Image.new("RGB", (100, 80), "red")).save(file)
-    (found,) = web.post("/predict?thumbnail", content=file.getvalue()).json()["images"]
-    head, _, data = found["thumbnail"].partition(",")
-    assert head == "data:image/jpeg;base64" and Image.open(io.BytesIO(base64.b64decode(data))).size == (100, 80)
-    assert "thumbnail" not in web.post("/predict", content=BLACK).json()["images"][0]
 
 
 def test_limit_of_the_time_to_decode(classifier):

@@ -15,19 +15,11 @@ function add(list) {
     const card = copy("card"), preview = card.querySelector("img");
     card.querySelector(".file").textContent = file.name;
     card.querySelector(".file").title = file.name;
-    const visible = new Promise((resolve) => { // false for a format that the browser can't show
-      preview.onload = () => {
-        URL.revokeObjectURL(preview.src);
-        resolve(true);
-      };
-      preview.onerror = () => {
-        preview.removeAttribute("src");
-        resolve(false);
-      };
-    });
+    preview.onload = () => URL.revokeObjectURL(preview.src);
+    preview.onerror = () => preview.removeAttribute("src"); // a format that the browser can't show
     if (file.size <= most) preview.src = URL.createObjectURL(file);
     cards.push(card);
-    queue.push([file, card, visible]);
+    queue.push([file, card]);
   }
   results.prepend(...cards);
   shown += cards.length;
@@ -38,10 +30,10 @@ async function run() {
   running = true;
   while (queue.length) {
     tell();
-    const [file, card, visible] = queue.shift();
+    const [file, card] = queue.shift();
     if (!card.isConnected) continue; // removed
     try {
-      show(card, await predict(file, card, visible));
+      show(card, await predict(file, card));
     } catch (error) {
       fail(card, error.message);
     }
@@ -57,15 +49,14 @@ function tell() {
   state.textContent = !shown ? "" : running ? `${done} of ${shown} done` : shown === 1 ? "1 image" : `${shown} images`;
 }
 
-async function predict(file, card, visible) {
+async function predict(file, card) {
   if (file.size > most) throw Error(`too large: ${megabytes(file.size)}; the most is ${megabytes(most)}.`);
   say(card, "classifying …");
-  const path = (await visible) ? "predict" : "predict?thumbnail";
   const body = new FormData();
   body.append("image", file);
   let response;
   try {
-    response = await fetch(path, { method: "POST", body });
+    response = await fetch("predict", { method: "POST", body });
   } catch {
     throw Error("the server does not answer. Was it stopped?");
   }
@@ -84,9 +75,8 @@ function fail(card, text) {
   card.classList.add("failed");
 }
 
-function show(card, { predictions, thumbnail }) {
+function show(card, { predictions }) {
   say(card, "");
-  if (thumbnail) card.querySelector("img").src = thumbnail;
   const none = predictions[0].probability === null;
   card.classList.add(none ? "none" : "done");
   card.querySelector("h2").textContent = predictions[0].label;
