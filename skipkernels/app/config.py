@@ -292,7 +292,7 @@ class TuneConfig(Settings):
             given: Settings that the caller replaces; their sources are accepted.
         """
         try:
-            values = read_settings(path)
+            values = yaml.safe_load(path.read_bytes())
         except FileNotFoundError:
             hint = "; a run folder has one" if path.name == CONFIG else ""
             raise InputError(f"{path}: no such file{hint}.") from None
@@ -312,22 +312,6 @@ class TuneConfig(Settings):
         for name in (name for name in _SOURCES if name in values and name not in given):
             check_source(path, name, getattr(config, name) or "", trust)
         return config
-
-
-class _Loader(yaml.SafeLoader):
-    """Loader that refuses repeated names."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [name.value for name, _ in node.value if isinstance(name, yaml.ScalarNode)]
-        repeated = next((name for name in names if names.count(name) > 1), None)
-        if repeated is not None:
-            raise ValueError(f"{repeated!r} is given twice")
-        return super().construct_mapping(node, deep)
-
-
-def read_settings(path: Path) -> Any:
-    """Read a config.yaml; raises OSError, ValueError or yaml.YAMLError."""
-    return yaml.load(path.read_bytes(), _Loader)
 
 
 def usable_device(device: str, function: str) -> str:

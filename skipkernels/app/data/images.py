@@ -81,8 +81,6 @@ class LabelledImages(Images):
     def __init__(
         self, root: str | Path, paths: Sequence[str], labels: Sequence[int], transform: Transform | None = None
     ):
-        if len(paths) != len(labels):
-            raise ValueError(f"LabelledImages: labels must have one item per path, {len(paths)}; got {len(labels)}.")
         super().__init__(labels, paths, transform)
         self.root = absolute_path(root)
 

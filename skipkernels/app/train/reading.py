@@ -10,7 +10,7 @@ import yaml
 
 from ...digests import digest_file
 from ...folders import is_locked
-from ..config import CONFIG, TuneConfig, read_settings
+from ..config import CONFIG, TuneConfig
 from ..data import InputError
 from ..data.registry import IN_PYTHON
 from ..results.files import CLASSIFIER, METRICS
@@ -23,7 +23,7 @@ _SETTINGS = {"data", "protocol", "method", "skip_layers", "out"}  # in the confi
 def has_run(folder: Path) -> bool:
     """Return True if a folder has the config.yaml of a run."""
     try:
-        settings = read_settings(folder / CONFIG)
+        settings = yaml.safe_load((folder / CONFIG).read_bytes())
     except (OSError, ValueError, yaml.YAMLError):
         return False
     return isinstance(settings, dict) and settings.keys() >= _SETTINGS

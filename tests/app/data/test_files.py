@@ -5,17 +5,11 @@ from __future__ import annotations
 import errno
 import os
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
-
 from skipkernels.app.data import Source
 from skipkernels.app.data.check import facts
-from skipkernels.app.data.files import IMAGE_EXTENSIONS, check_inside, find_images, read_json, read_text
+from skipkernels.app.data.files import check_inside, find_images, read_json, read_text
 from skipkernels.app.data.images import LabelledImages
 from tests.app.data.pictures import draw_image, raises_input_error
-
-
-def test_image_extensions_include_those_of_torchvision():
-    assert set(IMAGE_EXTENSIONS) == {*IMG_EXTENSIONS, ".gif", ".avif", ".heic", ".heif"}
 
 
 def test_find_images_in_subfolders_counts_other_files(tmp_path):

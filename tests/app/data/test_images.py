@@ -179,9 +179,7 @@ def test_images_with_transform_copies(images):
     assert isinstance(images.with_transform(class_of).with_transform(None)[4][0], Image.Image)
 
 
-def test_images_label_count(tmp_path):
-    with pytest.raises(ValueError, match="labels must have one item per path, 2; got 1"):
-        LabelledImages(tmp_path, ["a", "b"], [0])
+def test_images_label_count():
     for given_labels, names in (([0], None), (None, ["a"])):
         with pytest.raises(ValueError, match="one item per item of the dataset, 2"):
             DatasetImages([("x", 0), ("y", 1)], labels=given_labels, names=names)

@@ -59,7 +59,7 @@ def test_resume_gives_equal_bits(tmp_path, monkeypatch, name):
 
 
 def test_the_best_epoch_is_kept(tmp_path, monkeypatch):
-    """Of equal validation accuracies the last."""
+    """The last of those with equal validation accuracies."""
     accuracies, evaluate = [50.0, 70.0, 70.0, 60.0], Evaluator.evaluate
     saved, save = [], checkpoint.save
 
