@@ -32,7 +32,7 @@ class TuneCommand(Settings):
     def execute(self, out: Terminal, err: Terminal) -> int:
         """Tune, and print accuracy and cost. Returns 0."""
         from skipkernels.app.config import CONFIG
-        from skipkernels.app.results.files import METRICS, existing_run
+        from skipkernels.app.results.files import existing_run
 
         config = tune_config(self)
         if isinstance(config.resume, Path):
@@ -45,28 +45,26 @@ class TuneCommand(Settings):
         import_torch(err)
         from skipkernels.app.train import tune
 
-        was_complete = bool(config.resume) and (config.folder / METRICS).exists()
         settings = {name: getattr(self, name) for name in SETTINGS}  # with --resume RUN, as in its file unless given
         metrics = tune(console=err, **settings)
         of_run = type(config).from_yaml(config.folder / CONFIG, trust=True)  # nothing is loaded
-        _show(of_run, metrics, out, whole=not was_complete)
+        _show(of_run, metrics, out)
         return 0
 
 
-def _show(config: TuneConfig, metrics: dict[str, Any], out: Terminal, *, whole: bool) -> None:
-    """Print the tables of a run, or only that of accuracies, and the names of its files."""
+def _show(config: TuneConfig, metrics: dict[str, Any], out: Terminal) -> None:
+    """Print the tables of a run, and the names of its files."""
     from skipkernels.app.report import run_page
     from skipkernels.app.report.words import title_of
 
     assert config.out is not None
-    if whole and metrics["candidates"]:
+    if metrics["candidates"]:
         out.print(run_page.candidate_table(metrics, best=run_page.BEST).in_terminal())
     out.print(run_page.accuracy_table(metrics).in_terminal(title_of(config, metrics["classifier"])))
     for text in (run_page.choice(metrics), run_page.kept_epoch(config, metrics)):
         if text is not None:
             out.print(text, soft_wrap=True)
-    if whole:
-        out.print(run_page.cost_table(config, metrics).in_terminal())
+    out.print(run_page.cost_table(config, metrics).in_terminal())
     names = ["report.html", "README.md", "metrics.json", "metrics.jsonl", metrics["checkpoint"]["file"]]
     names += ["config.yaml", "classifier.json", "open_clip_config.json"]
     files = "  ".join(name for name in names if (config.out / name).exists())

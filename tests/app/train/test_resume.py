@@ -111,8 +111,7 @@ def test_resume_of_complete_run(run, capsys):
     assert tune(small(folder, resume=True), Console()) == metrics
     assert "the run is complete; there is nothing to resume" in capsys.readouterr().out
     assert main(["tune", "--resume", str(folder)]) == 0
-    said = capsys.readouterr().out
-    assert "trained classes" in said and "trained parameters" not in said, "the accuracies alone"
+    assert "trained classes" in capsys.readouterr().out
     assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir()} == before
 
 
