@@ -293,9 +293,6 @@ class TuneConfig(Settings):
         """
         try:
             values = yaml.safe_load(path.read_bytes())
-        except FileNotFoundError:
-            hint = "; a run folder has one" if path.name == CONFIG else ""
-            raise InputError(f"{path}: no such file{hint}.") from None
         except OSError as error:
             raise InputError(f"{path}: can't be read ({error.strerror}).") from None
         except (ValueError, yaml.YAMLError) as error:

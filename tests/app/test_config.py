@@ -142,7 +142,7 @@ def test_wrong_setting_is_one_line(tmp_path, text, message, capsys):
 
 
 DAMAGED = {
-    None: "no such file",
+    None: "can't be read (No such file or directory)",
     "model: [": "not readable as YAML",
     "just text": "expected a mapping",
     "trust: true": "trust is not taken from a file",

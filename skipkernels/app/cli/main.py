@@ -41,7 +41,6 @@ COMMANDS: dict[str, Any] = {
     "doctor": DoctorCommand,
     "build": BuildCommand,
 }
-_LONGEST = 1000  # characters of an error message
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -112,8 +111,5 @@ def _parse(arguments: list[str], err: Terminal) -> Any:
 
 
 def _print_error(err: Terminal, kind: str, error: str) -> None:
-    """Print an error as one line of bounded length."""
-    line = " ".join(error.split())
-    if len(line) > _LONGEST:
-        line = f"{line[: _LONGEST - 200]} … {line[-200:]}"
-    err.print(*([Text(kind, "red")] if kind else []), line, soft_wrap=True)
+    """Print an error as one line."""
+    err.print(*([Text(kind, "red")] if kind else []), " ".join(error.split()), soft_wrap=True)

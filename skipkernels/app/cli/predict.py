@@ -63,9 +63,6 @@ class PredictCommand:
         check_run(self.run, "predict", err)
         import_torch(err)
         classifier = self._load()
-        count = len(classifier.classes)
-        if self.top > max(count, PredictCommand.top):
-            err.print(f"note: --top {self.top} shows all classes, which are {count}")
         if self.threshold is not None:
             check_none(classifier.classes)
         batches = classifier.predict_batches(
