@@ -234,13 +234,16 @@ def encoder_prompts(padding: int) -> torch.Tensor:
 
 def tables_of(rows: Sequence[Row]) -> str:
     """The tables of docs/models.md, and versions below them."""
-    handled = [
-        [row.name, row.off or "none", f"{row.loss_error:.0e}", f"{row.gradient_error:.0e}"]
-        for row in rows
-        if not row.refused
-    ]
+    handled: dict[str, list[Row]] = {}
+    for row in rows:
+        if not row.refused:
+            handled.setdefault(row.off or "none", []).append(row)
+    lines = []
+    for off, of in sorted(handled.items(), key=lambda item: -len(item[1])):
+        errors = max(row.loss_error for row in of), max(row.gradient_error for row in of)
+        lines.append([off, "; ".join(row.name for row in of), *(f"{error:.0e}" for error in errors)])
     refused = [[row.name, row.refused] for row in rows if row.refused]
-    tables = [table(["model", "disabled reductions", "error of the loss", "error of a gradient"], handled)]
+    tables = [table(["disabled reductions", "models", "largest error of the loss", "of a gradient"], lines)]
     tables += [table(["refused", "reason"], refused)] if refused else []
     configs = [not row.refused for row in rows if row.name not in OTHERS]
     versions = f"open_clip {open_clip.__version__}, timm {timm.__version__}, transformers {transformers.__version__}"

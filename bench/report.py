@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from .pages import bars, benchmarks, operators, readme, studies
+from .pages import benchmarks, operators, readme, studies
 from .pages.cells import filled
 
 ROOT = Path(__file__).parents[1]
@@ -34,7 +34,6 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "step": benchmarks.steps,
         "sizes": benchmarks.sizes,
         "infer": benchmarks.classifying,
-        "lose": benchmarks.losses,
     },
     "docs/operators.md": {"operators": operators.operators},
     "docs/fused-blocks.md": {"fuse": studies.fused},
@@ -65,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{path} is out of date: python -m bench.report")
         return int(bool(stale))
     # The text of the picture depends on the version of matplotlib, so it is not compared.
-    for path, text in (stale | {PICTURE: bars.step_bars()}).items():
+    for path, text in (stale | {PICTURE: readme.step_bars()}).items():
         (ROOT / path).write_text(text, encoding="utf-8")
         print(f"{path} written")
     return 0

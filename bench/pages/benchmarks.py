@@ -1,4 +1,4 @@
-"""Tables of docs/benchmarks.md: steps, classification, and comparisons that we lose."""
+"""Tables of docs/benchmarks.md: steps and classification."""
 
 from __future__ import annotations
 
@@ -56,25 +56,3 @@ def classifying() -> str:
         lines.append([*case, *cells, floor])
     header = ["images", "B", "C", "precision", *infer.IMPLEMENTATIONS, f"{OURS} over its floor"]
     return table(header, lines) + origin("infer", rows)
-
-
-# What is compared with another implementation, by kind of rows.
-COMPARED = {
-    "operators": "`{op}`, {shape}, {dtype}",
-    "step": "a step, {model}, B{B}, C{C}, {precision}",
-    "infer": "classifying {images} images, {model}, C{C}, {precision}",
-}
-
-
-def losses() -> str:
-    """Comparisons in which another implementation is faster, the largest factor first."""
-    every = [
-        (float(row["faster"]), what.format(**row), row["implementation"])
-        for kind, what in COMPARED.items()
-        for row in latest_rows(kind, **MACHINE_SHOWN)
-        if row.get("faster") and not row["implementation"].startswith(OURS)
-    ]
-    lost = sorted(each for each in every if each[0] < 1)
-    text = f"Another implementation is faster in {len(lost)} of {len(every)} comparisons"
-    lines = [[what, against, times(faster)] for faster, what, against in lost]
-    return f"{text}:\n\n" + table(["", "faster", "our speed-up"], lines)
