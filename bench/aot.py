@@ -209,9 +209,13 @@ def compile_job(job: Job) -> Result:
 
 
 def constants_of(job: Job) -> str:
-    """The constants by name, including integer arguments that Triton specialises because they are 1."""
+    """The constants by name, including integer arguments that Triton specialises because they are 1.
+
+    One inside a tuple is named by its place there.
+    """
     names = list(job.kernel.signature)
-    return " ".join(f"{names[place]}={value}" for (place,), value in sorted(job.kernel.constants.items()))
+    constants = sorted(job.kernel.constants.items())
+    return " ".join(f"{'.'.join([names[place], *map(str, inner)])}={value}" for (place, *inner), value in constants)
 
 
 def resources_of_cubin(cubin: bytes) -> tuple[int, int]:

@@ -29,7 +29,7 @@ from torch import Tensor
 from .. import reference
 from . import autograd, launching, registration
 from .launching import launch, launch_options, tl, triton
-from .row_sums import blocks_of_rows, sum_in_order_strided
+from .row_sums import blocks_of_rows, write_column_sums
 
 MAX_WIDTH = 4096  # a tile has whole rows, and backward of wider ones spills registers: they use the fallback
 ROWS_PER_SUM = 8  # minimum rows per program of backward: it writes up to four rows of partial sums
@@ -205,40 +205,6 @@ def _add_layer_norm_bwd_rows_kernel(
         tl.store(sums_ptr + 3 * W + offs, tl.sum(d_x_sum, axis=0), mask=mask_w)  # [BLOCK_W]
 
 
-@triton.jit
-def _store_sum(sums_ptr, out_ptr, P, stride_p, W, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr):
-    """out = Σ_p sums[p] for the BLOCK_W columns of this program; nothing if out_ptr is None."""
-    if out_ptr is not None:
-        offs_w = tl.program_id(0) * BLOCK_W + tl.arange(0, BLOCK_W)
-        total = sum_in_order_strided(sums_ptr, P, stride_p, offs_w, W, BLOCK_P, BLOCK_W)  # [BLOCK_W]
-        tl.store(out_ptr + offs_w, total.to(out_ptr.dtype.element_ty), mask=offs_w < W)  # [BLOCK_W]
-
-
-@triton.jit
-def _add_layer_norm_bwd_sums_kernel(
-    sums_ptr,
-    d_weight_ptr,
-    d_bias_ptr,
-    d_hidden_sum_ptr,
-    d_x_sum_ptr,
-    P,
-    W: tl.constexpr,
-    SUMS: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-):
-    """d_weight, d_bias, d_hidden_sum, d_x_sum = Σ_p sums[p]. One program: BLOCK_W columns of one of these results."""
-    which = tl.program_id(1)
-    if which == 0:
-        _store_sum(sums_ptr, d_weight_ptr, P, SUMS * W, W, BLOCK_P, BLOCK_W)
-    elif which == 1:
-        _store_sum(sums_ptr + W, d_bias_ptr, P, SUMS * W, W, BLOCK_P, BLOCK_W)
-    elif which == 2:
-        _store_sum(sums_ptr + 2 * W, d_hidden_sum_ptr, P, SUMS * W, W, BLOCK_P, BLOCK_W)
-    else:
-        _store_sum(sums_ptr + 3 * W, d_x_sum_ptr, P, SUMS * W, W, BLOCK_P, BLOCK_W)
-
-
 def _launch(
     x: Tensor,
     residual: Tensor | None,
@@ -319,21 +285,9 @@ def _launch_backward(*arguments: Any) -> NormResults:
         **options,
     )
     if SUMS and not call.partial:
-        options = launch_options("add_layer_norm_bwd_sums", sums)
-        launch(
-            _add_layer_norm_bwd_sums_kernel,
-            (triton.cdiv(W, options["BLOCK_W"]), SUMS),
-            device=device,
-            sums_ptr=sums,
-            d_weight_ptr=out.d_weight if call.need_weight else None,
-            d_bias_ptr=out.d_bias if call.need_bias else None,
-            d_hidden_sum_ptr=out.d_hidden_sum if call.need_sums else None,
-            d_x_sum_ptr=out.d_x_sum if call.need_sums else None,
-            P=P,
-            W=W,
-            SUMS=SUMS,
-            **options,
-        )
+        results = (out.d_weight, out.d_bias, out.d_hidden_sum, out.d_x_sum)[:SUMS]
+        needed = [(x, total) for x, total in zip(sums.split(W, dim=1), results, strict=True) if total.numel() > 0]
+        write_column_sums(*zip(*needed, strict=True))
     return out
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from .. import reference
 from . import autograd, launching, registration
 from .launching import launch, launch_options, tl, triton
-from .row_sums import blocks_of_rows, sum_in_order
+from .row_sums import blocks_of_rows, write_column_sums
 
 # `kind` of the schemas is an index: strings leak in the stable ABI.
 KINDS = ("quick_gelu", "gelu", "gelu_tanh", "swiglu")
@@ -160,21 +160,6 @@ def _mlp_activation_bwd_rows_kernel(
             tl.store(sums_ptr + W, tl.sum(d_bias_v, axis=0), mask=mask_w)  # [BLOCK_W]
 
 
-@triton.jit
-def _mlp_activation_bwd_sums_kernel(
-    d_bias_sums_ptr,
-    d_bias_ptr,
-    P,
-    W: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-):
-    """d_bias = Σ_p d_bias_sums. One program: BLOCK_W columns."""
-    offs_w = tl.program_id(0) * BLOCK_W + tl.arange(0, BLOCK_W)
-    d_bias = sum_in_order(d_bias_sums_ptr, P, offs_w, W, BLOCK_P, BLOCK_W)  # [BLOCK_W]
-    tl.store(d_bias_ptr + offs_w, d_bias.to(d_bias_ptr.dtype.element_ty), mask=offs_w < W)  # [BLOCK_W]
-
-
 def _options(kernel: str, x: Tensor, W: int) -> Mapping[str, Any]:
     """Return the launch options for a result [..., W]; rows of x are twice as wide for swiglu, of half as many rows."""
     options = launch_options(kernel, x, W=int(W))  # a symbol in the fake of a compiled call
@@ -231,17 +216,7 @@ def _launch_backward(d_out: Tensor, x: Tensor, bias: Tensor | None, kind: int, *
         **options,
     )
     if need.bias and not need.partial:
-        options = launch_options("mlp_activation_bwd_sums", sums)
-        launch(
-            _mlp_activation_bwd_sums_kernel,
-            (triton.cdiv(width, options["BLOCK_W"]),),
-            device=device,
-            d_bias_sums_ptr=sums,
-            d_bias_ptr=d_bias,
-            P=P,
-            W=width,
-            **options,
-        )
+        write_column_sums([sums], [d_bias])
     return d_x, d_bias, out, sums if need.partial else x.new_empty(0, dtype=torch.float32)
 
 

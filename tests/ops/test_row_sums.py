@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from skipkernels.ops.row_sums import MATRICES, column_sums
+from skipkernels.ops.row_sums import column_sums
 from skipkernels.testing import SLACK
 from tests.ops.backends import Backend
 
@@ -19,7 +19,7 @@ def rows(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("count", [1, MATRICES, MATRICES + 2])
+@pytest.mark.parametrize("count", [1, 7])
 def test_column_sums_equal_fp64(backend: Backend, count, dtype):
     """Matrices of two dtypes, one of them with strided rows."""
     backend.skip_unless_supported(dtype)
