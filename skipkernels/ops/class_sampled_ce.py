@@ -18,6 +18,7 @@ d_z_bk/(|x_b| |t_k|) at a time, which the BLAS library multiplies with the rows 
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -26,10 +27,11 @@ from torch import Tensor
 from .. import reference
 from . import autograd, registration, unit_rows
 from .launching import constexpr, launch, launch_options, tl, triton
-from .unit_rows import Panels, cosine_arguments, cosine_tile, with_contiguous_rows
+from .unit_rows import contract, cosine_arguments, cosine_tile, with_contiguous_rows
 
 # Number of programs that fills a large GPU twice. Equal on all GPUs, so that all split, and round, in the same way.
 PROGRAMS = 256
+PANEL = 1 << 24  # largest number of factors in memory: 32 MiB in bf16
 
 # What a split stores for each image, planes of `partial`; the last only with smoothing
 TOP, EXP_SUM, TARGET, FOUND, WEIGHTED = map(constexpr, range(5))
@@ -519,45 +521,75 @@ def _launch_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _launch_sums(call: Backward) -> tuple[Tensor, Tensor, Tensor]:
     """Compute fp32 Σ_k G_bk t_k [B, D], Σ_b G_bk x_b [K, D] (see unit_rows.py), and parts of d_logit_scale."""
-    B, K, device = call.image.shape[0], _sample_size(call), call.image.device
-    options = launch_options("class_sampled_ce_bwd_logits", call.image, B=B)
-    panels = Panels.of(B, K, options["BLOCK_B"], options["BLOCK_K"])
-    # [panels, tiles]; zeros, because the last panel may have fewer images and then does not write all elements.
-    new = torch.zeros if call.need_logit_scale else torch.empty
-    d_scale = new(panels.number if call.need_logit_scale else 0, panels.tiles, dtype=torch.float32, device=device)
-    inputs = KernelInputs.of(call)
-    d_loss = call.d_loss if REDUCTIONS[call.reduction] == "none" else None  # of each image
+    (B, D), K, device = call.image.shape, _sample_size(call), call.image.device
+    inputs, options = KernelInputs.of(call), launch_options("class_sampled_ce_bwd_logits", call.image, B=B)
+    BLOCK_B, BLOCK_K = options["BLOCK_B"], options["BLOCK_K"]
+    size = min(triton.cdiv(max(PANEL // K, 1), BLOCK_B) * BLOCK_B, B)  # images of a panel
+    image_sums = torch.empty(B if call.need_image else 0, D, dtype=torch.float32, device=device)
+    text_sums = torch.empty(0, D, dtype=torch.float32, device=device)
+    need_factors = call.need_image or call.need_text
+    factors = torch.empty(
+        size if need_factors else 0, K, dtype=unit_rows.factors_dtype(call.image.dtype), device=device
+    )
+    sampled = call.text  # [K, D]
+    if call.need_image and call.class_ids is not None:
+        sampled = call.text.index_select(0, call.class_ids)
+    d_scale = torch.empty(0, dtype=torch.float32, device=device)
+    if call.need_logit_scale:
+        # [panels, tiles]; zeros, because the last panel may have fewer images and then does not write all elements.
+        tiles = triton.cdiv(size, BLOCK_B) * triton.cdiv(K, BLOCK_K)
+        d_scale = torch.zeros(triton.cdiv(B, size), tiles, dtype=torch.float32, device=device)
 
-    def write(number: int, images: slice, factors: Tensor | None) -> None:
-        count = images.stop - images.start
-        launch(
-            _class_sampled_ce_bwd_logits_kernel,
-            (triton.cdiv(K, options["BLOCK_K"]), triton.cdiv(count, options["BLOCK_B"])),
-            device=device,
-            **options,
-            **cosine_arguments(call.image[images], call.text, call.image_norm[images], call.text_norm),
-            d_loss_ptr=None if d_loss is None else d_loss[images],
-            labels_ptr=inputs.labels[images],
-            logit_scale_ptr=call.logit_scale,
-            class_ids_ptr=inputs.class_ids,
-            class_weight_ptr=inputs.class_weight,
-            total_weight_ptr=inputs.total_weight,
-            lse_ptr=call.lse[images],
-            factors_ptr=factors,
-            d_scale_ptr=d_scale[number] if call.need_logit_scale else None,
-            B=count,
-            K=K,
-            stride_d_loss=0 if d_loss is None else d_loss.stride(0),
-            stride_factors=K,
-            label_smoothing=call.label_smoothing,
-            ignore_index=call.ignore_index,
-        )
+    for number, start in enumerate(range(0, B, size)):
+        images = slice(start, min(start + size, B))
+        panel = factors[: images.stop - start]  # [count, K]
+        parts = d_scale[number] if call.need_logit_scale else None
+        _launch_logits(call, inputs, options, images, panel if need_factors else None, parts)
+        if call.need_image:
+            product = contract(panel, sampled)  # [count, K] @ [K, D] -> [count, D]
+            if size == B:
+                image_sums = product
+            else:
+                image_sums[images] = product
+        if call.need_text:
+            product = contract(panel.T, call.image[images])  # [K, count] @ [count, D] -> [K, D]
+            text_sums = product if number == 0 else text_sums.add_(product)
+    return image_sums, text_sums, d_scale.flatten()
 
-    sampled = None
-    if call.need_image:
-        sampled = call.text if call.class_ids is None else call.text.index_select(0, call.class_ids)
-    needs = call.need_image, call.need_text
-    return *unit_rows.sums_by_panels(call.image, sampled, K, panels, needs, write), d_scale.flatten()
+
+def _launch_logits(
+    call: Backward,
+    inputs: KernelInputs,
+    options: Mapping[str, Any],
+    images: slice,
+    factors: Tensor | None,
+    d_scale: Tensor | None,
+) -> None:
+    """Write the factors [count, K] of a panel of images, and the parts [tiles] of d_logit_scale."""
+    count, K = images.stop - images.start, _sample_size(call)
+    d_loss = call.d_loss[images] if REDUCTIONS[call.reduction] == "none" else None  # of each image
+    launch(
+        _class_sampled_ce_bwd_logits_kernel,
+        (triton.cdiv(K, options["BLOCK_K"]), triton.cdiv(count, options["BLOCK_B"])),
+        device=call.image.device,
+        **options,
+        **cosine_arguments(call.image[images], call.text, call.image_norm[images], call.text_norm),
+        d_loss_ptr=d_loss,
+        labels_ptr=inputs.labels[images],
+        logit_scale_ptr=call.logit_scale,
+        class_ids_ptr=inputs.class_ids,
+        class_weight_ptr=inputs.class_weight,
+        total_weight_ptr=inputs.total_weight,
+        lse_ptr=call.lse[images],
+        factors_ptr=factors,
+        d_scale_ptr=d_scale,
+        B=count,
+        K=K,
+        stride_d_loss=0 if d_loss is None else d_loss.stride(0),
+        stride_factors=K,
+        label_smoothing=call.label_smoothing,
+        ignore_index=call.ignore_index,
+    )
 
 
 def _reference(call: Forward | Backward, image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:

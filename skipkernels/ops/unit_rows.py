@@ -9,16 +9,14 @@ with u and v the unit rows. With both norms in the factors G, the sums are matri
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import reference
 from .launching import dot_precision, launch, launch_options, products_widen, tl, triton
-
-PANEL = 1 << 24  # largest number of factors in memory: 32 MiB in bf16
 
 
 @triton.jit
@@ -226,52 +224,6 @@ def contract(factors: Tensor, rows: Tensor) -> Tensor:
     if factors.dtype == torch.float32 or not products_widen(factors.device.type):
         return factors.float() @ rows.float()
     return torch.mm(factors, rows, out_dtype=torch.float32)
-
-
-class Panels(NamedTuple):
-    """Division of the images into panels, each with at most about PANEL factors, and of a panel into tiles."""
-
-    size: int  # images of a panel
-    number: int  # of panels
-    tiles: int  # of a panel
-
-    @classmethod
-    def of(cls, B: int, K: int, BLOCK_B: int, BLOCK_K: int) -> Panels:
-        """Divide B images, compared with K rows."""
-        size = min(triton.cdiv(max(PANEL // K, 1), BLOCK_B) * BLOCK_B, B)
-        return cls(size, triton.cdiv(B, size), triton.cdiv(size, BLOCK_B) * triton.cdiv(K, BLOCK_K))
-
-
-def sums_by_panels(
-    image: Tensor, rows: Tensor | None, K: int, panels: Panels, needs: tuple[bool, bool], write: Callable[..., None]
-) -> tuple[Tensor, Tensor]:
-    """Compute fp32 Σ_k G_bk t_k [B, D] and Σ_b G_bk x_b [K, D], each if needed, from one panel of factors at a time.
-
-    `rows` are the sampled rows [K, D], None if the first sum is not needed. `write(number, images, factors)` launches
-    the kernel that writes the factors [images, K] of a slice of the images; they are None if no sum is needed.
-    """
-    (B, D), device = image.shape, image.device
-    need_image, need_rows = needs
-    sums = torch.empty(B if need_image else 0, D, dtype=torch.float32, device=device)
-    row_sums = torch.empty(0, D, dtype=torch.float32, device=device)
-    factors = None
-    if need_image or need_rows:
-        factors = torch.empty(panels.size, K, dtype=factors_dtype(image.dtype), device=device)
-    for number in range(panels.number):
-        images = slice(number * panels.size, min((number + 1) * panels.size, B))
-        panel = None if factors is None else factors[: images.stop - images.start]
-        write(number, images, panel)
-        if panel is not None and need_image:
-            assert rows is not None
-            product = contract(panel, rows)  # [count, K] @ [K, D] -> [count, D]
-            if panels.number == 1:
-                sums = product
-            else:
-                sums[images] = product
-        if panel is not None and need_rows:
-            product = contract(panel.T, image[images])  # [K, count] @ [count, D] -> [K, D]
-            row_sums = product if number == 0 else row_sums.add_(product)
-    return sums, row_sums
 
 
 def through_unit_norm(

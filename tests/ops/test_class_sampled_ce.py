@@ -198,7 +198,7 @@ def test_panels_and_splits_agree(backend: Backend, panel, monkeypatch, poisoned_
     """The gradient of the text is a sum over panels of images; for few images programs split the classes."""
     case = OPERATOR.case((140, 90, 80, 20), backend.device, label_smoothing=0.1)  # tiles of 64 images
     whole = OPERATOR.kernel(case)
-    monkeypatch.setattr("skipkernels.ops.unit_rows.PANEL", panel)
+    monkeypatch.setattr("skipkernels.ops.class_sampled_ce.PANEL", panel)
     monkeypatch.setattr("skipkernels.ops.class_sampled_ce.PROGRAMS", 1)
     found = OPERATOR.kernel(case)
     assert all(relative_error(found[name], right) <= 1e-4 for name, right in whole.items())
