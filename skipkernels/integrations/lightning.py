@@ -1,4 +1,4 @@
-"""SkipCLIP in Lightning: a `LightningModule` for each of its losses."""
+"""SkipCLIP in Lightning: a `LightningModule`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from ..clip import SkipCLIP, SkipOutput, check_clip
 from ..optimizer import FusedSGD
-from ..pairs import pair_loss, sigmoid_loss
 
 try:
     from lightning.pytorch import LightningModule
@@ -129,66 +128,6 @@ class SkipModule(LightningModule):
         x, labels = _pair(batch)
         values = {f"{name}_{metric}": value for metric, value in self.metrics(x, labels).items()}
         self.log_dict(values, batch_size=len(labels), sync_dist=True, prog_bar=True)
-
-
-class PairModule(SkipModule):
-    """Trains a SkipCLIP on batches (images or features at the cut, captions) by `pair_loss`; arguments as `SkipModule`.
-
-    Captions are row numbers [B] of the `tokens` of SkipCLIP, or tokens [B, L]. The logged names are `train_loss`,
-    `val_loss` and `test_loss`, each among the pairs of a batch.
-
-    Example:
-        >>> import skipkernels as sk
-        >>> from skipkernels.app.demo import pictogram_tiny
-        >>> model, _, tokenizer = pictogram_tiny.load()
-        >>> captions = tokenizer([f"a small {n}" for n in range(10)])
-        >>> module = PairModule(sk.SkipCLIP(model, captions, skip_layers=0.5), text_lr=2e-5, image_lr=5e-6)
-        >>> module.loss(torch.rand(4, 3, 32, 32), torch.tensor([3, 0, 9, 1])).requires_grad
-        True
-    """
-
-    def loss(self, x: Tensor, labels: Tensor) -> Tensor:
-        """Loss [] of images and captions; see `pairs.pair_loss`."""
-        return pair_loss(self.clip, x, labels)
-
-    def metrics(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Loss among the pairs of a batch."""
-        return {"loss": self.loss(x, labels)}
-
-
-class MultiLabelModule(SkipModule):
-    """Trains a SkipCLIP on batches (images or features at the cut, labels [B, C] of 0 and 1) by `sigmoid_loss`.
-
-    The logged names are `train_loss`, `val_loss` and `test_loss`; the latter two over all classes.
-
-    Args:
-        clip: The model to tune.
-        max_labels: Largest number of labels of an image.
-        logit_bias: Bias of the logits, a number; default: that of the model. See `pairs.sigmoid_loss`.
-        arguments: As of `SkipModule`.
-
-    Example:
-        >>> import skipkernels as sk
-        >>> from skipkernels.app.demo import pictogram_tiny
-        >>> model, _, tokenizer = pictogram_tiny.load()
-        >>> clip = sk.SkipCLIP(model, tokenizer([f"the digit {n}." for n in range(10)]), skip_layers=0.5)
-        >>> module = MultiLabelModule(clip, max_labels=2, logit_bias=-10.0, text_lr=2e-5, image_lr=5e-6)
-        >>> module.loss(torch.rand(2, 3, 32, 32), torch.eye(10)[[3, 7]]).requires_grad
-        True
-    """
-
-    def __init__(self, clip: SkipCLIP, *, max_labels: int, logit_bias: float | None = None, **arguments: Any):
-        super().__init__(clip, **arguments)
-        self.save_hyperparameters({"max_labels": max_labels, "logit_bias": logit_bias})
-
-    def loss(self, x: Tensor, labels: Tensor) -> Tensor:
-        """Loss [] of a batch, over the classes selected for it in training mode; see `pairs.sigmoid_loss`."""
-        max_labels, logit_bias = self.hparams["max_labels"], self.hparams["logit_bias"]
-        return sigmoid_loss(self.clip, x, labels, max_labels=max_labels, logit_bias=logit_bias).loss
-
-    def metrics(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Loss over all classes."""
-        return {"loss": self.loss(x, labels)}
 
 
 def _pair(batch: Any) -> tuple[Tensor, Tensor]:

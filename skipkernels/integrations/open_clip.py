@@ -3,16 +3,11 @@
 The captions are the prompts of the classes, and their class ids are looked up by their tokens, so that the usual files
 of image and caption work. The trainer of the release (`open_clip_train.train.train_one_epoch`) takes both as they are,
 and that of the development version as `open_clip.task.CLIPTask(model, loss=loss)`.
-
-`python -m skipkernels.integrations.open_clip` is `python -m open_clip_train.main` with them, for both versions.
 """
 
 from __future__ import annotations
 
-import argparse
-import importlib
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +15,6 @@ from torch import Tensor, nn
 
 from ..checks import warn_caller
 from ..clip import SkipCLIP
-from ..folders import replace_tensors
 
 
 class ClassModel(nn.Module):
@@ -242,84 +236,3 @@ def _index(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             "meant. Rename one of them, or pass class ids [B] in place of tokens."
         )
     return prompts, hashes, order, weights
-
-
-# ---- the program -------------------------------------------------------------------------------------------------
-
-# Options of open_clip_train.main that change the model or the loss in another way.
-_REFUSED = (
-    "distill_model", "siglip", "lock_image", "lock_text", "trace", "torchscript", "torchcompile", "use_bnb_linear",
-    "use_naflex", "fsdp",
-)  # fmt: skip
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run `open_clip_train.main` with a `ClassModel` and its loss in place of its own, for this call."""
-    parser = argparse.ArgumentParser(
-        "python -m skipkernels.integrations.open_clip",
-        description="open_clip's training program with Skip Tuning on classes: each caption is the prompt of a class. "
-        "Other options are those of open_clip_train.main. Both towers train with its --lr.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--skip-layers", type=_number, default=0.5, help="frozen blocks per tower, 6 or a fraction 0.5")
-    parser.add_argument("--keep-ratio", type=_number, default=0.5, help="share of the classes that is always kept")
-    parser.add_argument("--max-keep", type=int, default=50, help="largest number of classes that are always kept")
-    parser.add_argument("--prompts", help="file with a prompt per line; default: the captions of a CSV --train-data")
-    parser.add_argument("--save-weights", help="*.safetensors for the tuned weights, a --pretrained of open_clip")
-    ours, theirs = parser.parse_known_args(arguments)
-    program, params = (importlib.import_module(f"open_clip_train.{name}") for name in ("main", "params"))
-    args = params.parse_args(theirs)
-    for name in _REFUSED:
-        if getattr(args, name, None):
-            parser.error(f"--{name.replace('_', '-')} cannot be combined with Skip Tuning.")
-    prompts = _prompts(ours.prompts, args)
-    if not prompts:
-        parser.error("the classes are unknown: pass --prompts FILE, or a CSV file as --train-data.")
-    tokenizer = program.get_tokenizer(args.model, cache_dir=args.cache_dir, context_length=args.force_context_length)
-    tokens = tokenizer(prompts).unique(dim=0)  # prompts that differ in case alone have the same tokens
-    made: list[SkipCLIP] = []
-
-    def create_model(*positional: Any, **named: Any) -> tuple[Any, ...]:
-        model, *transforms = create(*positional, **named)
-        generator = torch.Generator().manual_seed(args.seed)
-        options = {"skip_layers": ours.skip_layers, "keep_ratio": ours.keep_ratio, "max_keep": ours.max_keep}
-        made.append(SkipCLIP(model, tokens, generator=generator, **options))
-        return ClassModel(made[0]), *transforms
-
-    def create_task(args: Any, model: nn.Module, **_: Any) -> Any:  # of open_clip 4
-        return importlib.import_module("open_clip.task").CLIPTask(model, loss=ClassLoss())
-
-    create = program.create_model_and_transforms
-    ours_by_name = {
-        "create_model_and_transforms": create_model,
-        "create_loss": lambda args: ClassLoss(),
-        "create_task": create_task,
-    }
-    replaced = {name: value for name, value in vars(program).items() if name in ours_by_name}
-    try:
-        vars(program).update({name: ours_by_name[name] for name in replaced})
-        program.main(theirs)
-    finally:
-        vars(program).update(replaced)
-    first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-    if ours.save_weights and first:
-        replace_tensors(Path(ours.save_weights), made[0].model.state_dict())
-
-
-def _number(text: str) -> int | float:
-    return int(text) if text.lstrip("-").isdigit() else float(text)
-
-
-def _prompts(path: str | None, args: Any) -> list[str]:
-    """Prompts in the lines of a file, or the captions that open_clip reads from a CSV file; else none."""
-    if path is not None:
-        return list(filter(None, Path(path).read_text(encoding="utf-8").splitlines()))
-    data = args.train_data or ""
-    if args.dataset_type != "csv" and not (args.dataset_type == "auto" and data.endswith((".csv", ".tsv"))):
-        return []
-    table = importlib.import_module("pandas").read_csv(data, sep=args.csv_separator)
-    return [str(caption) for caption in table[args.csv_caption_key].unique()]
-
-
-if __name__ == "__main__":
-    main()

@@ -12,8 +12,7 @@ from torch.optim.lr_scheduler import ExponentialLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader, TensorDataset
 
 import skipkernels as sk
-from skipkernels.integrations.lightning import MultiLabelModule, PairModule, SkipModule
-from skipkernels.pairs import pair_loss, sigmoid_loss
+from skipkernels.integrations.lightning import SkipModule
 from tests.integrations.problems import Problem, small_problem, trained
 from tests.integrations.runners import lightning as runner
 
@@ -125,40 +124,3 @@ def test_hyperparameters_are_in_the_checkpoint(short, tmp_path):
     assert dict(loaded.hparams) == {"text_lr": 1e-2, "image_lr": 5e-3, "momentum": 0.9}
     assert loaded(short.images).equal(module(short.images))
     assert loaded.configure_optimizers().defaults["momentum"] == 0.9
-
-
-def multi_labels(short: Problem) -> torch.Tensor:
-    """[n, C], two labels for each image."""
-    return torch.eye(len(short.tokens))[short.labels] + torch.eye(len(short.tokens))[short.labels - 1]
-
-
-@pytest.mark.parametrize("kind", ["ids", "tokens", "labels"])
-def test_pairs_and_several_labels(kind, short, tmp_path):
-    """Losses, weights and the validated loss are those of a loop."""
-    clip = short.implementations()["skipkernels"]()
-    captions = torch.arange(STEPS * short.batch_size) % len(short.tokens)
-    targets = {"ids": captions, "tokens": short.tokens[captions], "labels": multi_labels(short)}[kind]
-    rates, dataset = short.rates(), TensorDataset(short.images, targets)
-    if kind == "labels":
-        module = MultiLabelModule(clip, max_labels=2, logit_bias=-10.0, **rates)
-    else:
-        module = PairModule(clip, **rates)
-    trainer = runner.trainer(tmp_path)
-    trainer.fit(module, DataLoader(dataset, 4), DataLoader(dataset, len(dataset)))
-
-    plain = short.implementations()["skipkernels"]().train()
-
-    def loss(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        if kind == "labels":
-            return sigmoid_loss(plain, x, y, max_labels=2, logit_bias=-10.0).loss
-        return pair_loss(plain, x, y)
-
-    optimizer = torch.optim.SGD(plain.parameter_groups(**rates))
-    for x, y in DataLoader(dataset, 4):
-        optimizer.zero_grad()
-        loss(x, y).backward()
-        optimizer.step()
-    assert trained(clip).equal(trained(plain))
-    plain.eval()
-    with torch.no_grad():
-        assert trainer.callback_metrics["val_loss"].item() == pytest.approx(loss(short.images, targets).item())

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
 import warnings
-from types import SimpleNamespace
 from typing import Any
 
 import open_clip
 import pytest
 import torch
-from open_clip_train import main as program
 from open_clip_train import train as trainer
 from open_clip_train.scheduler import cosine_lr
 from torch import Tensor, nn
-from torchvision.transforms.functional import to_pil_image
 
 import skipkernels as sk
 from skipkernels.app.demo import pictogram_tiny
-from skipkernels.integrations.open_clip import ClassLoss, ClassModel, main, scaled_schedule
+from skipkernels.integrations.open_clip import ClassLoss, ClassModel, scaled_schedule
 from tests.integrations.problems import Problem, small_problem, trained
 from tests.integrations.runners import open_clip as runner
 
@@ -171,74 +167,3 @@ class CLIPTask(nn.Module):
         losses = self.loss(**out, output_dict=True)
         total = sum(value for name, value in losses.items() if name.endswith("_loss"))
         return losses | {"loss": total}, {"logit_scale": out["logit_scale"]}
-
-
-# ---- the program -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def arguments(tmp_path, problem, monkeypatch) -> list[str]:
-    """Arguments of open_clip's program: a CSV file of six images with two captions."""
-    monkeypatch.setattr(program, "setup_logging", lambda *_: None)
-    rows = ["filepath\ttitle"]
-    for number, image in enumerate(problem.images[:6]):
-        to_pil_image(image.clamp(0, 1)).save(tmp_path / f"{number}.png")
-        rows.append(f"{tmp_path}/{number}.png\t{('a cat', 'a dog')[number % 2]}")
-    (tmp_path / "train.tsv").write_text("\n".join(rows))
-    folders = ["--train-data", f"{tmp_path}/train.tsv", "--logs", str(tmp_path), "--name", "run"]
-    quiet = ["--workers", "0", "--precision", "fp32", "--batch-size", "2", "--epochs", "1", "--save-most-recent"]
-    return ["--model", "pictogram-tiny", *folders, *quiet]
-
-
-def test_program(arguments, tmp_path):
-    """Blocks above the cut train; the saved weights are those of the checkpoint, and open_clip loads them."""
-    weights = tmp_path / "weights.safetensors"
-    open_clip_functions = program.create_model_and_transforms, program.create_loss
-    main([*arguments, "--skip-layers", "2", "--lr", "0.1", "--warmup", "0", "--save-weights", str(weights)])
-    assert (program.create_model_and_transforms, program.create_loss) == open_clip_functions
-    state = torch.load(tmp_path / "run/checkpoints/epoch_latest.pt")["state_dict"]
-    model = open_clip.create_model("pictogram-tiny", pretrained=str(weights))
-    assert all(state[f"clip.model.{name}"].equal(value) for name, value in model.state_dict().items())
-    torch.manual_seed(0)  # as open_clip does, by default
-    start = open_clip.create_model("pictogram-tiny").state_dict()
-    blocks = [f"transformer.resblocks.{number}.mlp.c_fc.weight" for number in range(4)]
-    assert [model.state_dict()[name].equal(start[name]) for name in blocks] == [True, True, False, False]
-    assert state["clip._extra_state"].dtype == torch.uint8
-
-
-def test_program_of_open_clip_4(arguments, tmp_path, monkeypatch):
-    """Stand-ins for the module of tasks and for the program, which is no release yet."""
-    (tmp_path / "prompts.txt").write_text("a cat\n\nA cat\na dog\n")
-    tasks: list[CLIPTask] = []
-
-    def train(arguments: list[str]) -> None:
-        model, *_ = program.create_model_and_transforms("pictogram-tiny", output_dict=True)
-        model.set_grad_checkpointing(impl="composable")
-        tasks.append(program.create_task(SimpleNamespace(), model=model, dist_model=None, naflex_data_config=None))
-
-    monkeypatch.setitem(sys.modules, "open_clip.task", SimpleNamespace(CLIPTask=CLIPTask))
-    monkeypatch.setattr(program, "create_task", None, raising=False)
-    monkeypatch.setattr(program, "main", train)
-    main([*arguments, "--prompts", str(tmp_path / "prompts.txt")])
-    [task], batch = tasks, {"image": torch.rand(2, 3, 32, 32), "text": torch.tensor([0, 1])}
-    model = task.trainable_module
-    assert len(model.clip.prototypes) == 2  # the tokenizer lowers case
-    losses, report = task(batch)
-    assert losses["loss"].requires_grad and report["logit_scale"].ndim == 0
-    assert task.eval()(batch)["image_features"].shape == (2, model.clip.prototypes.shape[1])
-    assert (model.context_length, model.visual.image_size) == (model.clip.texts.tokens.shape[1], (32, 32))
-    assert copy.deepcopy(model).class_ids(model.clip.texts.tokens[:1].long()).tolist() == [0]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--lock-image"], "--lock-image cannot be combined with Skip Tuning"),
-        (["--dataset-type", "webdataset"], "the classes are unknown: pass --prompts FILE"),
-    ],
-    ids=["lock", "prompts"],
-)
-def test_program_refuses(arguments, options, message, capsys):
-    with pytest.raises(SystemExit):
-        main([*arguments, *options])
-    assert message in capsys.readouterr().err
