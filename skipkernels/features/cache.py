@@ -63,10 +63,8 @@ class FeatureCache(Dataset):
     ):
         self.labels = labels
         self._table: FeatureTable | None = table  # None after an error in the computation of an epoch
-        self._epoch, self._compute = (
-            0,
-            compute,
-        )  # `compute` returns the table and labels of an epoch, if each has its own
+        self._epoch = 0
+        self._compute = compute  # returns the table and labels of an epoch, if each has its own
 
     # ---- construction ------------------------------------------------------------------------------------------
 
@@ -309,10 +307,6 @@ class FeatureCache(Dataset):
             self._table = table
         assert self._table is not None
         return self._table
-
-    def verify(self) -> str | None:
-        """Compare every row in the folder with its checksum; return a message that names damaged rows, or None."""
-        return self.table.damage()
 
 
 @contextlib.contextmanager

@@ -157,8 +157,8 @@ def _labels(dataset: Any) -> list[int | None]:
 
 def _with_file_status(images: list[str | int]) -> list[Any]:
     """Replace each file by [path below the common folder, size, modification time]."""
-    files = [image for image in images if isinstance(image, _File)]
-    start = len(os.path.join(os.path.commonpath({os.path.dirname(file) for file in files}), "")) if files else 0
+    folders = [image.split(os.sep)[:-1] for image in images if isinstance(image, _File)]
+    depth = len(os.path.commonprefix(folders))  # of the common folder; 0 on two drives of Windows
 
     def described(image: str | int) -> Any:
         if not isinstance(image, _File):
@@ -170,6 +170,6 @@ def _with_file_status(images: list[str | int]) -> list[Any]:
                 f"FeatureCache: {image}, a file that the dataset lists, cannot be read ({error.strerror}). Restore or "
                 "remove it; or pass `identity` for a dataset of other names."
             ) from None
-        return [image[start:].replace(os.sep, "/"), status.st_size, status.st_mtime_ns]
+        return ["/".join(image.split(os.sep)[depth:]), status.st_size, status.st_mtime_ns]
 
     return [described(image) for image in images]

@@ -56,8 +56,8 @@ class MappedTable:
             raise CacheError(
                 f"{folder}: incomplete: {done} of {len(table)} rows exist. Build the rest with `resume=True`."
             )
-        if verify and (damage := table.damage()):
-            raise CacheError(damage)
+        if verify and (damaged := table.find_damage()):
+            raise CacheError(table.damage_message(damaged))
         return table
 
     def __len__(self) -> int:
@@ -87,10 +87,6 @@ class MappedTable:
             if self.row_checksums[start:end].any():
                 found += self._mismatches(range(start, end), [array[start:end] for array in self._arrays().values()])
         return [row for row in found if self.row_checksums[row]]
-
-    def damage(self) -> str | None:  # noqa: D102
-        damaged = self.find_damage()
-        return self.damage_message(damaged) if damaged else None
 
     def damage_message(self, row_numbers: Sequence[int]) -> str:
         """Message that names damaged rows."""

@@ -27,10 +27,6 @@ class FeatureTable(Protocol):
         """Copy rows by number, int64 [B] on any device, to [B, *shape] on the device of the table."""
         ...
 
-    def damage(self) -> str | None:
-        """Compare every row with its checksum; return a message that names damaged rows, or None."""
-        ...
-
 
 class MemoryTable:
     """Rows in memory, on the device of `features` [n, *shape]; see `FeatureTable`."""
@@ -47,10 +43,6 @@ class MemoryTable:
     def rows(self, row_numbers: Tensor) -> Tensor:  # noqa: D102
         return self.features.index_select(0, row_numbers.to(self.features.device))
 
-    def damage(self) -> str | None:
-        """Return None: rows in memory have no checksums."""
-        return None
-
 
 class SelectedRows:
     """Some rows of another table, by number, int64 [m]; not copied. See `FeatureTable`."""
@@ -64,7 +56,3 @@ class SelectedRows:
 
     def rows(self, row_numbers: Tensor) -> Tensor:  # noqa: D102
         return self._table.rows(self._row_numbers[row_numbers.cpu()])
-
-    def damage(self) -> str | None:
-        """Compare every row of the other table."""
-        return self._table.damage()

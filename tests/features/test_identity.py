@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import ntpath
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from torchvision.transforms import v2
 import skipkernels as sk
 from skipkernels.app.data.images import DatasetImages, LabelledImages
 from skipkernels.features import CacheError
+from skipkernels.features import identity as identity_module
 from skipkernels.features.identity import dataset_identity
 from tests.features.caches import build, images, pictures, skip_clip
 
@@ -124,6 +127,15 @@ def test_identity_is_kept_when_the_folder_moves(root, tmp_path, make, monkeypatc
     monkeypatch.chdir(tmp_path)
     for relative in ("images", "./images", "elsewhere/../images"):
         assert dataset_identity(make(Path(relative))) == before
+
+
+def test_files_on_two_drives_of_windows(monkeypatch):
+    """They have no common folder."""
+    files = [identity_module._File(rf"{drive}:\images\a.png") for drive in "CD"]
+    status = os.stat(__file__)
+    monkeypatch.setattr(identity_module, "os", SimpleNamespace(sep="\\", path=ntpath, stat=lambda path: status))
+    assert [name for name, *_ in identity_module._with_file_status(files)] == ["C:/images/a.png", "D:/images/a.png"]
+    assert [name for name, *_ in identity_module._with_file_status(files[:1])] == ["a.png"]
 
 
 @pytest.mark.parametrize("indices", [[0, 1], [1, 0]])
