@@ -58,8 +58,7 @@ def trainer_arguments(
         options.setdefault("in_backward", False)
 
     def make_optimizer(model: Any) -> torch.optim.Optimizer:
-        if not hasattr(model, "parameter_groups"):  # a plain module may have this method
-            check_clip("trainer_arguments", model)
+        check_clip("trainer_arguments", model)
         decay = {"weight_decay": args.weight_decay} if args.weight_decay else {}
         return optimizer(model.parameter_groups(text_lr=text_lr, image_lr=image_lr), **options, **decay)
 

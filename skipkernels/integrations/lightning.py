@@ -61,8 +61,7 @@ class SkipModule(LightningModule):
         **options: Any,
     ):
         super().__init__()
-        if not hasattr(clip, "parameter_groups"):  # a plain module may have this method
-            check_clip("SkipModule", clip)
+        check_clip("SkipModule", clip)
         self.clip = clip
         if optimizer is FusedSGD:
             options.setdefault("in_backward", False)

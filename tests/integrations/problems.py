@@ -1,83 +1,23 @@
-"""A problem for all trainers, and a plain module with SkipCLIP's signature.
+"""A problem for all trainers.
 
-A module of `runners/` has `train(module, problem, folder)`, which trains for `problem.steps` steps in one process, in
-fp32, with `problem.optimizer` and without evaluation. It must call the module, so that the hook of `losses_of` runs.
+A module of `runners/` has `train(clip, problem, folder)`, which trains for `problem.steps` steps in one process, in
+fp32, with `problem.optimizer` and without evaluation.
 """
 
 from __future__ import annotations
 
 import copy
-import tempfile
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import skipkernels as sk
 from bench.inputs import class_names
 from bench.measure import CPU
-from bench.published import choose_classes, freeze
 from skipkernels.app.train.model import RANDOM, load_model
-from skipkernels.selection import RankSampler
-
-Train = Callable[[nn.Module, "Problem", Path], None]
-
-# Over 20 steps in fp32: 16 steps of 2⁻²³ in each gradient, which grow through the updates.
-LOSS_TOLERANCE, WEIGHT_TOLERANCE = 1e-4, 1e-3
-
-
-class NaiveCLIP(nn.Module):
-    """The caller's open_clip CLIP, called plainly, with the signature of SkipCLIP.
-
-    Every layer runs in every step, on all tokens. What is below the cut is frozen. Selected classes as published, or
-    all classes with `keep_ratio=1`, in training; all classes in evaluation.
-    """
-
-    tokens: Tensor
-    prototypes: Tensor | None  # [C, D], unit-norm text embeddings from before tuning
-
-    def __init__(self, model: Any, tokens: Tensor, skip_layers: int, keep_ratio: float = 0.5):
-        super().__init__()
-        self.model, self.sampler = model, RankSampler(keep_ratio)
-        freeze(model, skip_layers, skip_layers)
-        self.register_buffer("tokens", tokens, persistent=False)
-        with torch.no_grad():
-            chosen = None if keep_ratio == 1 else torch.cat([self._texts(chunk) for chunk in tokens.split(64)])
-        self.register_buffer("prototypes", chosen, persistent=False)
-
-    def _texts(self, tokens: Tensor) -> Tensor:
-        return self.model.encode_text(tokens, normalize=True)
-
-    def forward(
-        self,
-        x: Tensor | None = None,
-        labels: Tensor | None = None,
-        *,
-        pixel_values: Tensor | None = None,
-        images: Tensor | None = None,
-    ) -> sk.SkipOutput:
-        x = next(each for each in (x, pixel_values, images) if each is not None)
-        assert labels is not None
-        image = self.model.encode_image(x, normalize=True)
-        if self.prototypes is None or not self.training:
-            class_ids, targets = torch.arange(len(self.tokens), device=x.device), labels
-        else:
-            class_ids = choose_classes(image, self.prototypes, labels, self.sampler)
-            targets = torch.searchsorted(class_ids, labels)
-        logits = self.model.logit_scale.exp() * image @ self._texts(self.tokens[class_ids]).T
-        return sk.SkipOutput(F.cross_entropy(logits, targets), logits, class_ids, targets)
-
-    def parameter_groups(self, *, text_lr: float, image_lr: float) -> list[dict[str, Any]]:
-        groups = {"text": text_lr, "image": image_lr}
-        params: dict[str, list[nn.Parameter]] = {name: [] for name in groups}
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                params["image" if name.startswith("visual.") else "text"].append(parameter)
-        return [{"name": name, "params": params[name], "lr": lr} for name, lr in groups.items()]
 
 
 class Problem(NamedTuple):
@@ -102,15 +42,10 @@ class Problem(NamedTuple):
         """(image, label) pairs."""
         return TensorDataset(self.images, self.labels)
 
-    def implementations(self) -> dict[str, Callable[[], nn.Module]]:
-        """Functions that make a module with a copy of the model."""
-        tokens, skip, keep = self.tokens, self.skip_layers, self.keep_ratio
-        return {
-            "naive": lambda: NaiveCLIP(copy.deepcopy(self.model), tokens, skip, keep),
-            "skipkernels": lambda: sk.SkipCLIP(
-                copy.deepcopy(self.model), tokens, skip_layers=skip, keep_ratio=keep, memory="fast"
-            ),
-        }
+    def clip(self) -> sk.SkipCLIP:
+        """SkipCLIP with a copy of the model, in training mode."""
+        options = {"skip_layers": self.skip_layers, "keep_ratio": self.keep_ratio, "memory": "fast"}
+        return sk.SkipCLIP(copy.deepcopy(self.model), self.tokens, **options).train()
 
     def rates(self) -> dict[str, float]:
         """Arguments of `parameter_groups`."""
@@ -123,6 +58,14 @@ class Problem(NamedTuple):
     def optimizer(self, module: Any) -> torch.optim.Optimizer:
         """SGD with two learning rates."""
         return torch.optim.SGD(module.parameter_groups(**self.rates()), **self.settings())
+
+    def loop(self, clip: sk.SkipCLIP, batches: Iterable[Sequence[Tensor]]) -> None:
+        """Train in a plain loop."""
+        optimizer = self.optimizer(clip)
+        for images, labels in batches:
+            clip(images, labels).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
 
 
 def small_problem(steps: int = 20, classes: int = 12, batch_size: int = 2) -> Problem:
@@ -139,15 +82,3 @@ def trained(module: nn.Module) -> Tensor:
     """All parameters that train, by name, in one vector."""
     named = sorted((name, p) for name, p in module.named_parameters() if p.requires_grad)
     return torch.cat([parameter.detach().flatten() for _, parameter in named])
-
-
-def losses_of(train: Train, module: nn.Module, problem: Problem) -> list[float]:
-    """Train a module with a trainer, which runs unmodified; return the losses of its steps."""
-    losses: list[Tensor] = []
-    handle = module.register_forward_hook(lambda _, __, out: losses.append(out.loss.detach()))
-    torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as folder:
-        train(module, problem, Path(folder))
-    handle.remove()
-    assert len(losses) == problem.steps
-    return [loss.item() for loss in losses]

@@ -27,7 +27,7 @@ def short() -> Problem:
 
 
 def make(problem: Problem) -> sk.SkipCLIP:
-    return problem.implementations()["skipkernels"]()
+    return problem.clip()
 
 
 def trainer_of(clip: sk.SkipCLIP, problem: Problem, folder, **arguments) -> Trainer:

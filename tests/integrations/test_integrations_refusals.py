@@ -26,7 +26,7 @@ class Case:
 
     def __init__(self, problem: Problem, folder):
         self.problem, self.folder = problem, folder
-        self.clip = problem.implementations()["skipkernels"]()
+        self.clip = problem.clip()
         self.tokens, self.images = problem.tokens, problem.images[:1]
 
     @property
@@ -44,7 +44,7 @@ class Case:
 
     def train_on_features(self) -> None:
         problem = self.problem._replace(images=self.clip.encode_lower(self.problem.images), skip_layers=0)
-        self.trainer(problem.implementations()["skipkernels"](), problem).train()
+        self.trainer(problem.clip(), problem).train()
 
     def lightning_step(self, batch) -> None:
         lightning_runner.plug(self.clip, self.problem).training_step(batch, 0)

@@ -27,7 +27,7 @@ def short() -> Problem:
 
 def fit(short: Problem, folder, **arguments) -> sk.SkipCLIP:
     """Train an epoch with a loader that resumes within it, with a checkpoint of the step SAVED."""
-    module = runner.plug(short.implementations()["skipkernels"](), short)
+    module = runner.plug(short.clip(), short)
     cache = sk.FeatureCache.in_memory(list(short.dataset))
     saving = ModelCheckpoint(folder, "step-{step}", every_n_train_steps=SAVED, auto_insert_metric_name=False)
     trainer = runner.trainer(folder, callbacks=[saving], enable_checkpointing=True)
@@ -43,7 +43,7 @@ def test_resume_within_an_epoch(short, tmp_path):
 
 
 def test_validation_logs_accuracy_of_all_classes(short, tmp_path):
-    module = runner.plug(short.implementations()["skipkernels"](), short)
+    module = runner.plug(short.clip(), short)
     [logged] = runner.trainer(tmp_path).validate(module, DataLoader(short.dataset, 5), verbose=False)
     logits = module(short.images)
     assert logits.shape == (len(short.images), len(short.tokens))
@@ -54,14 +54,14 @@ def test_validation_logs_accuracy_of_all_classes(short, tmp_path):
 
 
 def test_predict_of_images_with_labels(short, tmp_path):
-    module = runner.plug(short.implementations()["skipkernels"](), short)
+    module = runner.plug(short.clip(), short)
     for dataset in (short.dataset, short.images):
         logits = torch.cat(runner.trainer(tmp_path).predict(module, DataLoader(dataset, 5)))
         torch.testing.assert_close(logits, module(short.images))
 
 
 def test_gradients_are_clipped_before_the_update(short, tmp_path):
-    module = SkipModule(short.implementations()["skipkernels"](), text_lr=1e-2, image_lr=1e-2, optimizer=sk.FusedSGD)
+    module = SkipModule(short.clip(), text_lr=1e-2, image_lr=1e-2, optimizer=sk.FusedSGD)
     before = trained(module.clip)
     trainer = runner.trainer(tmp_path, max_steps=1, gradient_clip_val=1e-3)
     trainer.fit(module, DataLoader(short.dataset, short.batch_size))
@@ -69,7 +69,7 @@ def test_gradients_are_clipped_before_the_update(short, tmp_path):
 
 
 def module_of(short: Problem, **options) -> SkipModule:
-    return SkipModule(short.implementations()["skipkernels"](), **short.rates(), **options)
+    return SkipModule(short.clip(), **short.rates(), **options)
 
 
 def test_several_validation_loaders(short, tmp_path):
@@ -119,7 +119,7 @@ def test_hyperparameters_are_in_the_checkpoint(short, tmp_path):
     module, trainer = module_of(short, momentum=0.9), runner.trainer(tmp_path)
     trainer.fit(module, DataLoader(short.dataset, short.batch_size))
     trainer.save_checkpoint(tmp_path / "a.ckpt")
-    clip = short.implementations()["skipkernels"]()
+    clip = short.clip()
     loaded = SkipModule.load_from_checkpoint(tmp_path / "a.ckpt", clip=clip, weights_only=True)
     assert dict(loaded.hparams) == {"text_lr": 1e-2, "image_lr": 5e-3, "momentum": 0.9}
     assert loaded(short.images).equal(module(short.images))

@@ -7,13 +7,14 @@ from typing import Any
 
 from transformers import Trainer, TrainingArguments
 
+from skipkernels import SkipCLIP
 from skipkernels.integrations import hugging_face
 
 from ..problems import Problem
 
 
-def train(module: Any, problem: Problem, folder: Path) -> None:
-    Trainer(module, train_dataset=problem.dataset, **plug(problem, folder)).train()
+def train(clip: SkipCLIP, problem: Problem, folder: Path) -> None:
+    Trainer(clip, train_dataset=problem.dataset, **plug(problem, folder)).train()
 
 
 def plug(problem: Problem, folder: Path, **options: Any) -> dict[str, Any]:
@@ -23,7 +24,7 @@ def plug(problem: Problem, folder: Path, **options: Any) -> dict[str, Any]:
 
 
 def arguments(problem: Problem, folder: Path, **options: Any) -> TrainingArguments:
-    """Arguments that any module is trained with."""
+    """Arguments of a training without evaluation."""
     defaults = {
         "num_train_epochs": 1,
         "per_device_train_batch_size": problem.batch_size,

@@ -12,19 +12,15 @@ from open_clip_train.train import train_one_epoch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from skipkernels import SkipCLIP
 from skipkernels.integrations.open_clip import ClassLoss, ClassModel
 
-from ..problems import NaiveCLIP, Problem
+from ..problems import Problem
 
 
-def train(module: Any, problem: Problem, _: Path) -> None:
+def train(clip: SkipCLIP, problem: Problem, _: Path) -> None:
     pairs = data(problem.images, problem.tokens[problem.labels], problem.batch_size)
-    fit(*plug(module), problem.optimizer(module), pairs)
-
-
-def plug(module: Any) -> tuple[nn.Module, nn.Module]:
-    """Model and loss for the trainer."""
-    return (NaiveModel(module) if isinstance(module, NaiveCLIP) else ClassModel(module)), ClassLoss()
+    fit(ClassModel(clip), ClassLoss(), problem.optimizer(clip), pairs)
 
 
 def fit(
@@ -56,15 +52,3 @@ def data(images: Tensor, text: Tensor, batch_size: int) -> Any:
     loader: Any = DataLoader(TensorDataset(images, text), batch_size)
     loader.num_samples, loader.num_batches = len(images), len(loader)
     return SimpleNamespace(dataloader=loader, set_epoch=lambda epoch: None)
-
-
-class NaiveModel(nn.Module):
-    """A plain module in place of the SkipCLIP of `ClassModel`."""
-
-    def __init__(self, module: NaiveCLIP):
-        super().__init__()
-        self.naive, self.logit_scale = module, module.model.logit_scale
-
-    def forward(self, image: Tensor, text: Tensor) -> dict[str, Tensor]:
-        labels = (text[:, None] == self.naive.tokens).all(dim=-1).int().argmax(dim=1)
-        return {"class_loss": self.naive(image, labels).loss.reshape(1), "logit_scale": self.logit_scale.exp()}
