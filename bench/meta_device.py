@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _aten = torch.ops.aten
-PRODUCTS = {product.default for product in (_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm)}
+PRODUCTS = {_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm}
 _ATTENTION = F.scaled_dot_product_attention
 _CAST = {torch.matmul, torch.mm, Tensor.matmul, Tensor.__matmul__, Tensor.mm, F.linear}  # their inputs, by autocast
 
@@ -64,10 +64,10 @@ def meta_as_gpu() -> Iterator[None]:
 
 
 class WithoutProducts(TorchDispatchMode):
-    """Replace matrix products by zeros."""
+    """Replace matrix products by zeros, except those in another dtype or into a given tensor."""
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if operator in PRODUCTS:
+        if operator.overloadpacket in PRODUCTS and operator is operator.overloadpacket.default:
             left, right = args[-2:]
             return left.new_zeros(*left.shape[:-1], right.shape[-1])
         return operator(*args, **kwargs or {})

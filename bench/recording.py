@@ -95,8 +95,8 @@ class Recording(TorchDispatchMode):
         flops, shape, dtype = 0, None, torch.float32
         if packet in flop_registry:  # products and attention
             flops, dtype = flop_registry[packet](*args, **kwargs, out_val=out), args[0].dtype
-        if operator in PRODUCTS:
-            left, right = args[-2:]
+        if packet in PRODUCTS:
+            left, right = [x for x in args if isinstance(x, Tensor)][-2:]
             *batch, rows, inner = left.shape
             shape, dtype = (math.prod(batch), rows, right.shape[-1], inner), left.dtype
         return Launch(packet.__name__, False, moved, flops, dtype, shape)
