@@ -16,13 +16,12 @@ from ..report.run_page import report_html
 from ..results.class_metrics import BALANCED
 from ..results.files import MODEL, REPORT, existing_run, read_metrics
 from ..results.notes import result_notes
-from ..results.predictions import TestPredictions
 from ..train import weights
 from ..train.calibration import calibrate
 from ..train.candidates import BLENDS
-from ..train.description import Description, describe, write_open_clip_config
+from ..train.description import describe, write_open_clip_config
 from ..train.evaluation import Evaluation, Evaluator
-from ..train.metrics import weights_size
+from ..train.metrics import Trained, metrics_of
 from ..train.reading import read_model
 from ..train.setup import RunSetup, build_run
 from ..train.weights import Interpolation
@@ -30,6 +29,8 @@ from ..train.writing import RunFolder
 
 ALPHAS = tuple(n / 10 for n in range(11))
 """Weights of the tuned model in the curve."""
+# What metrics.json says of the training, which a blend does not repeat.
+_OF_RUN = ("classifier", "candidates", "chosen_because", "epochs", "best_epoch", "steps", "kept_classes")
 
 
 def blend(
@@ -83,7 +84,7 @@ def blend(
     target = blended_folder(folder) if out is None else Path(out).expanduser()
     if target.resolve() == folder.resolve():
         raise InputError(f"must not be the folder of the run; got {target}. Choose another.", "out", "blend")
-    metrics, (_, file) = read_metrics(folder), read_model(folder)
+    before, (_, file) = read_metrics(folder), read_model(folder)
     of_run = _config_of_run(folder, trust=trust)
     if device is not None:
         of_run = replace(of_run, device=device)
@@ -94,32 +95,19 @@ def blend(
     new_folder = RunFolder(written)  # refuses a folder that can't be written
 
     setup = build_run(replace(of_run, trust=trust, refresh="never", workers=0).resolved())
-    blends = _Blends(setup, file, metrics["l2"])
+    blends = _Blends(setup, file, before["l2"])
     evaluations = {each: blends.at(each) for each in sorted({*ALPHAS, *([] if alpha == "auto" else [float(alpha)])})}
     curve = _curve(evaluations, blends.evaluator)
     chosen = choose(curve["accuracy"]) if alpha == "auto" else float(alpha)
     blends.set(chosen)
-    blended = evaluations[chosen]
-    described = describe(written, setup.model, setup.task, weights=MODEL)
-    held = blends.evaluator.validation_logits(setup.method)
-    if held is None:  # that of the run is of another model
-        metrics["validation"] = None
-    else:
-        fitted, thresholds = calibrate(*held)
-        metrics["validation"] |= {"tuned": blended.validation, "thresholds": thresholds}
-        described = replace(described, **fitted)
-
-    metrics |= {
-        "tuned": blended.accuracies,
-        "by_class": blends.evaluator.by_class(blended),
-        "blend": curve | {"chosen": chosen, "run": str(folder.resolve())},
-        "alpha": chosen,
-    }
-    if metrics.get("command"):
-        words = ["skipkernels", "blend", str(folder), "--alpha", str(chosen)]
-        metrics["command"] += "\n" + shlex.join(words + ([] if out is None else ["--out", str(target)]))
+    trained = blends.trained(evaluations[chosen], written)
+    words = ["skipkernels", "blend", str(folder), "--alpha", str(chosen)]
+    words += [] if out is None else ["--out", str(target)]
+    metrics = metrics_of(trained, f"{before['command']}\n{shlex.join(words)}", before["cost"])
+    metrics |= {name: before[name] for name in _OF_RUN}
+    metrics |= {"blend": curve | {"chosen": chosen, "run": str(folder.resolve())}, "alpha": chosen}
     metrics["notes"] = result_notes(written, metrics)
-    _write(new_folder, written, setup, described, metrics, blends.evaluator.predictions(blends.zero_shot, blended))
+    _write(new_folder, trained, metrics)
     return metrics
 
 
@@ -150,6 +138,22 @@ class _Blends:
         """Evaluate a blend."""
         self.set(alpha)
         return self.evaluator.evaluate(self._setup.method)
+
+    def trained(self, evaluation: Evaluation, config: TuneConfig) -> Trained:
+        """Return the blend that is set with its results, as those of a run; calibrates the probabilities."""
+        held = self.evaluator.validation_logits(self._setup.method)
+        calibration, thresholds = ({}, []) if held is None else calibrate(*held)
+        return Trained(
+            setup=replace(self._setup, config=config),
+            choice=None,
+            rows=[],
+            evaluator=self.evaluator,
+            zero_shot=self.zero_shot,
+            tuned=evaluation,
+            l2=self._l2,
+            calibration=calibration,
+            thresholds=thresholds,
+        )
 
 
 def _curve(evaluations: dict[float, Evaluation], evaluator: Evaluator) -> dict[str, Any]:
@@ -195,17 +199,12 @@ def choose(accuracy: Mapping[str, list[float]]) -> float:
     return ALPHAS[validation.index(max(validation))] if validation else BLENDS[1]
 
 
-def _write(
-    folder: RunFolder,
-    config: TuneConfig,
-    setup: RunSetup,
-    described: Description,
-    metrics: dict[str, Any],
-    tests: list[TestPredictions],
-) -> None:
+def _write(folder: RunFolder, trained: Trained, metrics: dict[str, Any]) -> None:
+    setup, config = trained.setup, trained.setup.config
+    described = replace(describe(config, setup.model, setup.task, weights=MODEL), **trained.calibration)
+    tests = trained.evaluator.predictions(trained.zero_shot, trained.tuned)
     with folder.lock(config):
         described = folder.write_model(described, setup.method.state_dict(), setup.method.fitted)
-        metrics["checkpoint"] = weights_size(setup.method.state_dict())
         write_open_clip_config(folder.path, setup.model, setup.tokenizer)
         folder.write_card(config, described, metrics)
         folder.write_predictions(tests)

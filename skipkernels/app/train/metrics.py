@@ -44,8 +44,8 @@ class Cost(NamedTuple):
     peak_memory: float
 
 
-def metrics_of(trained: Trained, command: str, cost: Cost) -> dict[str, Any]:
-    """Return the contents of metrics.json for a run that is complete, but for its notes."""
+def metrics_of(trained: Trained, command: str, cost: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the contents of metrics.json for a run that is complete, but for its notes; for `cost` see `cost_of`."""
     choice, rows, config, task = trained.choice, trained.rows, trained.setup.config, trained.setup.task
     before, after = (trained.evaluator.by_class(each) for each in (trained.zero_shot, trained.tuned))
     if choice is not None and choice.by_class:
@@ -76,7 +76,7 @@ def metrics_of(trained: Trained, command: str, cost: Cost) -> dict[str, Any]:
         "kept_classes": rows[-1]["kept_classes"] if rows else None,
         "parameters": _parameters(trained.setup),
         "checkpoint": weights_size(trained.setup.method.state_dict()),
-        "cost": _cost(trained, cost),
+        "cost": cost,
     }
 
 
@@ -121,7 +121,8 @@ def _parameters(setup: RunSetup) -> dict[str, int]:
     return {name: sum(w.numel() for w in by_id.values()) for name, by_id in (("trained", trained), ("all", every))}
 
 
-def _cost(trained: Trained, cost: Cost) -> dict[str, Any]:
+def cost_of(trained: Trained, cost: Cost) -> dict[str, Any]:
+    """Return the cost of a run in metrics.json."""
     seconds, steps = [row["seconds"] for row in trained.rows], sum(row["steps"] for row in trained.rows)
     choosing = 0.0 if trained.choice is None else trained.choice.seconds
     return {

@@ -33,7 +33,7 @@ from .checkpoint import best_epoch
 from .choice import Choice
 from .description import Description, describe, write_open_clip_config
 from .evaluation import Evaluation, Evaluator
-from .metrics import Cost, Trained, metrics_of
+from .metrics import Cost, Trained, cost_of, metrics_of
 from .progress import Logger, ProgressDisplay
 from .reading import how_to_resume
 from .setup import BATCH, build_run
@@ -253,7 +253,7 @@ class Run:
         described = replace(self._describe(), **trained.calibration)
         described = folder.write_model(described, self.method.state_dict(), self.method.fitted)
         cost = Cost(self.seconds, fit_seconds, self.baseline_memory, self.memory.read())
-        metrics = metrics_of(trained, self.command, cost)
+        metrics = metrics_of(trained, self.command, cost_of(trained, cost))
         self.warnings += notes.result_notes(config, metrics)
         metrics["notes"] = list(self.warnings)
         folder.write_card(config, described, metrics)
