@@ -61,7 +61,7 @@ class CompareCommand(Settings):
             error.args = (f"complete runs are kept; {again}",)
             raise
         for table in tables(study):
-            out.print(table.in_terminal(study["title"]))
+            out.print(table.in_terminal(study.title))
         for sentence in (explained(study), headline(study)):
             out.print(sentence, soft_wrap=True)
         out.print(f"  {'  '.join(map(str, paths))}", soft_wrap=True)

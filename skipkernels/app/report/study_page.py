@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import Field
 
 from . import page
 from .formats import MISSING, joined, number, plural
@@ -16,21 +19,51 @@ TIME = "tuning, s"
 """Titles of tables, and of a column of the costs."""
 _SUMMARY = "harmonic"  # the accuracy that base-to-new is judged by
 
-Summary = Sequence[float | None]  # mean and deviation
+
+class MeanAndDeviation(NamedTuple):
+    """Mean and sample standard deviation over runs; the deviation of a single run is None."""
+
+    mean: float
+    deviation: float | None
 
 
-def study_html(study: Mapping[str, Any]) -> str:
+Columns = Annotated[dict[str, MeanAndDeviation | None], Field(min_length=1)]
+"""Values of a method by column of a table."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """Contents of compare.json."""
+
+    title: str
+    command: str
+    seeds: Annotated[list[int], Field(min_length=1)]
+    finished: str
+    versions: dict[str, str]
+    machine: str
+    threads: int
+    summary: Annotated[dict[str, dict[str, Columns]], Field(min_length=1)]  # by method, and by title of a table
+    comparison: dict[str, Any] | None  # of the best method with the others
+    runs: Annotated[list[dict[str, Any]], Field(min_length=1)]  # fields of `Result`
+
+    @property
+    def images(self) -> dict[str, int]:
+        """Number of test images by column of accuracies."""
+        return self.runs[0]["metrics"]["images"]["tests"]
+
+
+def study_html(study: Study) -> str:
     """Return the page of a study, the contents of its compare.json."""
     accuracies, *others = tables(study)
-    seeds = ", ".join(map(str, study["seeds"]))
+    seeds = ", ".join(map(str, study.seeds))
     return page.page_html(
-        study["title"],
-        study["finished"],
+        study.title,
+        study.finished,
         headline(study),
         [accuracies.html, part("text", explained(study))],
         [
             Section("more", "Cost", [table.html for table in others]),
-            page.reproduction(study["command"], {"seeds": seeds}, study, ""),
+            page.reproduction(study.command, {"seeds": seeds}, vars(study), ""),
         ],
     )
 
@@ -41,12 +74,12 @@ def primary(columns: Iterable[str]) -> str:
     return _SUMMARY if _SUMMARY in columns else columns[0]
 
 
-def headline(study: Mapping[str, Any]) -> str:
+def headline(study: Study) -> str:
     """Return the result in a sentence."""
-    summary, seeds, comparison = study["summary"], len(study["seeds"]), study["comparison"] or {}
+    summary, seeds, comparison = study.summary, len(study.seeds), study.comparison or {}
     column, found, leaders = _best(study)
     if not leaders:
-        return study["title"]
+        return study.title
     others = {name: of for name, of in comparison.get("others", {}).items() if name not in leaders}
     equal = [name_of_method(name) for name, of in others.items() if not of["worse"]]
     best, one = leaders[0], len(leaders) == 1
@@ -58,7 +91,7 @@ def headline(study: Mapping[str, Any]) -> str:
     sentence += f"{number(mean)}{f' ± {half:.1f}' if half else ''} %"
     if one and (time := summary[best][COST][TIME]):
         sentence += f", after {number(time[0], ',.1f')} s of tuning"
-    images = _images(study).get(column)
+    images = study.images.get(column)
     counts = [plural(seeds, "seed"), *([plural(images, "test image")] if images else [])]
     sentence += f" ({', '.join(counts)})"
     if equal:
@@ -67,12 +100,12 @@ def headline(study: Mapping[str, Any]) -> str:
     return f"{sentence}."
 
 
-def _best(study: Mapping[str, Any]) -> tuple[str, dict[str, Summary], list[str]]:
+def _best(study: Study) -> tuple[str, dict[str, MeanAndDeviation], list[str]]:
     """Name of the accuracy that decides, this accuracy by method, and the methods with the highest, as it is shown."""
-    summary = study["summary"]
+    summary = study.summary
     column = primary(next(iter(summary.values()))[ACCURACY])
     found = {name: of for name, groups in summary.items() if (of := groups[ACCURACY][column])}
-    shown = {name: round(mean, 1) for name, (mean, _) in found.items() if mean is not None}
+    shown = {name: round(mean, 1) for name, (mean, _) in found.items()}
     return column, found, [name for name, mean in shown.items() if mean == max(shown.values())]
 
 
@@ -82,19 +115,14 @@ def _measure(column: str) -> str:
     return "accuracy" if column == "all" else f"accuracy on {name_of_test(column)}"
 
 
-def _images(study: Mapping[str, Any]) -> dict[str, int]:
-    """Number of test images by column of accuracies."""
-    return study["runs"][0]["metrics"]["images"]["tests"]
-
-
-def explained(study: Mapping[str, Any]) -> str:
+def explained(study: Study) -> str:
     """Return what the intervals in the tables are, and what "best" means."""
-    seeds = len(study["seeds"])
+    seeds = len(study.seeds)
     text = f"Means of {seeds} seeds" if seeds > 1 else "One seed"
     over_seeds = "; ±: 95 % interval of the mean over seeds (Student's t)"
     text += over_seeds if seeds >= LEAST_RUNS else ", too few for an interval over seeds"
     text += "; in brackets the 95 % interval over the test images (Wilson)"
-    if study["comparison"]:
+    if study.comparison:
         text += (
             ". All methods have the same test images, so a difference may be certain although intervals overlap: one "
             "is best if it is ahead of each other one in every seed, and by a permutation test of the two (5 % for "
@@ -103,16 +131,16 @@ def explained(study: Mapping[str, Any]) -> str:
     return f"{text}."
 
 
-def tables(study: Mapping[str, Any]) -> list[Table]:
+def tables(study: Study) -> list[Table]:
     """Return a table for each group of columns, with a row for each method."""
-    summary, seeds, images = study["summary"], len(study["seeds"]), _images(study)
+    summary, seeds, images = study.summary, len(study.seeds), study.images
 
-    def cell(of: Summary | None, digits: int, interval: bool, count: int | None) -> Cell:
+    def cell(of: MeanAndDeviation | None, digits: int, interval: bool, count: int | None) -> Cell:
         if not of:
             return Cell(MISSING)
         half = half_interval(of[1], seeds) if interval else 0.0
         text = number(of[0], f",.{digits}f") + (f" ± {half:,.{digits}f}" if half else "")
-        return Cell(text, range_text(wilson(of[0], count)) if count and of[0] is not None else "")
+        return Cell(text, range_text(wilson(of[0], count)) if count else "")
 
     *_, leaders = _best(study)
     found = []

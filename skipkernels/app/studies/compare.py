@@ -15,7 +15,7 @@ from ..console import plain, print_plain
 from ..data import InputError
 from ..methods import METHODS
 from ..methods.registry import AUTO
-from ..report.study_page import ACCURACY, COST, primary
+from ..report.study_page import ACCURACY, COST, Study, primary
 from ..report.summary import held_out_accuracy
 from ..report.words import name_of_method, title_of
 from ..train.setup import build_task
@@ -46,7 +46,7 @@ def compare(
     *,
     overwrite: bool = False,
     command: str = "",
-) -> dict[str, Any]:
+) -> Study:
     """Run several methods, keys of `METHODS` or "auto", with the same training images and tests; return the study.
 
     Recipes are chosen for published benchmarks and for pictograms. On the user's own data the learning rates of every

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from pydantic import AliasPath, BaseModel, Field
 
 from ...folders import replace_text
 from ..data import InputError
-from ..report.study_page import ACCURACY, COST, TIME, study_html
+from ..report.study_page import MeanAndDeviation, Study, study_html
 from ..results.files import REPORT, writing
 from ..train.metrics import environment
 from ..untrusted import read_object, validated
@@ -22,34 +22,6 @@ from .runs import Result
 FILE = "compare.json"
 Columns = Mapping[str, Mapping[str, tuple[str, ...]]]
 """Keys of a value in the metrics of a run, by the title of a table and the name of a column."""
-
-
-class MeanAndDeviation(NamedTuple):
-    """Mean and sample standard deviation over runs; the deviation of a single run is None."""
-
-    mean: float
-    deviation: float | None
-
-
-class _Means(BaseModel):
-    """Values of a method that the page shows."""
-
-    accuracies: dict[str, MeanAndDeviation | None] = Field(validation_alias=ACCURACY, min_length=1)
-    time: MeanAndDeviation | None = Field(validation_alias=AliasPath(COST, TIME))
-
-
-class _Study(BaseModel):
-    """Contents of compare.json that the page needs."""
-
-    title: str
-    command: str
-    finished: str
-    machine: str
-    versions: dict[str, Any]
-    seeds: list[int] = Field(min_length=1)
-    summary: dict[str, _Means] = Field(min_length=1)
-    comparison: dict[str, Any] | None
-    images: dict[str, int] = Field(validation_alias=AliasPath("runs", 0, "metrics", "images", "tests"))
 
 
 def mean_and_deviation(values: Iterable[float | None]) -> MeanAndDeviation | None:
@@ -68,29 +40,30 @@ def mean_and_deviation(values: Iterable[float | None]) -> MeanAndDeviation | Non
 
 
 def study_of(
-    title: str, command: str, results: Sequence[Result], columns: Columns, comparison: Mapping[str, Any] | None
-) -> dict[str, Any]:
+    title: str, command: str, results: Sequence[Result], columns: Columns, comparison: dict[str, Any] | None
+) -> Study:
     """Return the contents of compare.json; `comparison` is that of the best method with the others."""
 
     def summary(variant: str, keys: tuple[str, ...]) -> MeanAndDeviation | None:
         return mean_and_deviation(_value(result.metrics, keys) for result in results if result.variant == variant)
 
-    return {
-        "title": title,
-        "command": command,
-        "seeds": sorted({result.seed for result in results}),
-        **environment("cpu"),
-        "threads": torch.get_num_threads(),
-        "summary": {
-            variant: {
-                table: {name: summary(variant, keys) for name, keys in of_table.items()}
-                for table, of_table in columns.items()
-            }
-            for variant in dict.fromkeys(result.variant for result in results)
-        },
-        "comparison": comparison,
-        "runs": [result._asdict() for result in results],
+    summaries = {
+        variant: {
+            table: {name: summary(variant, keys) for name, keys in of_table.items()}
+            for table, of_table in columns.items()
+        }
+        for variant in dict.fromkeys(result.variant for result in results)
     }
+    return Study(
+        title=title,
+        command=command,
+        seeds=sorted({result.seed for result in results}),
+        **environment("cpu"),
+        threads=torch.get_num_threads(),
+        summary=summaries,
+        comparison=comparison,
+        runs=[result._asdict() for result in results],
+    )
 
 
 def _value(metrics: Any, keys: tuple[str, ...]) -> float | None:
@@ -100,9 +73,9 @@ def _value(metrics: Any, keys: tuple[str, ...]) -> float | None:
     return metrics
 
 
-def write_study(study: Mapping[str, Any], folder: Path) -> list[Path]:
+def write_study(study: Study, folder: Path) -> list[Path]:
     """Write compare.json and report.html, and return their paths."""
-    texts = {folder / FILE: json.dumps(study, indent=2) + "\n", folder / REPORT: study_html(study)}
+    texts = {folder / FILE: json.dumps(dataclasses.asdict(study), indent=2) + "\n", folder / REPORT: study_html(study)}
     with writing(folder, "out", "compare"):
         folder.mkdir(parents=True, exist_ok=True)
         for path, text in texts.items():
@@ -115,8 +88,7 @@ def study_page(folder: Path) -> str:
     if not (folder / FILE).is_file():
         raise InputError(f"{folder} has no results. Name the folder of a run of tune or compare.", "run", "report")
     try:
-        study = read_object(folder / FILE)
-        validated(_Study, study)
+        study = validated(Study, read_object(folder / FILE))
     except (OSError, ValueError) as error:
         raise InputError(
             f"{folder / FILE}: damaged, or of another version ({error}). Compare again.", "run", "report"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from skipkernels.app.report.study_page import study_html
+from skipkernels.app.report.study_page import Study, study_html
 from tests.app.report.pages import ENVIRONMENT, NASTY, Page
 
 
-def study() -> dict:
+def study() -> Study:
     def method(accuracy, seconds):
         return {
             "accuracy, %": {"base": accuracy, "new": None},
@@ -14,15 +14,16 @@ def study() -> dict:
         }
 
     summary = {"skip": method([80.0, 1.0], [9.0, 1.0]), NASTY: method([60.0, None], [1.0, 0.1])}
-    return {
-        "title": f"pictogram-tiny {NASTY}",
-        "seeds": [0, 1, 2],
-        "summary": summary | {"bad": method([50.0, 0.5], [5.0, 0.1])},
-        "command": "skipkernels compare",
-        "comparison": None,
-        "runs": [{"metrics": {"images": {"tests": {}}}}],
+    return Study(
+        title=f"pictogram-tiny {NASTY}",
+        seeds=[0, 1, 2],
+        summary=summary | {"bad": method([50.0, 0.5], [5.0, 0.1])},
+        command="skipkernels compare",
+        comparison=None,
+        runs=[{"metrics": {"images": {"tests": {}}}}],
+        threads=1,
         **ENVIRONMENT,
-    }
+    )
 
 
 def test_study_page_of_methods():
@@ -35,7 +36,7 @@ def test_study_page_of_methods():
     assert ["Skip Tuning", "80.0 ± 2.5", "–"] in found.rows and ["bad", "5.0", "100"] in found.rows
     assert len(found.named("script")) == 1 and NASTY not in text
     tied = study()
-    tied["summary"]["bad"]["accuracy, %"]["base"] = [80.04, 0.5]
+    tied.summary["bad"]["accuracy, %"]["base"] = [80.04, 0.5]
     assert (
         "The highest accuracy on trained classes is that of Skip Tuning and bad, 80.0 % (3 seeds)."
         in Page(study_html(tied)).text

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from skipkernels.app.report.study_page import ACCURACY, COST, explained, headline, tables
+from skipkernels.app.report.study_page import ACCURACY, COST, Study, explained, headline, tables
 from skipkernels.app.results import predictions
 from skipkernels.app.results.files import PREDICTIONS
 from skipkernels.app.results.predictions import TestPredictions, TopClasses
@@ -31,7 +31,7 @@ def test_permutation_p_of_one_seed_is_mcnemars(won, lost):
 def study(tmp_path):
     """Function from the correct test images of each variant and seed to its study."""
 
-    def made(right: dict[str, list[list[int]]]) -> dict:
+    def made(right: dict[str, list[list[int]]]) -> Study:
         results = []
         for variant, seeds in right.items():
             for seed, correct in enumerate(seeds):
@@ -53,7 +53,7 @@ def study(tmp_path):
 
 def test_best_is_certain(study):
     found = study({"good": [[1] * 18 + [0] * 2] * 2, "bad": [[1] * 8 + [0] * 12] * 2})
-    other = found["comparison"]["others"]["bad"]
+    other = found.comparison["others"]["bad"]
     assert other["worse"] and other["p"] < 0.01 and other["difference"] == pytest.approx(50)
     assert headline(found) == "The best accuracy is that of good, 90.0 % (2 seeds, 20 test images)."
     table, _ = tables(found)
@@ -63,21 +63,21 @@ def test_best_is_certain(study):
 
 def test_best_is_within_noise(study):
     found = study({"a": [[1] * 18 + [0] * 2], "b": [[1] * 17 + [0] * 3], "c": [[0] * 20]})
-    assert [of["worse"] for of in found["comparison"]["others"].values()] == [False, True]
+    assert [of["worse"] for of in found.comparison["others"].values()] == [False, True]
     assert headline(found).startswith("The highest accuracy is that of a, 90.0 %")
     assert headline(found).endswith("but these images and seeds don't tell it apart from b.")
-    found["comparison"]["others"]["c"]["worse"] = False
+    found.comparison["others"]["c"]["worse"] = False
     assert headline(found).endswith("don't tell it apart from any other.")
 
 
 def test_best_must_be_ahead_in_every_seed(study):
     ahead, behind = [1] * 40 + [0] * 10, [0] * 40 + [1] * 10
     found = study({"a": [ahead, ahead, behind], "b": [behind, behind, ahead]})
-    other = found["comparison"]["others"]["b"]
+    other = found.comparison["others"]["b"]
     assert other["p"] < 0.05 and not other["every_seed"] and not other["worse"]
 
 
 def test_compare_best_without_predictions(study, tmp_path):
     found = study({"a": [[1]], "b": [[0]]})
     (tmp_path / "b-0" / PREDICTIONS).unlink()
-    assert compare_best([Result(**run) for run in found["runs"]], tmp_path, "all") is None
+    assert compare_best([Result(**run) for run in found.runs], tmp_path, "all") is None

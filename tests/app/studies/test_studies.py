@@ -56,7 +56,7 @@ def test_run_variants_other_settings_in_folder(ran, tmp_path):
 def test_compare_tables_and_json(ran, tmp_path):
     study = compare(TINY, ["skip", "zero-shot"], range(2), tmp_path, QUIET)
     assert [config.method for config in ran] == ["skip", "zero-shot"] * 2
-    summary = study["summary"]
+    summary = study.summary
     assert summary["skip"]["accuracy, %"]["base"] == mean_and_deviation([10.0, 30.0])
     assert summary["zero-shot"]["accuracy, %"]["base"] == mean_and_deviation([20.0, 40.0])
     assert summary["skip"]["accuracy, %"]["new"] is None and summary["skip"]["cost"]["step, ms"] is None
@@ -91,13 +91,13 @@ def test_compare_searches_rates_of_every_method_on_own_data(ran, own, tmp_path, 
     study = compare(own, ["auto", "skip", "full", "lora", "zero-shot"], range(1), tmp_path / "out", QUIET)
     tried = [config for config in ran if config.seed == SEARCH_SEED]
     assert len(tried) == 3 * len(MULTIPLIERS) and {config.method for config in tried} == {"skip", "full", "lora"}
-    chosen = {run["variant"]: run["metrics"]["search"] for run in study["runs"]}
+    chosen = {run["variant"]: run["metrics"]["search"] for run in study.runs}
     assert {name: found and found["multiplier"] for name, found in chosen.items()} == {
         "auto": None, "skip": 1.0, "full": 3.0, "lora": 0.3, "zero-shot": None
     }  # fmt: skip
     reported = next(config for config in ran if config.method == "full" and config.seed == 0)
     assert (reported.text_lr, reported.image_lr) == (3 * recipe.text_lr, 3 * recipe.image_lr)
-    assert study["summary"]["full"]["search of the rates"]["seconds"].mean == chosen["full"]["seconds"] > 0
+    assert study.summary["full"]["search of the rates"]["seconds"].mean == chosen["full"]["seconds"] > 0
 
 
 @pytest.mark.parametrize("changes", [{"text_lr": 1e-3}, {"validation": "none"}])
@@ -163,7 +163,7 @@ def test_compare_command(tmp_path, capsys, in_process):
         (json.dumps(found | {"summary": {}}), "summary: Dictionary should have at least 1 item"),
         (json.dumps(found | {"summary": no_columns}), "summary.zero-shot.accuracy, %: Dictionary should have"),
         (json.dumps(found | {"seeds": []}), "seeds: List should have at least 1 item"),
-        (json.dumps(found | {"runs": []}), "runs.0.metrics.images.tests: Field required"),
+        (json.dumps(found | {"runs": []}), "runs: List should have at least 1 item"),
     ):
         (tmp_path / "compare.json").write_text(text)
         assert main(["report", str(tmp_path)]) == 2
