@@ -14,7 +14,7 @@ from torch import Tensor
 
 import skipkernels as sk
 from skipkernels.app.data import Task, TestSet
-from skipkernels.app.data.images import DatasetImages
+from skipkernels.app.data.images import Images
 from skipkernels.app.methods.coop import CoOp
 from skipkernels.app.train.precision import autocast
 from skipkernels.selection import RankSampler
@@ -222,7 +222,7 @@ def prompt_tuning(inputs: Inputs, precision: str, tokenizer: Callable[[list[str]
     """
     model, tokens, images, labels = inputs
     names = class_names(len(tokens))
-    no_images = DatasetImages([])
+    no_images = Images([])
     test = TestSet("all", names, (f"{_CONTEXT} {{}}.",), no_images)
     coop = CoOp(copy.deepcopy(model), tokenizer, Task("random", "few-shot", no_images, (test,)), vectors=4)
     with torch.no_grad():

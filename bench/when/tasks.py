@@ -14,7 +14,7 @@ from typing import Literal
 from recipes.pictograms import more
 from recipes.pictograms.names import has_word, held_out_words
 from skipkernels.app.data import Source
-from skipkernels.app.data.images import DatasetImages
+from skipkernels.app.data.images import Images
 from skipkernels.app.data.pictograms import TASKS, TEMPLATE, TEST, TRAIN, Drawings, names_of
 
 Phase = Literal["search", "report"]
@@ -72,7 +72,7 @@ def source(shift: Shift, phase: Phase, seed: int, drawings: Path | None = None) 
     classes = names(shift, phase, drawings)
     random.Random(seed).shuffle(classes)
     if drawings is None:
-        train, test = (DatasetImages(Drawings(classes, sets)) for sets in (shift.train, TEST))
+        train, test = (Images(Drawings(classes, sets)) for sets in (shift.train, TEST))
     else:
-        train, test = (DatasetImages(more.read(drawings, shift.name, split, classes)) for split in ("train", "test"))
+        train, test = (Images(more.read(drawings, shift.name, split, classes)) for split in ("train", "test"))
     return Source(shift.name, tuple(classes), (TEMPLATE,), splits={"train": train, "test": test})

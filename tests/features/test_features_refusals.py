@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import skipkernels as sk
-from skipkernels.app.data.images import LabelledImages
+from skipkernels.app.data.images import Images
 from skipkernels.features import CacheError
 from tests.features.caches import build, images, pictures, skip_clip
 from tests.hugging_face_models import siglip
@@ -184,7 +184,7 @@ def test_item_is_refused_by_a_worker(tmp_path, item, words):
 def test_error_of_a_dataset_of_this_package_is_unchanged(tmp_path):
     Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
     (tmp_path / "b.png").write_text("no image")
-    files = LabelledImages(tmp_path, ["a.png", "b.png"], [0, 1], transform=lambda image: GOOD)
+    files = Images.of_files(tmp_path, ["a.png", "b.png"], [0, 1]).with_transform(lambda image: GOOD)
     path = re.escape(str(tmp_path / "b.png"))
     with pytest.raises(CacheError, match=rf"^{path}: can.*t be read as an image .*Replace or remove it\.$"):
         build(tmp_path / "store", files, identity="files", workers=1)

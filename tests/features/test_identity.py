@@ -21,7 +21,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 import skipkernels as sk
-from skipkernels.app.data.images import DatasetImages, LabelledImages
+from skipkernels.app.data.images import Images
 from skipkernels.features import CacheError
 from skipkernels.features import identity as identity_module
 from skipkernels.features.identity import dataset_identity
@@ -54,8 +54,8 @@ class Listed(Dataset):
 
 FILES: dict[str, Callable[[Path], Any]] = {
     "ImageFolder": lambda root: ImageFolder(str(root)),
-    "LabelledImages": lambda root: LabelledImages(root, [f"{name}.png" for name in NAMES], [0, 0, 1, 1]),
-    "DatasetImages": lambda root: DatasetImages(ImageFolder(str(root))),
+    "Images.of_files": lambda root: Images.of_files(root, [f"{name}.png" for name in NAMES], [0, 0, 1, 1]),
+    "Images": lambda root: Images(ImageFolder(str(root))),
     "Subset": lambda root: Subset(ImageFolder(str(root)), range(4)),
     "ConcatDataset": lambda root: ConcatDataset([Subset(ImageFolder(str(root)), [0, 1]), Subset(Listed(root), [2, 3])]),
     "paths": Listed,
@@ -140,14 +140,14 @@ def test_files_on_two_drives_of_windows(monkeypatch):
 
 @pytest.mark.parametrize("indices", [[0, 1], [1, 0]])
 def test_identity_of_subsets(root, indices):
-    for dataset in (ImageFolder(str(root)), TensorDataset(pictures(4), torch.zeros(4)), DatasetImages([(0, 0)] * 4)):
+    for dataset in (ImageFolder(str(root)), TensorDataset(pictures(4), torch.zeros(4)), Images([(0, 0)] * 4)):
         keys = [dataset_identity(Subset(dataset, indices)), dataset_identity(Subset(dataset, [0, 3]))]
         assert "images" in differences(*keys)
 
 
 @pytest.mark.parametrize("name", [NAMES[0], NAMES[3]], ids=["first", "last"])
 def test_missing_file_is_refused(root, name):
-    dataset = FILES["LabelledImages"](root)
+    dataset = FILES["Images.of_files"](root)
     (root / f"{name}.png").unlink()
     with pytest.raises(
         CacheError, match=rf"^FeatureCache: {root}/{name}\.png, a file that the dataset lists, cannot be"
@@ -156,7 +156,7 @@ def test_missing_file_is_refused(root, name):
 
 
 def test_unlisted_images_are_identified_by_their_numbers():
-    dataset = DatasetImages([(0, 0)] * 4)
+    dataset = Images([(0, 0)] * 4)
     dataset.names = [__file__] * 4  # names of images, or of classes, are no paths
     assert dataset_identity(dataset)["images"] == dataset_identity([("an image", 0)])["images"] == "not listed"
     assert dataset_identity(Subset(dataset, [1, 0]))["images"] != dataset_identity(Subset(dataset, [0, 1]))["images"]
@@ -170,7 +170,7 @@ def test_unlisted_images_are_identified_by_their_numbers():
     [
         lambda labels: TensorDataset(pictures(4), torch.tensor(labels)),
         lambda labels: list(zip(pictures(4), labels, strict=True)),
-        lambda labels: DatasetImages([(0, 0)] * 4, labels=labels),
+        lambda labels: Images([(0, 0)] * 4, labels=labels),
         lambda labels: ConcatDataset(
             [TensorDataset(pictures(2), torch.tensor(part)) for part in (labels[:2], labels[2:])]
         ),
@@ -195,7 +195,7 @@ TRANSFORMS = {
 
 @pytest.mark.parametrize("pair", TRANSFORMS.values(), ids=TRANSFORMS)
 def test_identity_notices_transforms(root, pair):
-    for make in (FILES["ImageFolder"], FILES["LabelledImages"]):
+    for make in (FILES["ImageFolder"], FILES["Images.of_files"]):
         keys = []
         for transform in pair:
             dataset = make(root)
@@ -232,7 +232,7 @@ def test_transform_that_cannot_be_compared_is_refused(root, transform):
     with pytest.raises(CacheError, match=r"^FeatureCache: the dataset's transform .* cannot be compared .*`identity`"):
         dataset_identity(Subset(dataset, [0, 1]))
     assert dataset_identity(dataset, "darker")["given identity"] == '"darker"'
-    outer = DatasetImages(dataset)
+    outer = Images(dataset)
     outer.identity = "darker"
     assert dataset_identity(outer)["image transform"] == "none"
 
@@ -262,7 +262,7 @@ def test_identity_notices_contents_of_tensors(make):
 
 
 def test_identity_of_a_dataset_without_files():
-    dataset = DatasetImages([(0, 0)] * 2)
+    dataset = Images([(0, 0)] * 2)
     found = []
     for identity in ("first", "second"):
         dataset.identity = identity

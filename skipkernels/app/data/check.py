@@ -11,7 +11,7 @@ from PIL import Image
 from ...digests import digest_bytes
 from .base import InputError
 from .files import format_names
-from .images import Images, LabelledImages
+from .images import ImageFiles, Images
 from .reading import read_ahead
 from .source import Source, Split
 from .tasks import Task
@@ -20,7 +20,7 @@ from .tasks import Task
 def _read(images: Images, use: Callable[[Any], Any]) -> Iterator[Any]:
     """Read images in order, in threads if they are files; yield the results of `use`, or the InputError of an image."""
     used = images.with_transform(use)
-    workers = None if isinstance(images, LabelledImages) else 1
+    workers = None if isinstance(images.dataset, ImageFiles) else 1
     for index, result in enumerate(read_ahead(lambda n: used[n][0], len(images), workers=workers)):
         if isinstance(result, InputError):
             if result.argument is not None:  # about the label, not about the image

@@ -21,7 +21,7 @@ from typing import get_args
 
 from .base import InputError, open_error
 from .files import absolute_path, check_inside, find_images, format_names, read_json, read_text, subfolders
-from .images import Images, LabelledImages
+from .images import Images
 from .source import Source, Split, normalize_class_name
 from .templates import Templates, resolve_templates
 
@@ -98,7 +98,7 @@ def _listed(file: Path, root: Path, content: Mapping[str, list[Item]]) -> tuple[
             if name_of.setdefault(label, name) != name:
                 raise InputError(f"{file}: label {label} is {name_of[label]!r} and {name!r}. Give each label one name.")
         if items:
-            splits[split] = LabelledImages(root, [path for path, _, _ in items], [label for _, label, _ in items])
+            splits[split] = Images.of_files(root, [path for path, _, _ in items], [label for _, label, _ in items])
     if not name_of:
         raise InputError(f"{file}: no images. {_HELP}")
     if sorted(name_of) != list(range(len(name_of))):
@@ -163,4 +163,4 @@ def _folder_images(dataset: str, root: Path, folders: list[str]) -> Images:
     empty = [folder for label, folder in enumerate(folders) if label not in present]
     if empty:
         raise open_error(f"{dataset}: no images in {format_names(empty)} of {root}. Is it unpacked completely?", "root")
-    return LabelledImages(root, [path for path, _ in found], [label for _, label in found])
+    return Images.of_files(root, [path for path, _ in found], [label for _, label in found])

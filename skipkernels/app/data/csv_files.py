@@ -23,7 +23,7 @@ from pathlib import Path
 from ...formatting import csv_text
 from .base import InputError, open_error
 from .files import absolute_path, format_names, read_text
-from .images import LabelledImages
+from .images import Images
 from .source import Source, Split
 from .splits import LABEL_NAMES, SPLIT_NAMES, labels_by_name, listed_source
 from .templates import Templates
@@ -69,7 +69,7 @@ def open_csv(path: str, root: str | Path | None = None, templates: Templates = N
     repeated = len(rows) - len(images)
     return listed_source(
         name,
-        LabelledImages(base, list(images), labels),
+        Images.of_files(base, list(images), labels),
         classes,
         splits or None,
         templates,

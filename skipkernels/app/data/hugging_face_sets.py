@@ -16,7 +16,7 @@ from urllib.parse import parse_qsl
 from .base import open_error
 from .decoder import decode
 from .files import absolute_path, format_names
-from .images import DatasetImages
+from .images import Images
 from .reading import read_image
 from .source import Source, Split, class_names
 from .splits import LABEL_NAMES, SPLIT_NAMES, labels_by_name, listed_source
@@ -86,7 +86,7 @@ def open_hugging_face(spec: str, templates: Templates = None) -> Source:
         raise open_error(f"{name}: {image_column} must be a column of images ({error}). Use image=….") from error
     return listed_source(
         name,
-        DatasetImages(images, labels, names),
+        Images(images, labels, names),
         classes,
         [split for split, part in parts.items() for _ in range(len(part))],
         templates,

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from .base import InputError, open_error
 from .files import absolute_path, find_images, format_names, format_others, read_json, subfolders
-from .images import LabelledImages
+from .images import Images
 from .source import Source, Split, class_names
 from .splits import SPLIT_NAMES, listed_source
 from .templates import Templates
@@ -46,7 +46,7 @@ def open_image_folder(path: str | Path, templates: Templates = None) -> Source:
         raise open_error(f"{name}: no images in {format_names(empty)}{skipped}. Add some, or remove the empty folders.")
     return listed_source(
         name,
-        LabelledImages(root, [path for path, _ in found], [label for _, (label, _) in found]),
+        Images.of_files(root, [path for path, _ in found], [label for _, (label, _) in found]),
         classes,
         [split for _, (_, split) in found],
         templates,

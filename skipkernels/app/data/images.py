@@ -6,7 +6,7 @@ import copy
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -18,98 +18,46 @@ from .files import absolute_path
 from .reading import from_pixels, read_image
 
 Transform = Callable[[Any], Any]
-ImagesT = TypeVar("ImagesT", bound="Images")
+
+
+class ImageFiles:
+    """Image files below a folder, in `paths`: item i is (image, label), as `read_image` reads it."""
+
+    def __init__(self, root: str | Path, names: Sequence[str], labels: Sequence[int]):
+        folder = absolute_path(root)
+        self.paths, self.labels = [os.path.join(folder, name) for name in names], labels
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return read_image(self.paths[index]), self.labels[index]
 
 
 class Images:
-    """Map-style dataset of (image, label) with a name for each image, from which subsets can be taken.
+    """Items of a map-style dataset with labels and names, from which subsets can be taken.
 
-    Attributes:
-        labels: Label of every image; no image is opened for it.
-        names: Unique, permanent name of every image, such as its path from the root with "/".
-        transform: Applied to every image, or None.
-        identity: Text that identifies the images in place of their files and contents, or None.
-    """
-
-    identity: str | None = None
-
-    def __init__(self, labels: Iterable[int], names: Iterable[str], transform: Transform | None):
-        self.labels, self.names, self.transform = list(labels), list(names), transform
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        """Load an image and its label."""
-        raise NotImplementedError
-
-    def subset(self: ImagesT, indices: Iterable[int]) -> ImagesT:
-        """Return some of the images, in the order of `indices`."""
-        part, chosen = copy.copy(self), list(indices)
-        part.labels, part.names = [self.labels[index] for index in chosen], [self.names[index] for index in chosen]
-        return part
-
-    def subset_classes(self: ImagesT, labels: Sequence[int]) -> ImagesT:
-        """Return the images of some classes, labelled from 0 in the order of `labels`."""
-        new_label = {label: position for position, label in enumerate(labels)}
-        part = self.subset(index for index, label in enumerate(self.labels) if label in new_label)
-        part.labels = [new_label[label] for label in part.labels]
-        return part
-
-    def with_transform(self: ImagesT, transform: Transform | None) -> ImagesT:
-        """Return a copy with another transform."""
-        images = copy.copy(self)
-        images.transform = transform
-        return images
-
-
-class LabelledImages(Images):
-    """Images in files below a folder: item i is (image, label), the image opened by Pillow as RGB, upright by its EXIF.
-
-    Example:
-        >>> import tempfile
-        >>> folder = tempfile.mkdtemp()
-        >>> Image.new("L", (3, 2)).save(folder + "/black.png")
-        >>> images = LabelledImages(folder, ["black.png", "missing.png"], [7, 8])
-        >>> image, label = images[0]
-        >>> image.mode, image.size, label
-        ('RGB', (3, 2), 7)
-        >>> images.subset([1]).labels  # nothing is opened
-        [8]
-    """
-
-    def __init__(
-        self, root: str | Path, paths: Sequence[str], labels: Sequence[int], transform: Transform | None = None
-    ):
-        super().__init__(labels, paths, transform)
-        self.root = absolute_path(root)
-
-    @property
-    def paths(self) -> list[str]:
-        """Path of every image; a feature cache identifies the images by their files."""
-        return [os.path.join(self.root, name) for name in self.names]
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        """Load an image and its label."""
-        image = read_image(os.path.join(self.root, self.names[index]))
-        return image if self.transform is None else self.transform(image), self.labels[index]
-
-
-class DatasetImages(Images):
-    """Items of a map-style dataset, with labels and names. Images of Pillow and uint8 arrays are converted as in
-    `read_image`.
+    Images of Pillow and uint8 arrays are converted as in `read_image`.
 
     Args:
         dataset: Map-style dataset of (image, label), or of {"image": image, "label": label}.
         labels: Label of each item; default: `read_labels(dataset)`.
-        names: Name of each item; default: its index.
+        names: Unique, permanent name of each item, such as its path from the root with "/"; default: its index.
         transform: Applied to every image that is not a tensor; tensors come from the dataset's own transform.
 
+    Attributes:
+        labels: Label of every image; no image is opened for it.
+        names: Name of every image.
+        transform: Applied to every image, or None.
+        identity: Text that identifies the images in place of their files and contents, or None.
+
     Example:
-        >>> images = DatasetImages([("a", 3), ("b", 4), ("c", 3)], transform=str.upper)
+        >>> images = Images([("a", 3), ("b", 4), ("c", 3)], transform=str.upper)
         >>> [images.subset_classes([3])[item] for item in range(2)]
         [('A', 0), ('C', 0)]
     """
+
+    identity: str | None = None
 
     def __init__(
         self,
@@ -118,24 +66,35 @@ class DatasetImages(Images):
         names: Sequence[str] | None = None,
         transform: Transform | None = None,
     ):
-        found = read_labels(dataset) if labels is None else labels
-        super().__init__(found, map(str, range(len(dataset))) if names is None else names, transform)
-        self.dataset, self.indices = dataset, list(range(len(dataset)))
+        self.labels = read_labels(dataset) if labels is None else list(labels)
+        self.names = list(map(str, range(len(dataset))) if names is None else names)
+        self.dataset, self.indices, self.transform = dataset, list(range(len(dataset))), transform
         self._own_labels = self.labels if labels is None else None  # of all items, to compare with each item
         if not len(self.labels) == len(self.names) == len(dataset):
             raise ValueError(
-                f"DatasetImages: labels and names must have one item per item of the dataset, {len(dataset)}; got "
+                f"Images: labels and names must have one item per item of the dataset, {len(dataset)}; got "
                 f"{len(self.labels)} and {len(self.names)}."
             )
 
-    def subset(self, indices: Iterable[int]) -> DatasetImages:
-        """Return some of the images; see `Images`."""
-        chosen = list(indices)
-        part = super().subset(chosen)
-        part.indices = [self.indices[index] for index in chosen]
-        return part
+    @classmethod
+    def of_files(cls, root: str | Path, paths: Sequence[str], labels: Sequence[int]) -> Images:
+        """Return images in files below a folder.
+
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> Image.new("L", (3, 2)).save(folder + "/black.png")
+        >>> images = Images.of_files(folder, ["black.png", "missing.png"], [7, 8])
+        >>> image, label = images[0]
+        >>> image.mode, image.size, label, images.subset([1]).labels  # of the other, nothing is opened
+        ('RGB', (3, 2), 7, [8])
+        """
+        return cls(ImageFiles(root, paths, labels), labels, paths)
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
+        """Load an image and its label."""
         item = self.indices[index]
         image, label = _image_and_label(self.dataset, item)
         if self._own_labels is not None and label != self._own_labels[item]:
@@ -154,11 +113,31 @@ class DatasetImages(Images):
             image = image if is_tensor else self.transform(image)
         return image, self.labels[index]
 
+    def subset(self, indices: Iterable[int]) -> Images:
+        """Return some of the images, in the order of `indices`."""
+        part, chosen = copy.copy(self), list(indices)
+        part.labels, part.names = [self.labels[index] for index in chosen], [self.names[index] for index in chosen]
+        part.indices = [self.indices[index] for index in chosen]
+        return part
+
+    def subset_classes(self, labels: Sequence[int]) -> Images:
+        """Return the images of some classes, labelled from 0 in the order of `labels`."""
+        new_label = {label: position for position, label in enumerate(labels)}
+        part = self.subset(index for index, label in enumerate(self.labels) if label in new_label)
+        part.labels = [new_label[label] for label in part.labels]
+        return part
+
+    def with_transform(self, transform: Transform | None) -> Images:
+        """Return a copy with another transform."""
+        images = copy.copy(self)
+        images.transform = transform
+        return images
+
 
 def joined(parts: Sequence[Images]) -> Images:
     """Join images; if two have the same name, the number of the part is prefixed to all names.
 
-    >>> joined([DatasetImages([("a", 3)]), DatasetImages([("b", 4)])]).names
+    >>> joined([Images([("a", 3)]), Images([("b", 4)])]).names
     ['0/0', '1/0']
     """
     names = [name for part in parts for name in part.names]
@@ -167,7 +146,7 @@ def joined(parts: Sequence[Images]) -> Images:
     from torch.utils.data import ConcatDataset
 
     both: Any = ConcatDataset(parts)  # type: ignore[arg-type]  # any sequence is accepted
-    return DatasetImages(both, [label for part in parts for label in part.labels], names)
+    return Images(both, [label for part in parts for label in part.labels], names)
 
 
 def _image_and_label(dataset: Any, index: int) -> tuple[Any, Any]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from PIL import Image
 
 from .base import open_error
-from .images import DatasetImages, Images
+from .images import Images
 from .source import Source, Split
 from .templates import Templates, resolve_templates
 
@@ -76,4 +76,4 @@ def open_pictograms(name: str, templates: Templates = None) -> Source:
 
 def _images(classes: Sequence[str], sets: Sequence[str]) -> Images:
     drawings = Drawings(classes, sets)
-    return DatasetImages(drawings, names=drawings.names)
+    return Images(drawings, names=drawings.names)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from .base import InputError, SizedDataset
-from .images import DatasetImages, Images, Transform, joined
+from .images import Images, Transform, joined
 from .templates import Templates, prompts, resolve_templates
 
 Split = Literal["train", "val", "test"]
@@ -128,7 +128,7 @@ def from_datasets(
     splits: dict[Split, Images] = {}
     for split, dataset in datasets.items():
         own = getattr(dataset, "names", None)
-        images = DatasetImages(dataset, names=own if isinstance(own, (list, tuple)) else None)
+        images = Images(dataset, names=own if isinstance(own, (list, tuple)) else None)
         outside = [(i, label) for i, label in enumerate(images.labels) if not 0 <= label < len(classes)]
         if outside:
             raise InputError(

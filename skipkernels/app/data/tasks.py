@@ -13,7 +13,7 @@ from ...formatting import escaped
 from ...options import Protocol, Shots, Test, Validation
 from .base import InputError, check_choice
 from .files import format_names
-from .images import DatasetImages, Images, joined
+from .images import Images, joined
 from .registry import open_source
 from .shots import class_sizes_note, few_shot, few_shot_note, hold_out
 from .source import Source, Split
@@ -169,7 +169,7 @@ def load_task(
     tests = tuple(_test_set(name, part, transform, options.test) for name, part in parts.items())
     notes = list(source.notes)
     if not options.train:
-        return Task(source.name, options.protocol, DatasetImages([]), tests, notes=_shown(notes))
+        return Task(source.name, options.protocol, Images([]), tests, notes=_shown(notes))
     if len(chosen.classes) < len(source.classes):
         notes.append(f"{source.name}: {len(chosen.classes)} of {len(source.classes)} classes, evenly spaced.")
     trained, joined_note = _with_unused(next(iter(parts.values())), options)
@@ -264,7 +264,7 @@ def _train_and_validation(
 
 def _test_set(name: str, source: Source, transform: Callable | None, test: Test) -> TestSet:
     if test == "none":
-        images: Images = DatasetImages([])
+        images = Images([])
     else:
         images = source.images("test", transform)
         if not len(images):

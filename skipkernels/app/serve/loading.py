@@ -15,7 +15,7 @@ from ...options import Precision
 from ..config import usable_device
 from ..data import InputError, Task
 from ..data.base import check_choice
-from ..data.images import DatasetImages
+from ..data.images import Images
 from ..data.tasks import TestSet
 from ..data.templates import resolve_templates
 from ..methods import METHODS, Method
@@ -26,7 +26,7 @@ from ..train.weights import load_run_method, load_run_model
 
 TEST = "classes"
 """Name of the test that has the classes to predict, for `Method.logits`."""
-_NO_IMAGES = DatasetImages([])
+_NO_IMAGES = Images([])
 
 
 class TunedRun(NamedTuple):

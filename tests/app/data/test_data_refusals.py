@@ -15,7 +15,7 @@ import torch
 from skipkernels.app.data import TaskOptions, from_datasets, load_task, open_source
 from skipkernels.app.data.coop import DATASETS
 from skipkernels.app.data.files import check_inside
-from skipkernels.app.data.images import DatasetImages, read_labels
+from skipkernels.app.data.images import Images, read_labels
 from skipkernels.app.data.templates import resolve_templates
 from tests.app.data.pictures import WNIDS, Listed, draw_image, make_coop, raises_input_error
 
@@ -212,14 +212,14 @@ CALLS: list[tuple[Callable[[], object], Any, list[str]]] = [
     (lambda: resolve_templates("dtd", ["a {}", "b"]), "templates", ["paper or coop", "'b'"]),
     (lambda: resolve_templates("dtd", ("a {}", "coop")), "templates", ["paper or coop alone", "got 'coop'."]),
     (lambda: resolve_templates("dtd", []), "templates", ["must have an item", "a photo of a {}."]),
-    (lambda: DatasetImages([(np.zeros((2, 3), np.int64), 0)])[0], ...,
+    (lambda: Images([(np.zeros((2, 3), np.int64), 0)])[0], ...,
      ["image 0: pixels must be an array", "of uint8; got int64 [2, 3]"]),
     (lambda: read_labels([{"img": 0, "label": 1}]), ...,
      ["item 0 must be (image, label), or have the keys image and label", "the keys img, label"]),
     (lambda: read_labels(Listed([0, 1], labels=[0, 1, 1])), ..., ["Listed", "2 items have 3 labels"]),
     *((lambda label=label: read_labels(Listed([0, label])), ..., ["Listed", "item 1", "an integer", "Number the"])
       for label in ("cat", 1.0, True, None, torch.tensor([1, 2]))),
-    (lambda: DatasetImages(Listed([0, 1, 2], labels=[0, 2, 2])).subset_classes([2])[0], ...,
+    (lambda: Images(Listed([0, 1, 2], labels=[0, 2, 2])).subset_classes([2])[0], ...,
      ["Listed: item 1 has the label 1, and the labels of the dataset have 2"]),
 ]  # fmt: skip
 

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from skipkernels.app.data import decoder
 from skipkernels.app.data.decoder import decode
-from skipkernels.app.data.images import LabelledImages
+from skipkernels.app.data.images import Images
 from skipkernels.app.data.reading import read_image
 from tests.app.data.pictures import class_of, decoders, draw_image, encoded, raises_input_error, slow_picture
 
@@ -101,7 +101,7 @@ def test_relative_path_after_a_change_of_folder(tmp_path, monkeypatch):
 def test_threads_and_forked_processes_have_their_own(tmp_path):
     for label in range(8):
         draw_image(tmp_path / f"{label}.png", label)
-    images = LabelledImages(tmp_path, [f"{label}.png" for label in range(8)], range(8), class_of)
+    images = Images.of_files(tmp_path, [f"{label}.png" for label in range(8)], range(8)).with_transform(class_of)
     with ThreadPoolExecutor(3) as pool:
         assert list(pool.map(images.__getitem__, range(8))) == [(label, label) for label in range(8)]
     many = images.subset(list(range(8)) * 50)

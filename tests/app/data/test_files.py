@@ -8,7 +8,7 @@ import os
 from skipkernels.app.data import Source
 from skipkernels.app.data.check import facts
 from skipkernels.app.data.files import check_inside, find_images, read_json, read_text
-from skipkernels.app.data.images import LabelledImages
+from skipkernels.app.data.images import Images
 from tests.app.data.pictures import draw_image, raises_input_error
 
 
@@ -33,7 +33,7 @@ def test_find_images_lists_unreadable_images(tmp_path):
     (tmp_path / "cat" / "c.png").symlink_to("c.png")
     paths = [f"cat/{name}.png" for name in "abc"]
     assert find_images(tmp_path, {"cat": 0})[0] == [(path, 0) for path in paths]
-    images = LabelledImages(tmp_path, paths, [0] * 3)
+    images = Images.of_files(tmp_path, paths, [0] * 3)
     good, broken, loop = (fact.reason for fact in facts(Source("a", ("cat",), ("{}",), splits={"train": images})))
     assert good is None and broken.endswith("b.png: no such file. Was it removed, or is it a broken link?")
     assert f"c.png: can't be read ({os.strerror(errno.ELOOP)})" in loop

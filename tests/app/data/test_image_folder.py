@@ -11,7 +11,7 @@ import hypothesis.strategies as st
 import pytest
 
 from skipkernels.app.data import TaskOptions, load_task, open_source
-from skipkernels.app.data.images import DatasetImages
+from skipkernels.app.data.images import Images
 from skipkernels.app.data.splits import listed_source
 from tests.app.data.pictures import contents, draw_image, make_folders
 
@@ -51,7 +51,7 @@ def test_hash_splits_sizes(classes):
 
     def split(listed):
         labels, names = zip(*listed, strict=True)
-        images = DatasetImages([None] * len(names), labels, names)
+        images = Images([None] * len(names), labels, names)
         source = listed_source("a", images, list(map(str, range(len(classes)))), None, None)
         return {split: set(zip(part.labels, part.names, strict=True)) for split, part in source.splits.items()}
 

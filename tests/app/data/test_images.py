@@ -14,13 +14,13 @@ from PIL import EpsImagePlugin, ExifTags, Image
 from torch.utils.data import Subset, TensorDataset
 
 from skipkernels.app.data.decoding import open_image, to_rgb
-from skipkernels.app.data.images import DatasetImages, LabelledImages, read_labels
+from skipkernels.app.data.images import Images, read_labels
 from skipkernels.app.data.reading import read_image
 from tests.app.data.pictures import Listed, class_of, draw_image, encoded, raises_input_error
 
 
 def one(path: Path) -> Image.Image:
-    return LabelledImages(path.parent, [path.name], [0])[0][0]
+    return Images.of_files(path.parent, [path.name], [0])[0][0]
 
 
 # ---- valid files -----------------------------------------------------------------------------------------------------
@@ -67,7 +67,7 @@ def test_read_image(tmp_path, name):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # Pillow's, of palettes with transparency
         with Image.open(path) as opened:
-            own = DatasetImages([(opened, 0)])[0][0]
+            own = Images([(opened, 0)])[0][0]
             found = [one(path), own, to_rgb(opened, "a"), to_rgb(own, "again")]
     most = 15 if kind in ("jpeg", "webp", "avif") else 0  # these lose
     for each in found:
@@ -76,7 +76,7 @@ def test_read_image(tmp_path, name):
 
 
 def test_dataset_of_arrays():
-    image, label = DatasetImages([(np.full((2, 3), 77, np.uint8), 4)])[0]
+    image, label = Images([(np.full((2, 3), 77, np.uint8), 4)])[0]
     assert image.mode == "RGB" and image.getpixel((2, 1)) == (77, 77, 77) and label == 4
 
 
@@ -144,15 +144,13 @@ def test_read_image_fuzzed_files(tmp_path_factory, kind, data):
 # ---- parts of a dataset ----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["files", "items"])
-def images(request, tmp_path):
+@pytest.fixture
+def images(tmp_path):
     """Six images of classes 0, 1, 2, 0, 1, 2."""
-    labels = [0, 1, 2, 0, 1, 2]
-    for index, label in enumerate(labels):
-        draw_image(tmp_path / "inner" / f"{index}.png", label)
-    paths = [f"inner/{index}.png" for index in range(6)]
-    files = LabelledImages(tmp_path, paths, labels)
-    return files if request.param == "files" else DatasetImages(files, names=paths)
+    labels, paths = [0, 1, 2, 0, 1, 2], [f"inner/{index}.png" for index in range(6)]
+    for path, label in zip(paths, labels, strict=True):
+        draw_image(tmp_path / path, label)
+    return Images.of_files(tmp_path, paths, labels)
 
 
 def test_images_subset_keeps_order(images):
@@ -182,11 +180,11 @@ def test_images_with_transform_copies(images):
 def test_images_label_count():
     for given_labels, names in (([0], None), (None, ["a"])):
         with pytest.raises(ValueError, match="one item per item of the dataset, 2"):
-            DatasetImages([("x", 0), ("y", 1)], labels=given_labels, names=names)
+            Images([("x", 0), ("y", 1)], labels=given_labels, names=names)
 
 
 def test_dataset_images_does_not_transform_tensors():
-    images = DatasetImages([(torch.ones(3, 2, 2), 0), ("text", 1)], transform=lambda image: "changed")
+    images = Images([(torch.ones(3, 2, 2), 0), ("text", 1)], transform=lambda image: "changed")
     assert isinstance(images[0][0], torch.Tensor) and images[1][0] == "changed"
 
 
@@ -220,11 +218,11 @@ class Rows(list):
 def test_read_labels_of_dictionaries():
     rows = [{"image": Image.new("L", (3, 2)), "label": label} for label in (1, 0)]
     for dataset in (rows, Rows(rows)):
-        images = DatasetImages(dataset)
+        images = Images(dataset)
         assert images.labels == [1, 0] and images[1][0].mode == "RGB" and images[1][1] == 0
 
 
 def test_dataset_images_compares_labels_with_items():
-    images = DatasetImages(Listed([0, 1, 2], labels=[0, 2, 2]))
+    images = Images(Listed([0, 1, 2], labels=[0, 2, 2]))
     assert images[0] == (None, 0) and images.subset_classes([2])[1] == (None, 0)
-    assert DatasetImages(Listed([0, 1]), labels=[5, 6])[1] == (None, 6), "labels of the caller replace those of items"
+    assert Images(Listed([0, 1]), labels=[5, 6])[1] == (None, 6), "labels of the caller replace those of items"

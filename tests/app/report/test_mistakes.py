@@ -7,7 +7,7 @@ import io
 import torch
 from PIL import Image, ImageChops
 
-from skipkernels.app.data.images import DatasetImages
+from skipkernels.app.data.images import Images
 from skipkernels.app.data.tasks import TestSet
 from skipkernels.app.report.mistakes import (
     broken,
@@ -63,7 +63,7 @@ def test_confusions_by_number_of_errors():
 def test_thumbnails_open_only_the_images_that_are_shown():
     """Images that tuning fixed, one of each class, evenly spaced, without their transform."""
     data = Listed(range(50), lambda label: Image.new("L", (4, 4), label), labels=list(range(50)))
-    images = DatasetImages(data, transform=lambda picture: 1 / 0)
+    images = Images(data, transform=lambda picture: 1 / 0)
     wrong, right = [(label + 1) % 50 for label in range(50)], list(range(50))
     test = TestSet("all", list(map(str, range(50))), ("{}",), images)
     found = predictions_with_thumbnails(test, torch.tensor(data.labels), top(*wrong), top(*right))
