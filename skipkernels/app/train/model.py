@@ -167,12 +167,9 @@ def _not_created(name: str, tag: str | None, error: BaseException) -> InputError
     reason = first_line(error).strip(". ")
     if tag is None:
         return InputError(f"{name} could not be created: {reason}.", "model", "tune")
-    known = open_clip.get_pretrained_cfg(name, tag)
-    place = f"https://huggingface.co/{known['hf_hub'].rstrip('/')}" if known.get("hf_hub") else known.get("url", "")
-    weights = f"get the weights from {place} on another machine, and pass" if place else "pass"
     return InputError(
-        f"the weights {tag} of {name} could not be downloaded: {reason}. Use `model={PACKAGED}`, "
-        f"which needs no download, or {weights} the path of their file as `pretrained`.",
+        f"the weights {tag} of {name} could not be downloaded: {reason}. Is the network available? If not, pass the "
+        f"path of their file, or use `model={PACKAGED}`, which needs no download.",
         "pretrained",
         "tune",
     )
