@@ -120,8 +120,7 @@ def _check_settings(folder: Path, config: TuneConfig, before: dict[str, Any]) ->
             raise InputError(
                 f"{name} is {before.get(name)!r} in the run in {folder}, and {value!r} here; pass the same, or choose "
                 "another folder.",
-                "resume",
-                "tune",
+                function="tune",
             )
 
 
