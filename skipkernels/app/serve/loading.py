@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from ...options import Precision
@@ -101,19 +102,10 @@ def _method(described: Description, model: nn.Module, tokenizer: Any, test: Test
     if issubclass(kind, FrozenModel):  # the shapes of its weights may depend on the trained classes
         tests.insert(0, replace(test, name="trained", classes=described.classes))
     if described.method == "coop":
-        settings["vectors"] = _length(file, "context")
+        with safe_open(file, "pt") as weights:
+            settings["vectors"] = weights.get_slice("context").get_shape()[0]
     task = Task(described.data, "few-shot", _NO_IMAGES, tuple(tests))  # classifies among all classes
     return kind(model, tokenizer, task, **settings)
-
-
-def _length(file: Path, name: str) -> int:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, "pt") as opened:
-            return opened.get_slice(name).get_shape()[0]
-    except (SafetensorError, OSError, IndexError) as error:
-        raise InputError(f"{file}: not usable as weights of this model: {error}") from error
 
 
 def load_plain(folder: Path, *, trust: bool = False) -> TunedRun:

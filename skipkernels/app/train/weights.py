@@ -6,12 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ...digests import digest_file
-from ...formatting import first_line
 from ..data import InputError
 from ..heads import Head
 from ..methods import Method
@@ -22,11 +20,8 @@ from .model import LOCAL_DIR, Loaded, load_model, load_weights
 
 
 def load_into(method: Method, path: Path) -> None:
-    """Load a weights file into a method."""
-    try:
-        method.load_state_dict(load_file(path))
-    except (SafetensorError, OSError, RuntimeError, LookupError) as error:
-        raise InputError(f"{path}: not usable as weights of this model: {first_line(error)}") from error
+    """Load a weights file, of which the digest has been compared, into a method."""
+    method.load_state_dict(load_file(path))
 
 
 def load_run_model(folder: Path, described: Description, file: Path, device: torch.device, *, trust: bool) -> Loaded:
@@ -62,7 +57,7 @@ def _load_head(folder: Path, described: Description) -> Head | None:
         if digest_file(path) != described.head_xxh3:
             raise ValueError("it does not match classifier.json")
         return Head.from_tensors(load_file(path))
-    except (OSError, ValueError, LookupError, SafetensorError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(
             f"{path}: missing or damaged ({error}). Copy the whole folder, or tune again in another folder, or in this "
             "one with `overwrite=True`."
