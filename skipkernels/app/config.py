@@ -33,7 +33,6 @@ _SHOTS = 16
 
 CONFIG = "config.yaml"
 """Name of the file of a run with its configuration."""
-NOT_IN_FILES = ("trust",)  # fields that a config.yaml does not have
 _SOURCES = ("model", "pretrained", "data")
 
 # Types are not converted: `epochs: true` and `seed: "3"` are errors.
@@ -274,9 +273,10 @@ class TuneConfig(Settings):
         return values | {"cache_dtype": None if self.cache is None else self.cache_dtype}
 
     def _plain(self) -> dict[str, Any]:
-        """Settings as values of JSON."""
+        """Settings that a file may have, as values of JSON."""
         values = dataclasses.asdict(self)
-        return to_jsonable_python({name: value for name, value in values.items() if name not in NOT_IN_FILES})
+        del values["trust"]
+        return to_jsonable_python(values)
 
     def to_yaml(self) -> str:
         """Return the configuration as YAML, for `from_yaml`."""
@@ -299,9 +299,8 @@ class TuneConfig(Settings):
             raise InputError(f"{path}: not readable as YAML ({first_line(error)}).") from None
         if not isinstance(values, dict):
             raise InputError(f"{path}: expected a mapping of settings; got {type(values).__name__}.")
-        for name in NOT_IN_FILES:
-            if name in values:
-                raise InputError(f"{path}: {name} is not taken from a file; remove it.")
+        if "trust" in values:
+            raise InputError(f"{path}: trust is not taken from a file; remove it.")
         try:
             config = cls(**{str(name): value for name, value in values.items()})
         except InputError as error:

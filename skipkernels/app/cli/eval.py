@@ -33,16 +33,12 @@ class EvalCommand:
         """Evaluate, and print the accuracy. Returns 0."""
         check_run(self.run, "eval", err)
         import_torch(err)
-        from rich.table import Table
-
         from skipkernels.app.report.formats import number
+        from skipkernels.app.report.page import Table, row
         from skipkernels.app.train.evaluation import REPLACEABLE, evaluate_run
 
         settings = {name: getattr(self, name) for name in REPLACEABLE}
         accuracies = evaluate_run(self.run, **settings, trust=self.trust, console=err)
-        table = Table("accuracy, %", title=str(self.run))
-        table.add_column("tuned", justify="right")
-        for key, value in accuracies.items():
-            table.add_row(key, number(value, ".2f"))
-        out.print(table)
+        rows = [row(name, number(value, ".2f")) for name, value in accuracies.items()]
+        out.print(Table("accuracy, %", ["tuned"], rows).in_terminal(str(self.run)))
         return 0
