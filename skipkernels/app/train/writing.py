@@ -37,6 +37,7 @@ from ..results.files import (
 from ..results.predictions import TestPredictions, prediction_lines, save
 from ..untrusted import OPEN_CLIP
 from . import checkpoint
+from .choice import Choice
 from .description import Description
 from .model_card import model_card
 from .reading import has_run
@@ -114,7 +115,9 @@ def _check_apart(argument: str, folder: Path, config: TuneConfig) -> None:
 
 
 def _check_settings(folder: Path, config: TuneConfig, before: dict[str, Any]) -> None:
-    """Check that the run to resume has the settings that change results."""
+    """Check that the run to resume has the settings that change results; of one that chose some, those before."""
+    if before != config.identity() and (choice := Choice.read(folder)) is not None:
+        before = choice.asked
     for name, value in config.identity().items():
         if before.get(name) != value:
             raise InputError(

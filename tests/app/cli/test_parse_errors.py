@@ -11,7 +11,6 @@ from skipkernels.app.cli.main import main
     ("arguments", "words"),
     [
         ("tun", ["tun", "tune", "compare"]),
-        ("tune --dta x", ["--dta", "--data STR", "skipkernels tune --help"]),
         ("tune --shots x", ["--shots INT|{all}", "'x'"]),
         ("blend run --alpha x", ["--alpha", "FLOAT", "auto", "'x'"]),
         ("tune --class-weight balancd", ["'balancd'", "--class-weight {balanced}|FLOAT"]),
