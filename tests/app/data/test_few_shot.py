@@ -40,12 +40,6 @@ def test_few_shot_additional_image_changes_one(labelled, shots):
     assert len({names[i] for i in few_shot(labels, names, shots, 0)} - few) <= 1
 
 
-def test_few_shot_seeds_differ():
-    names = [f"cat/{number}.jpg" for number in range(1000)]
-    one, two = (set(few_shot([0] * 1000, names, 100, seed)) for seed in (1, 2))
-    assert len(one & two) < 30
-
-
 def test_few_shot_fixed_values():
     """A change would make runs of earlier versions irreproducible."""
     names = [f"{animal}/{number}.jpg" for animal in ("cat", "naïve") for number in range(50)]
