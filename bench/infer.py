@@ -100,10 +100,10 @@ def evaluations_of(inputs: Inputs, batch: int, skip_layers: int, precision: str)
         clip.texts.drop()
         return [clip.predict(images) for images in batches]
 
-    (text_weight, *_), _ = (group["params"] for group in clip.parameter_groups(text_lr=0.0, image_lr=0.0))
+    text, _ = clip.parameter_groups(text_lr=0.0, image_lr=0.0)
 
     def features_kept() -> list[Tensor]:
-        text_weight.mul_(1 + 2**-20)  # as a step does: class embeddings are computed again
+        text["params"][0].mul_(1 + 2**-20)  # a change, as by a step: class embeddings are computed again
         return [clip.predict(features) for features in at_the_cut]
 
     return dict(zip(IMPLEMENTATIONS, (published, nothing_kept, features_kept), strict=True))
