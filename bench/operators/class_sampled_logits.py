@@ -14,11 +14,8 @@ from skipkernels import functional, reference
 
 from ..measure import CPU, OURS
 from . import Arguments, Case, Random, Work, case
-from .class_sampled_ce import LAUNCHED, launch_arguments
+from .class_sampled_ce import LAUNCHED, SHAPES, launch_arguments
 from .record import Call, Record, on_meta
-
-# B, C, K, D. At K = C there are no class_ids.
-SHAPES = ((4, 100, 50, 512), (4, 1000, 107, 512), (32, 1000, 1000, 512), (256, 1000, 1000, 512), (4, 21841, 21841, 512))
 
 
 def eager(image: Tensor, text: Tensor, scale: Tensor, class_ids: Tensor | None) -> Tensor:
@@ -27,7 +24,7 @@ def eager(image: Tensor, text: Tensor, scale: Tensor, class_ids: Tensor | None) 
 
 
 def cases(dtype: torch.dtype, device: torch.device = CPU) -> Iterator[Case]:
-    for B, C, K, D in SHAPES:
+    for B, C, K, D in SHAPES[:-1]:  # the last has 358 MB of logits
         random = Random(dtype, device)
         yield case(
             f"B{B}-C{C}-K{K}-D{D}",
