@@ -10,10 +10,8 @@ import torch
 import torch.nn.functional as F
 
 import skipkernels as sk
-from skipkernels.clip.texts import ClassTexts
 from skipkernels.testing import allocated_bytes, saved_bytes
 from skipkernels.towers import fused
-from skipkernels.towers.text import TextTower
 from tests.clip.clips import IMAGES, LABELS, C, class_weights, make_clip, three_templates
 from tests.models import tiny_batch, tiny_clip, tiny_tokens
 from tests.naive_step import assert_step_equals_naive
@@ -165,30 +163,6 @@ def test_templates_follow_changes_and_copies():
     clip.to("meta")
     held = [x for prompts in clip.texts.templates for x in prompts.tensors().values()]
     assert {x.device.type for x in (*held, clip.prototypes)} == {"meta"}
-
-
-def test_templates_are_checked_once_in_a_step(monkeypatch):
-    """Changes of weights below the cut, and blocks above it that take rows."""
-    clip, checked = sk.SkipCLIP(tiny_clip(), three_templates(), skip_layers=1), []
-
-    def counted(kind: type, name: str) -> None:
-        method = getattr(kind, name)
-        monkeypatch.setattr(kind, name, lambda self, *arguments: checked.append(name) or method(self, *arguments))
-
-    counted(ClassTexts, "is_stale")
-    counted(TextTower, "why_no_rows")
-    clip(IMAGES, LABELS)
-    assert checked == ["is_stale", "why_no_rows"]
-
-
-def test_one_template_is_the_ordinary_step():
-    tokens, batch = tiny_tokens(C), tiny_batch(4, C)
-    clips = [sk.SkipCLIP(tiny_clip(), x, skip_layers=1) for x in (tokens, tokens[:, None])]
-    for clip in clips:
-        clip(*batch).loss.backward()
-    for ours, theirs in zip(*(clip.parameters() for clip in clips), strict=True):
-        assert (ours.grad is None and theirs.grad is None) or ours.grad.equal(theirs.grad)
-    assert clips[0].get_extra_state().equal(clips[1].get_extra_state())
 
 
 def test_free_memory_is_not_asked_below_the_cut(monkeypatch):

@@ -61,6 +61,7 @@ def test_fused_block_no_worse_than_own_forward_in_bf16(name):
 @pytest.mark.parametrize(
     ("name", "memory", "widths"),
     [
+        ("no_biases", "balanced", 6),
         *(("no_biases", "fast", 10), ("no_biases", "min", 1), ("qk_norm", "fast", 13), ("swiglu", "fast", 14)),
         *(("hf", "min", 1), ("eva02", "min", 1)),  # their weights in parts are joined again in backward
     ],

@@ -173,24 +173,6 @@ def test_half_precision_and_autocast(family):
         assert family.cut((1, 1), family.make().float())(family.images(torch.float32), LABELS).loss.isfinite()
 
 
-TEXT_TOWERS = ("openai", "hf", "siglip", "coca", "bert")
-IMAGE_TOWERS = (*TEXT_TOWERS[:4], "clip", "eva02", "convnext", "fastvit", "swin", "vitamin", "resnet")
-
-
-@pytest.mark.parametrize(("name", "tower"), [*((name, "image") for name in IMAGE_TOWERS),
-                                             *((name, "text") for name in TEXT_TOWERS)])  # fmt: skip
-def test_hook_within_a_block_is_followed(name, tower):
-    family = FAMILIES[name]
-    model = family.make()
-    block = getattr(family.cut((1, 1), model), f"{tower}s").tower.blocks[-1]
-    inner = [module for module in block.modules() if next(module.parameters(recurse=False), None) is not None][-1]
-    inner.register_forward_hook(lambda module, arguments, out: out * 1.01)
-    clip = family.cut((1, 1), model)
-    if f"{tower}.fused_block" not in family.without:
-        assert "hooks" in clip.reductions[f"{tower}.fused_block"].reason
-    assert_step_equals_model(family, clip)
-
-
 @rows(["openai", "hf", "siglip", "coca", "coca_correct", *ENCODERS])
 def test_pair_loss_of_other_captions_equals_model(family):
     """Captions that are not those of the classes, and share the first token only."""

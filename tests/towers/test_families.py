@@ -108,10 +108,7 @@ BLOCKS = {
     "scale": lambda block: put(block, "ls1", nn.Linear(24, 24)),
     "norm": lambda block: put(block.attn, "norm", RmsNorm(24)),
     "gate": lambda block: put(block.attn, "gate", nn.Linear(24, 24)),
-    "forward": lambda block: put(block.norm1, "forward", lambda x: x),
-    "attention": lambda block: put(block.attn, "forward", lambda x, **rest: 2 * x),
     "weight": lambda block: put(block.norm1, "weight", None),
-    "weight_norm": lambda block: torch.nn.utils.parametrizations.weight_norm(block.mlp.fc1),
 }
 if "modern_eos" in FAMILIES:  # open_clip 4
     ALTERED |= {f"{name} ends": (FAMILIES[name], unusual_ends, {}) for name in ("modern_eos", "modern_map")}

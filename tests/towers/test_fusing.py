@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_s
 
 import skipkernels as sk
 from skipkernels import reference, testing
-from skipkernels.testing import SLACK, relative_error, saved_bytes
+from skipkernels.testing import SLACK, relative_error
 from skipkernels.towers.base import UnsupportedModel
 from skipkernels.towers.block import FusedBlock
 from skipkernels.towers.registry import build_towers
@@ -79,17 +79,6 @@ def test_fuse_no_worse_than_eager(autocast):
             errors[name].append(relative_error(*flat))
     slack = SLACK[torch.bfloat16 if autocast else torch.float32]
     assert sum(errors["fused"]) / 8 <= sum(errors["eager"]) / 8 + slack
-
-
-def test_fuse_saves_less():
-    saved = {}
-    for memory in ("eager", "fast", "balanced", "min"):
-        model = tiny_clip(torch.float32, vision={"width": 96, "head_width": 32, "image_size": 32})
-        if memory != "eager":
-            sk.fuse(model, memory=memory)
-        saved[memory] = saved_bytes(lambda model=model: model.encode_image(torch.randn(4, 3, 32, 32)))
-    assert saved["fast"] < 0.7 * saved["eager"] and saved["balanced"] < 0.45 * saved["eager"]
-    assert saved["min"] < 0.2 * saved["eager"]
 
 
 @pytest.mark.parametrize(
