@@ -64,7 +64,11 @@ def machine_columns(device: torch.device) -> dict[str, Any]:
     """Columns of every row: commit, device, threads and versions."""
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=RESULTS.parent, capture_output=True, text=True).stdout.strip()
+        try:
+            done = subprocess.run(["git", *arguments], cwd=RESULTS.parent, capture_output=True, text=True)
+        except FileNotFoundError:  # git is not installed
+            return ""
+        return done.stdout.strip()
 
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", f":!{RESULTS.name}")  # except results
     commit = git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")

@@ -50,6 +50,11 @@ def test_stages_run_on_the_cpu(stage, printed, capsys, monkeypatch):
     assert printed in capsys.readouterr().out
 
 
+def test_rows_without_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert machine_columns(measure.CPU)["commit"] == "unknown"
+
+
 def script(folder: Path, *stages: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the script with `echo` in place of Python."""
     environment = os.environ | {"PYTHON": "echo", "OUT": str(folder)} | environment
