@@ -26,8 +26,6 @@ class Work(NamedTuple):
     """Least bytes to read and write."""
     flops: int = 0
     """Least FLOPs of matrix products."""
-    target: str = ""
-    """Goal of the speed-up over eager, such as "≥ 2.5", or ""."""
 
 
 class Case(NamedTuple):

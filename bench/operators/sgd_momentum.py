@@ -62,9 +62,7 @@ def case(shape: str, sizes: list[tuple[int, ...]], dtype: torch.dtype, device: t
         runs={**checked},
         copy=lambda: {**steps()},
         truth=truth,
-        work=Work(
-            5 * sum(map(math.prod, sizes)) * dtype.itemsize, target="≥ 1.7" if dtype == torch.bfloat16 else "≥ 1"
-        ),
+        work=Work(5 * sum(map(math.prod, sizes)) * dtype.itemsize),
         absent=absent,
         prepare=restart,
     )

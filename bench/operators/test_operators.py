@@ -116,7 +116,6 @@ def columns(
     median = measure.quantile(seconds, 0.5)
     least = measure.floor(case.work.flops, dtype, case.work.moved, device)
     return measure.milliseconds(seconds, 4) | {
-        "wanted": case.work.target if implementation == "eager" else "",
         "peak_mib": round(peak / 2**20, 1),
         "gbytes_s": round(case.work.moved / median / 1e9, 3),
         "gflops_s": round(case.work.flops / median / 1e9, 2) if case.work.flops else "",

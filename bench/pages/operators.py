@@ -26,9 +26,7 @@ def operators() -> str:
     lines = []
     for (op, shape), of in sorted(grouped(rows, "op shape").items(), key=lambda item: OPERATORS.index(item[0][0])):
         eager = {row["dtype"]: times(number(row, "faster")) for row in of if row["implementation"] == EAGER}
-        goal = ", ".join(dict.fromkeys(row["wanted"] for row in of if row["wanted"]))
         speed_ups = [eager.get(dtype, "") for dtype in dtypes]
-        lines.append([f"`{op}`", shape, *speed_ups, goal, *(fastest(of, dtype) for dtype in dtypes)])
-    header = ["", "shape", *(f"over eager, {d}" for d in dtypes), "goal"]
-    header += [f"over the fastest other, {d}" for d in dtypes]
+        lines.append([f"`{op}`", shape, *speed_ups, *(fastest(of, dtype) for dtype in dtypes)])
+    header = ["", "shape", *(f"{over}, {d}" for over in ("over eager", "over the fastest other") for d in dtypes)]
     return table(header, lines) + origin("operators", rows)
