@@ -1,4 +1,4 @@
-"""sgd_momentum_: the step equals the reference, to the bit. tests/test_reference.py compares that with torch."""
+"""sgd_momentum_: the step equals the reference, to the bit. tests/test_optimizer.py compares FusedSGD with torch."""
 
 from __future__ import annotations
 
