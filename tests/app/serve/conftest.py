@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+import skipkernels as sk
 from skipkernels.app.config import TuneConfig
 from skipkernels.app.train import tune
 from skipkernels.app.train.setup import build_task
@@ -49,6 +50,11 @@ def run(tmp_path_factory, as_published) -> Run:
     with as_published():
         metrics = tune(dataclasses.replace(CONFIG, out=folder, cache=folder.parent / "cache"))
         return Run(folder, metrics, build_task(CONFIG.resolved()))
+
+
+@pytest.fixture(scope="session")
+def classifier(run) -> sk.Classifier:
+    return sk.Classifier.load(run.folder, device="cpu")
 
 
 @pytest.fixture(scope="session")

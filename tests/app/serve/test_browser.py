@@ -12,7 +12,6 @@ import threading
 import pytest
 from PIL import Image
 
-import skipkernels as sk
 from skipkernels.app.serve.output import NONE
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
@@ -30,9 +29,8 @@ pytestmark = pytest.mark.skipif(not (CHROME and DRIVER), reason="no chromium, or
 
 
 @pytest.fixture(scope="module")
-def address(run) -> str:
+def address(classifier) -> str:
     """A server with a threshold that some images reach."""
-    classifier = sk.Classifier.load(run.folder, device="cpu")
     limits = Limits(image_bytes=30_000, pixels=10_000)
     service = Service(classifier, "photos", threshold=0.2, limits=limits)
     server = uvicorn.Server(uvicorn.Config(make_app(service), port=0, log_level="warning", lifespan="off"))

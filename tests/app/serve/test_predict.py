@@ -30,11 +30,6 @@ from tests.app.serve.conftest import CONFIG
 from tests.processes import run_in_processes
 
 
-@pytest.fixture(scope="module")
-def classifier(run) -> sk.Classifier:
-    return sk.Classifier.load(run.folder, device="cpu")
-
-
 def label_of(name: str) -> int:
     return int(Path(name).name.split("-")[0])
 

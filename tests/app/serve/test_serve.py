@@ -30,11 +30,6 @@ from skipkernels.app.serve.web import Limits, Service, make_app  # noqa: E402
 LIMITS = Limits(image_bytes=50_000, pixels=10_000, images=3)
 
 
-@pytest.fixture(scope="module")
-def classifier(run) -> sk.Classifier:
-    return sk.Classifier.load(run.folder, device="cpu")
-
-
 def client(classifier, limits: Limits = LIMITS, **options) -> TestClient:
     service = Service(classifier, "photos", limits=limits, **options)
     return TestClient(make_app(service, ["127.0.0.1"]), base_url="http://127.0.0.1", raise_server_exceptions=False)
