@@ -122,12 +122,6 @@ def test_rows_are_those_written_and_numpy_reads_them(tmp_path, dtype, computed, 
     assert in_memory.dtype == table.dtype and len(in_memory) == len(table) == 18
 
 
-@pytest.mark.parametrize("wrong", [[0, 18], [-1, 3]], ids=str)
-def test_row_out_of_range(folder, wrong):
-    with pytest.raises(IndexError):
-        MappedTable.open(folder).rows(torch.tensor(wrong))
-
-
 def test_batch_is_no_view_of_the_file(folder):
     table = MappedTable.open(folder)
     table.rows(torch.tensor([1])).zero_()

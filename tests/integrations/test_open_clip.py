@@ -1,4 +1,4 @@
-"""`integrations.open_clip` in the trainer of the installed open_clip, and with the interface of the next one."""
+"""`integrations.open_clip` in open_clip's trainer."""
 
 from __future__ import annotations
 
@@ -80,25 +80,12 @@ def test_accumulation_draws_classes_once(problem):
         assert state.equal(clips[1].sampler.state_dict()[name])
 
 
-def schedule_of_open_clip_4(optimizer: torch.optim.Optimizer, rate: float) -> Any:
-    """Stand-in for `cosine_lr` of open_clip 4, which is not installed: it honours `lr_scale`."""
-
-    def step(number: int) -> float:
-        current = 0.5 * (1 + math.cos(math.pi * number / 6)) * rate
-        for group in optimizer.param_groups:
-            group["lr"] = current * group.get("lr_scale", 1.0)
-        return current
-
-    return step
-
-
-@pytest.mark.parametrize("version", [3, 4])
 @pytest.mark.parametrize("is_scaled", [False, True], ids=["plain", "scaled"])
-def test_rates_under_a_schedule(problem, clip, version, is_scaled):
+def test_rates_under_a_schedule(problem, clip, is_scaled):
     """open_clip 3 sets one rate for all groups."""
     model = ClassModel(clip)
     optimizer = torch.optim.SGD(model.parameter_groups(text_lr=1e-2, image_lr=2.5e-3))
-    schedule = cosine_lr(optimizer, 1e-2, 0, 6) if version == 3 else schedule_of_open_clip_4(optimizer, 1e-2)
+    schedule = cosine_lr(optimizer, 1e-2, 0, 6)
     rates: list[list[float]] = []
     optimizer.register_step_pre_hook(lambda *_: rates.append([group["lr"] for group in optimizer.param_groups]))
     with warnings.catch_warnings(record=True) as caught:
@@ -110,12 +97,18 @@ def test_rates_under_a_schedule(problem, clip, version, is_scaled):
             runner.data(problem.images, problem.tokens[problem.labels], 2),
             scaled_schedule(schedule, optimizer) if is_scaled else schedule,
         )
-    ignored = version == 3 and not is_scaled
     expected = [0.5 * (1 + math.cos(math.pi * step / 6)) * 1e-2 for step in range(6)]
-    assert rates == [[rate, rate * (1 if ignored else 0.25)] for rate in expected]
+    assert rates == [[rate, rate * (0.25 if is_scaled else 1)] for rate in expected]
     found = [str(warning.message) for warning in caught if "ClassModel" in str(warning.message)]
-    assert len(found) == ignored
+    assert len(found) == (not is_scaled)
     assert all("both towers to 0.01, so text_lr and image_lr have no effect" in message for message in found)
+
+
+def test_attributes_and_copies(problem, clip):
+    model = ClassModel(clip)
+    assert (model.context_length, model.visual.image_size) == (problem.tokens.shape[1], clip.image_size)
+    for each in (model, copy.deepcopy(model)):
+        assert each.class_ids(problem.tokens[5:6]).tolist() == [5]
 
 
 def test_evaluation(problem, clip):
@@ -147,23 +140,3 @@ class OpenClip(nn.Module):
 
     def forward(self, image: Tensor, text: Tensor) -> dict[str, Tensor]:
         return dict(zip(("image_features", "text_features", "logit_scale"), self.model(image, text), strict=True))
-
-
-class CLIPTask(nn.Module):
-    """Stand-in for `open_clip.task.CLIPTask` of the development version, which is no release yet.
-
-    Written from its interface: batches are dictionaries, the loss is the sum of the entries that end in `_loss`, and
-    evaluation calls the model alone.
-    """
-
-    def __init__(self, model: nn.Module, *, loss: nn.Module):
-        super().__init__()
-        self.trainable_module, self.loss = model, loss
-
-    def forward(self, batch: dict[str, Tensor]) -> Any:
-        out = self.trainable_module(**batch)
-        if not self.training:
-            return out
-        losses = self.loss(**out, output_dict=True)
-        total = sum(value for name, value in losses.items() if name.endswith("_loss"))
-        return losses | {"loss": total}, {"logit_scale": out["logit_scale"]}

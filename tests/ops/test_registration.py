@@ -1,12 +1,10 @@
-"""Registration: direct calls of the operators, and names of their arguments."""
+"""Registration: direct calls of the operators."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from skipkernels.ops.add_layer_norm import NormArguments, add_layer_norm_backward
-from skipkernels.ops.sgd_momentum import Call, sgd_momentum_
 from tests.ops.backends import Backend
 
 LARGEST = 2**63 - 1
@@ -40,13 +38,3 @@ def test_integers_that_overflow_are_refused(backend: Backend, call, message):
     step_at(0), attend()
     with pytest.raises((ValueError, RuntimeError), match=message):
         call()
-
-
-@pytest.mark.parametrize(
-    ("operator", "call"),
-    [(sgd_momentum_, Call), (add_layer_norm_backward, NormArguments)],
-    ids=["sgd_momentum_", "add_layer_norm_backward"],
-)
-def test_a_call_names_the_arguments_of_its_schema(operator, call):
-    """Schemas that `arguments_of` cannot make, since types such as `Tensor(a!)[]` are not those of Python."""
-    assert call._fields == tuple(argument.name for argument in operator._schema.arguments)
