@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from .pages import benchmarks, operators, readme, studies
+from .pages import benchmarks, readme, studies
 from .pages.cells import filled
 
 ROOT = Path(__file__).parents[1]
@@ -35,7 +35,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "sizes": benchmarks.sizes,
         "infer": benchmarks.classifying,
     },
-    "docs/operators.md": {"operators": operators.operators},
+    "docs/operators.md": {"operators": benchmarks.operators},
     "docs/fused-blocks.md": {"fuse": studies.fused},
     "docs/gpu.md": {"gpu-model": studies.estimates},
     "docs/heads.md": of_study("tail"),
