@@ -18,12 +18,12 @@ Result = TypeVar("Result")
 _failed: list[Any] = []
 
 
-def record(run: Callable[[], Result], stream: Any, pool: Any) -> tuple[Any, Result]:
+def record(run: Callable[[], Result], stream: Any) -> tuple[Any, Result]:
     """Capture a function on a stream; return the graph and the static results.
 
     Without garbage collection: a collected tensor of another graph would be freed during the capture.
     """
-    graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    graph, pool, current = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle(), torch.cuda.current_stream()
     collects = gc.isenabled()
     gc.collect()
     gc.disable()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import warnings
 import weakref
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,6 +31,7 @@ WARMUP = 3  # steps before a capture, which compile kernels and create the state
 class _Key(NamedTuple):
     """Batches that one graph serves."""
 
+    device: torch.device
     shape: torch.Size
     dtype: torch.dtype
     autocast: torch.dtype | None
@@ -49,8 +49,9 @@ class _Graph(NamedTuple):
 
 @dataclass
 class _Steps:
-    """Steps on batches of one key."""
+    """Steps on batches of one key: the warm-up, then a graph."""
 
+    key: _Key
     eager: int = 0  # number so far
     # Images and labels of the eager steps, the capture and the replays: of one address and one layout, whatever the
     # caller passes. A kernel is compiled for its strides and alignments, and a capture cannot load another one.
@@ -70,22 +71,16 @@ class _Steps:
         return self.batch
 
 
-class _Gpu:
-    """Streams, memory and steps of one GPU.
+class _Streams(NamedTuple):
+    """Streams of one GPU.
 
     The allocator gives freed memory to the stream that allocated it, without regard to others that use it. Here each
     stream waits for these others before it allocates, so `record_stream` is not needed.
     """
 
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.stream, self.text_stream = torch.cuda.Stream(device), torch.cuda.Stream(device)  # of a step, of its texts
-        self.drop_graphs()
-
-    def drop_graphs(self) -> None:
-        """Begin again with eager steps."""
-        self.steps: defaultdict[_Key, _Steps] = defaultdict(_Steps)
-        self.pool: Any = None  # of all graphs; the allocator refuses that of graphs which are all destroyed
+    device: torch.device
+    step: Any
+    texts: Any
 
 
 def graphed(clip: SkipCLIP, optimizer: torch.optim.Optimizer, batch_size: int) -> GraphedStep:
@@ -114,8 +109,8 @@ class GraphedStep:
     docs/cuda-graphs.md. Its result is detached, in buffers that the next call overwrites. Schedulers, evaluation,
     checkpoints and `load_state_dict` are possible between calls: each call compares the model, the optimizer and
     autocast with those captured, on the host. After a change that a graph would not follow (`requires_grad`, a moved
-    tensor, an option of another optimizer) the step is captured again. If a capture fails, or would not run hooks that
-    were added later, a warning gives the reason, and steps run eagerly until `reset`.
+    tensor, an option of another optimizer, images of another size) the step is captured again. If a capture fails, or
+    would not run hooks that were added later, a warning gives the reason, and steps run eagerly until `reset`.
 
     Args:
         clip: SkipCLIP in training mode.
@@ -149,7 +144,8 @@ class GraphedStep:
         self._check_optimizer()
         self._ranks = ReservedRanks(clip.sampler)
         self._numbers = DeviceNumbers()  # rates of PyTorch's optimizers, and the gradient of the loss
-        self._gpu: _Gpu | None = None  # of the last call
+        self._streams: _Streams | None = None  # of the last call
+        self._steps: _Steps | None = None  # of the last batch of `batch_size`
         self._why_eager: str | None = None  # why no step is captured until `reset`
         if self._on_gpu():
             reason = why_not_capturable(clip, optimizer)
@@ -165,13 +161,11 @@ class GraphedStep:
     @property
     def is_captured(self) -> bool:
         """True if there is a graph."""
-        return self._gpu is not None and any(steps.graph is not None for steps in self._gpu.steps.values())
+        return self._steps is not None and self._steps.graph is not None
 
     def reset(self) -> None:
-        """Drop the captured graphs: the next calls run eagerly, then a step is captured again."""
-        self._why_eager = None
-        if self._gpu is not None:
-            self._gpu.drop_graphs()
+        """Drop the captured graph: the next calls run eagerly, then a step is captured again."""
+        self._why_eager = self._steps = None
 
     def __call__(self, pixel_values: Tensor, labels: Tensor) -> SkipOutput:
         """Run one step on images [B, 3, height, width], or features at the cut [B, N, W], with labels int64 [B]."""
@@ -187,31 +181,38 @@ class GraphedStep:
         autocast = autocast_dtype(device)
         self._check_batch(pixel_values, labels, autocast)
         with torch.cuda.device(device):
-            if self._gpu is None or self._gpu.device != device:
-                self._gpu = _Gpu(device)
-            gpu = self._gpu
-            steps = self._begin(gpu, _Key(pixel_values.shape, pixel_values.dtype, autocast))
-            if self._is_for_graph(labels):
-                pixel_values, labels = steps.copied(pixel_values, labels)
-                if steps.graph is None and steps.eager >= WARMUP:
-                    steps = self._captured(gpu, steps)
+            if self._streams is None or self._streams.device != device:
+                self._streams = _Streams(device, torch.cuda.Stream(device), torch.cuda.Stream(device))
+            steps = self._begin(_Key(device, pixel_values.shape, pixel_values.dtype, autocast))
+            if steps is None:
+                return self._run_eagerly(pixel_values, labels, Casts())
+            pixel_values, labels = steps.copied(pixel_values, labels)
+            if steps.graph is None and steps.eager < WARMUP:
+                steps.eager += 1
+                steps.casts = Casts(self._held_weights() if isinstance(self._optimizer, FusedSGD) else ())
+                return self._run_eagerly(pixel_values, labels, steps.casts)
             if steps.graph is None:
-                return self._run_eagerly(gpu, steps, pixel_values, labels)
+                steps.graph = self._captured(steps)
+            if steps.graph is None:
+                return self._run_eagerly(pixel_values, labels, Casts())
             return self._replay(steps.graph, steps.casts)
 
-    def _begin(self, gpu: _Gpu, key: _Key) -> _Steps:
-        """Draw the ranks of a step, and return the steps of its key, without a graph that is out of date."""
-        graph = gpu.steps[key].graph
+    def _begin(self, key: _Key) -> _Steps | None:
+        """Draw the ranks of a step, and return the steps of its key; None if no graph serves it."""
+        served = key.shape[0] == self._batch_size and self._why_eager is None
+        steps = self._steps if served and self._steps is not None and self._steps.key == key else None
+        graph = None if steps is None else steps.graph
         if graph is not None and not graph.constants.is_unchanged():
-            gpu.drop_graphs()
-            graph = None
+            steps = graph = None
         if graph is None:
             self._check_optimizer()
         # After the checks: a step that is refused leaves the generator as it was.
-        self._ranks.draw(gpu.device, len(self._clip.prototypes), key.shape[0])
+        self._ranks.draw(key.device, len(self._clip.prototypes), key.shape[0])
         if graph is not None and graph.ranks is not self._ranks.ranks:  # K has changed
-            gpu.drop_graphs()
-        return gpu.steps[key]
+            steps = None
+        if served:
+            self._steps = steps = steps or _Steps(key)
+        return steps
 
     # ---- checks ------------------------------------------------------------------------------------------------------
 
@@ -259,22 +260,22 @@ class GraphedStep:
 
     # ---- eager steps -------------------------------------------------------------------------------------------------
 
-    def _run_eagerly(self, gpu: _Gpu, steps: _Steps, pixel_values: Tensor, labels: Tensor) -> SkipOutput:
-        """Run a step with the ranks drawn for it, on the stream of the capture, with the casts of the capture."""
-        steps.eager += 1
-        if isinstance(self._optimizer, FusedSGD) and self._is_for_graph(labels):
-            steps.casts = Casts(self._held_weights())
-        current = torch.cuda.current_stream(gpu.device)
-        gpu.stream.wait_stream(current)
-        with torch.cuda.stream(gpu.stream), self._options_on_device(), used(steps.casts):
-            out = self._backward_and_update(self._forward(gpu.text_stream, pixel_values, labels))
-        current.wait_stream(gpu.stream)
+    def _run_eagerly(self, pixel_values: Tensor, labels: Tensor, casts: Casts) -> SkipOutput:
+        """Run a step with the ranks drawn for it, on the stream of the capture."""
+        assert self._streams is not None
+        device, stream, _ = self._streams
+        current = torch.cuda.current_stream(device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream), self._options_on_device(), used(casts):
+            out = self._backward_and_update(self._forward(pixel_values, labels))
+        current.wait_stream(stream)
         return out
 
-    def _forward(self, text_stream: Any, pixel_values: Tensor, labels: Tensor) -> SkipOutput:
+    def _forward(self, pixel_values: Tensor, labels: Tensor) -> SkipOutput:
+        assert self._streams is not None
         clip = self._clip
         options = LossOptions(clip.label_smoothing, clip.class_weight)
-        texts = TextsOnStream(clip.texts, text_stream)
+        texts = TextsOnStream(clip.texts, self._streams.texts)
         return step(clip.images.encode(pixel_values), labels, texts, self._ranks, clip.scale, options)
 
     def _backward_and_update(self, out: SkipOutput) -> SkipOutput:
@@ -290,11 +291,7 @@ class GraphedStep:
 
     # ---- capture and replay ------------------------------------------------------------------------------------------
 
-    def _is_for_graph(self, labels: Tensor) -> bool:
-        """Return True for batches of the size that graphs serve, unless there is a reason against graphs."""
-        return len(labels) == self._batch_size and self._why_eager is None
-
-    def _captured(self, gpu: _Gpu, steps: _Steps) -> _Steps:
+    def _captured(self, steps: _Steps) -> _Graph | None:
         """Capture a step, or warn of the reason against it and forget what a failed capture left on the host.
 
         A capture launches nothing, so weights, ranks and the state of the optimizer are those before it.
@@ -302,36 +299,32 @@ class GraphedStep:
         reason = why_not_capturable(self._clip, self._optimizer)
         if reason is None:
             try:
-                steps.graph = self._capture(gpu, steps)
-                return steps
+                return self._capture(steps)
             except RuntimeError as error:
                 # The end of a capture raises an error of its own after one within it.
                 reason = f"the capture failed: {first_line(error.__context__ or error).rstrip('.')}."
         # Behind the handler: its traceback holds tensors of the capture.
-        gpu.drop_graphs()
-        self._why_eager = reason
+        self._why_eager, self._steps = reason, None
         torch.clear_autocast_cache()
         if isinstance(self._optimizer, FusedSGD):
             self._optimizer.discard_step()
         else:
             self._optimizer.zero_grad()
         warnings.warn(f"graphed: steps run one by one until reset(): {reason}", stacklevel=3)
-        return _Steps()
+        return None
 
-    def _capture(self, gpu: _Gpu, steps: _Steps) -> _Graph:
+    def _capture(self, steps: _Steps) -> _Graph:
         """Capture the step with the tensors and casts of the eager steps."""
-        assert steps.batch is not None
+        assert steps.batch is not None and self._streams is not None
         batch = steps.batch
-        if gpu.pool is None:
-            gpu.pool = torch.cuda.graph_pool_handle()
         renew_accumulators(self._clip.trainable_parameters())
 
         def run() -> SkipOutput:
             torch.clear_autocast_cache()  # casts of the warm-up would be constants of the graph
-            return self._backward_and_update(self._forward(gpu.text_stream, *batch))
+            return self._backward_and_update(self._forward(*batch))
 
         with used(steps.casts), self._options_on_device(), tables_of_graph() as tables:
-            graph, out = record(run, gpu.stream, gpu.pool)
+            graph, out = record(run, self._streams.step)
         tables.upload()
         assert self._ranks.ranks is not None
         return _Graph(graph, tables, self._ranks.ranks, out, CapturedState(self._clip, self._optimizer))

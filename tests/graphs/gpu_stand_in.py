@@ -109,17 +109,6 @@ class Memory:
 # ---- graphs ----------------------------------------------------------------------------------------------------------
 
 
-class Pool:
-    """Memory pool of graphs, which the caching allocator counts: after the last one it cannot be used."""
-
-    def __init__(self) -> None:
-        self.graphs, self.is_gone = 0, False
-
-    def release(self) -> None:
-        self.graphs -= 1
-        self.is_gone = self.graphs == 0
-
-
 @dataclass(frozen=True)
 class At:  # a NamedTuple would be a container to tree_map
     """A tensor by its address."""
@@ -156,11 +145,7 @@ class Call(NamedTuple):
 class Graph:
     """A captured function."""
 
-    def __init__(self, gpu: Gpu, pool: Pool):
-        if pool.is_gone:
-            raise Fault("INTERNAL ASSERT FAILED: use_count > 0")
-        pool.graphs += 1
-        weakref.finalize(self, pool.release)
+    def __init__(self, gpu: Gpu):
         self._gpu = gpu
         self._calls: list[Call] = []
         self._own: dict[int, torch.UntypedStorage] = {}  # by address
@@ -376,10 +361,10 @@ class Gpu(TorchDispatchMode):
         """The stream on which the node of autograd with this number was created."""
         return self._begins[bisect.bisect_right(self._begins, number, key=lambda begin: begin[0]) - 1][1]
 
-    def record(self, run: Callable[[], Any], stream: Stream, pool: Pool) -> tuple[Graph, Any]:
+    def record(self, run: Callable[[], Any], stream: Stream) -> tuple[Graph, Any]:
         """Replace `graphs.capture.record`."""
         self.captures += 1
-        graph = self._graph = Graph(self, pool)
+        graph = self._graph = Graph(self)
         try:
             stream.wait_stream(self.current_stream())  # torch.cuda.graph synchronises the device
             with self.stream(stream):
@@ -410,7 +395,6 @@ def stand_in() -> Iterator[Gpu]:
         "current_stream": gpu.current_stream,
         "stream": gpu.stream,
         "device": lambda device: contextlib.nullcontext(),
-        "graph_pool_handle": Pool,
         "get_allocator_backend": lambda: "native",  # a build without CUDA has none
     }
     with (

@@ -123,9 +123,10 @@ def test_graphed_begins_again_on_another_gpu(gpu):
     ours, theirs = Run("torch", by_graph=True), Run("torch", by_graph=False)
     some = batches(ours.clip, 5)
     before = ours.train(some)
-    ours.step._gpu.device = torch.device("meta")
-    streams, after = ours.step._gpu.stream, ours.train(some)
-    assert gpu.captures == 2 and ours.step._gpu.stream is not streams
+    streams = ours.step._streams._replace(device=torch.device("meta"))
+    ours.step._streams, ours.step._steps.key = streams, ours.step._steps.key._replace(device=streams.device)
+    after = ours.train(some)
+    assert gpu.captures == 2 and ours.step._streams.step is not streams.step
     expected = theirs.train(some)[:10], theirs.train(some)[:10]
     assert before[1:10:2] == expected[0][1::2] and after[1:10:2] == expected[1][1::2]
     assert before[:10:2] + after[:10:2] == pytest.approx(expected[0][::2] + expected[1][::2], rel=1e-5)
