@@ -93,16 +93,7 @@ class ShardedSkipCLIP(SkipCLIP):
         if not self.training:
             self.evaluation_embeddings()  # collective: before an error of this process
             return super().forward(pixel_values, labels, return_logits=return_logits)
-
-        def check() -> tuple[Tensor, Tensor]:
-            _refuse_soft_labels(labels, return_logits)
-            x, y = or_one_row(pixel_values), or_one_row(labels)
-            self.check_inputs(x)
-            check_labels(y, x, self.num_classes)
-            return x, y
-
-        (x, y), sizes = self.begin("a training step", count_of(pixel_values), check, draws=True)
-        return self._step(self.images.encode(x), y, sizes)
+        return self._step(pixel_values, labels, self.check_inputs, self.images.encode, return_logits)
 
     @torch.compiler.disable
     def loss(self, image: Tensor, labels: Tensor) -> Tensor:
@@ -111,24 +102,35 @@ class ShardedSkipCLIP(SkipCLIP):
             self.evaluation_embeddings()
             return super().loss(image, labels)
 
-        def check() -> tuple[Tensor, Tensor]:
-            _refuse_soft_labels(labels, False)
-            x, y = or_one_row(image), or_one_row(labels)
+        def check(x: Tensor) -> None:
             self.check_device()
             check_image_embeddings(x, self.prototypes.shape[1])
+
+        return self._step(image, labels, check, lambda x: x).loss
+
+    def _step(
+        self,
+        batch: Tensor,
+        labels: Tensor,
+        check: Callable[[Tensor], None],
+        encode: Callable[[Tensor], Tensor],
+        return_logits: bool = False,
+    ) -> SkipOutput:
+        """Run one step on the batches of all processes, which `check` refuses or `encode` maps to embeddings [b, D]."""
+
+        def checked() -> tuple[Tensor, Tensor]:
+            _refuse_soft_labels(labels, return_logits)
+            x, y = or_one_row(batch), or_one_row(labels)
+            check(x)
             check_labels(y, x, self.num_classes)
             return x, y
 
-        (x, y), sizes = self.begin("a training step", count_of(image), check, draws=True)
-        return self._step(x, y, sizes).loss
-
-    def _step(self, image: Tensor, labels: Tensor, sizes: list[int]) -> SkipOutput:
-        """Select classes for the images of all processes, and compute the loss, from the embeddings of this process."""
-        shards = self.shards
-        count = sizes[shards.rank]
         # 1. The labels and image embeddings of all processes
-        labels = gather_rows(labels[:count], sizes, shards.group)  # [B]
-        image = gather_rows(image[:count], sizes, shards.group)  # [B, D]
+        shards, count = self.shards, count_of(batch)
+        (x, y), sizes = self.begin("a training step", count, checked, draws=True)
+        image = encode(x)[:count]
+        labels = gather_rows(y[:count], sizes, shards.group)  # [B]
+        image = gather_rows(image, sizes, shards.group)  # [B, D]
         # 2. The same selection on every process, from the scores [C], gathered from [C/P] on each,
         #    and text embeddings of the selected classes that this process owns: [K_r, D], [K], [B]
         texts = OwnTexts(self.texts, shards)
