@@ -14,7 +14,6 @@ from ..boundary import DEFAULT_CHUNK
 from ..digests import digest_tensors
 from ..options import AttentionName, Memory, Tail, Trainable
 from ..selection import RankSampler
-from ..towers.base import Reduction
 from ..towers.block import fuse_blocks
 from ..towers.modes import evaluating
 from ..towers.watch import Watched
@@ -28,6 +27,8 @@ from .trainable import TrainOptions, check_trained, trained_parameters
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # of Python 3.11
+
+    from ..towers.reductions import Reduction
 
 
 class SkipCLIP(nn.Module):
@@ -359,8 +360,9 @@ class SkipCLIP(nn.Module):
     @property
     def reductions(self) -> dict[str, Reduction]:
         """Exact reductions of time and memory by name: `enabled`, or the `reason` why not."""
-        towers = ("image", self.images.tower.reductions), ("text", self.texts.reductions())
-        return {f"{tower}.{name}": reduction for tower, found in towers for name, reduction in found.items()}
+        from ..towers.reductions import reductions_of  # of no step
+
+        return reductions_of(self.images.tower, self.texts.tower, self.texts.templates)
 
     def extra_repr(self) -> str:  # noqa: D102
         trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
@@ -444,6 +446,5 @@ class SkipCLIP(nn.Module):
         """Set `memory="auto"`: the name of transformers."""
         self.set_grad_checkpointing(False)
 
-    # From version 6 on
-    activation_checkpointing_enable = gradient_checkpointing_enable
+    activation_checkpointing_enable = gradient_checkpointing_enable  # its name from version 6 on
     activation_checkpointing_disable = gradient_checkpointing_disable

@@ -15,7 +15,6 @@ from torch.nn.utils import parametrize
 from .. import functional
 from ..features.table import FeatureTable, MemoryTable
 from ..reference import autocast_dtype, unit_norm
-from ..towers.base import Reduction
 from ..towers.modes import evaluating
 from ..towers.text import SelectedPrompts, TextTower
 from ..towers.watch import Watched
@@ -181,12 +180,6 @@ class ClassTexts(PromptEncoder):
     def others(self, tokens: Tensor) -> PromptEncoder:
         """Return an encoder of other prompts [n, L] or [n, T, L], by the same tower."""
         return PromptEncoder(self.tower, tokens)
-
-    def reductions(self) -> dict[str, Reduction]:
-        """Exact reductions of the text tower by name: of the first template for which one is off, else of the first."""
-        first, *others = [self.tower.reductions(prompts) for prompts in self.templates]
-        found = {name: next((x[name] for x in (first, *others) if not x[name].enabled), first[name]) for name in first}
-        return found | {"features_kept": found["no_input_gradient"]}
 
     # ---- features at the cut -----------------------------------------------------------------------------------------
 

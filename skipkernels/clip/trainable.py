@@ -109,7 +109,7 @@ def check_trained(image: ImageTower, text: TextTower, options: TrainOptions) -> 
             "again, or call clip.refresh(), which does; to train them, make a SkipCLIP with fewer skip_layers."
         )
     for tower in (image, text) if options.trainable == "upper" else ():
-        first = tower.blocks[tower.skip : tower.skip + 1]
+        first = tower.upper_blocks[:1]
         if not all(any(p.requires_grad for p in block.parameters()) for block in first):
             raise RuntimeError(
                 "SkipCLIP: the first block above the cut was frozen after SkipCLIP was made, such as by another "

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -107,7 +106,6 @@ class Suffixes:
     offsets: Tensor | None  # int64 [K + 1] into the rows behind the prefix; None if all suffixes have max_length tokens
     max_length: int  # Number of tokens of the longest suffix
     last_rows: Tensor  # int64 [K], the last row of each suffix
-    excludes_self: bool = False  # The last rows attend to the rows in front of them, and not to themselves
     only_last: bool = False  # Only the last rows are returned
     separate_queries: ClassVar[bool] = False
 
@@ -118,23 +116,7 @@ class Suffixes:
 
     def __call__(self, packed: Tensor, *, heads: int) -> Tensor:
         """Map packed projections [R, 3W] to [R, W], or [K, W] for the last rows."""
-        if not self.excludes_self:
-            out = self._attend(packed, heads)
-            return out.index_select(0, self.last_rows) if self.only_last else out
-        last = self._attend_without_self(packed, heads)
-        return last if self.only_last else self._attend(packed, heads).index_copy(0, self.last_rows, last)
-
-    def _attend(self, packed: Tensor, heads: int) -> Tensor:
-        return self.backend.shared_prefix(
+        out = self.backend.shared_prefix(
             packed, heads=heads, prefix_length=self.prefix_length, max_length=self.max_length, offsets=self.offsets
         )
-
-    def _attend_without_self(self, packed: Tensor, heads: int) -> Tensor:
-        """Attention [K, W] of the last rows over those in front of them; none is the first of its suffix.
-
-        The query of row r takes the place of that of row r − 1, which attends to itself and not to row r.
-        """
-        width, rows = packed.shape[1] // 3, self.last_rows
-        query, key_value = packed.split([width, 2 * width], dim=1)  # [R, W], [R, 2W]
-        shifted = query.index_copy(0, rows - 1, query.index_select(0, rows))  # [R, W]
-        return self._attend(torch.cat([shifted, key_value], dim=1), heads).index_select(0, rows - 1)
+        return out.index_select(0, self.last_rows) if self.only_last else out

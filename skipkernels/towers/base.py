@@ -12,7 +12,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -30,18 +30,6 @@ if TYPE_CHECKING:
     from ..memory import FreeMemory
 
 Part = nn.Module | nn.Parameter
-
-
-class Reduction(NamedTuple):
-    """State of one exact reduction."""
-
-    enabled: bool
-    reason: str  # Reason why it is not applied; "" if it is
-
-    @classmethod
-    def unless(cls, reason: str | None) -> Reduction:
-        """Return an enabled reduction, or one disabled for `reason`."""
-        return cls(not reason, reason or "")
 
 
 class UnsupportedModel(ValueError):
@@ -82,9 +70,14 @@ class Tower(ABC):
         return self.cut.skip
 
     @property
-    def upper_blocks(self) -> range:
-        """Indices of the blocks above the cut."""
-        return range(self.skip, len(self.blocks))
+    def lower_blocks(self) -> list[Any]:
+        """The blocks below the cut."""
+        return list(self.blocks)[: self.skip]
+
+    @property
+    def upper_blocks(self) -> list[Any]:
+        """The blocks above the cut."""
+        return list(self.blocks)[self.skip :]
 
     @abstractmethod
     def reference_forward(self, inputs: Tensor) -> Tensor:
@@ -115,18 +108,18 @@ class Tower(ABC):
             return LSkipBoundary.apply(run, constant, self.cut.chunk).to(inputs.device)
 
     def _run_lower_blocks(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Run the blocks below the cut over sequences [n, tokens, W]."""
-        blocks = range(self.skip)
+        """Run the blocks below the cut over sequences [n, tokens, W]. They save nothing for backward."""
+        blocks = self.lower_blocks
         if self.why_no_rows(blocks) is None:
-            return self._run_sequences(hidden, blocks, mask)
-        return self._call_blocks(hidden, blocks, mask)
+            return self._run_rows(hidden.flatten(0, 1), blocks, self._of_sequences(hidden, mask)).view(hidden.shape)
+        for block in blocks:
+            hidden = self.call_block(block, hidden, mask)
+        return hidden
 
-    def _call_blocks(self, hidden: Tensor, blocks: range, mask: Tensor | None = None) -> Tensor:
-        """Call blocks as the model calls them; above the cut, to save only their inputs, backward recomputes them."""
-        above = blocks == self.upper_blocks and torch.is_grad_enabled()
-        recomputes = above and self.block_memory(hidden, fused=False) == "min"
-        for index in blocks:
-            block = self.blocks[index]
+    def _call_upper_blocks(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Call the blocks above the cut as the model does; with only their inputs saved, backward calls them again."""
+        recomputes = torch.is_grad_enabled() and self.block_memory(hidden, fused=False) == "min"
+        for block in self.upper_blocks:
             # A batch norm in training mode would update its statistics twice if it were recomputed.
             if recomputes and not updates_statistics(block):
                 hidden = checkpoint(self.call_block, block, hidden, mask, use_reentrant=False)
@@ -134,26 +127,25 @@ class Tower(ABC):
                 hidden = self.call_block(block, hidden, mask)
         return hidden
 
-    def _run_sequences(
-        self, hidden: Tensor, blocks: range, mask: Tensor | None = None, pooled: BlockAttention | None = None
-    ) -> Tensor:
-        """Run blocks that take rows over sequences [n, tokens, W]; with `pooled` return [n, 1, W]."""
-        n = len(hidden)
-        options = RowsOptions(Sequences(n, mask, backend=self.cut.backend), rotary=self.rotary(hidden.device))
-        return self._run_rows(hidden.flatten(0, 1), blocks, options, pooled).unflatten(0, (n, -1))
+    def _run_upper_rows(self, rows: Tensor, options: RowsOptions, pooled: BlockAttention | None = None) -> Tensor:
+        """Run the blocks above the cut over rows [R, W]; the last one with the attention `pooled`, if there is one."""
+        options = options._replace(memory=self.block_memory(rows, fused=True))
+        return self._run_rows(rows, self.upper_blocks, options, pooled)
 
     def _run_rows(
-        self, rows: Tensor, blocks: range, options: RowsOptions, pooled: BlockAttention | None = None
+        self, rows: Tensor, blocks: Sequence[Any], options: RowsOptions, pooled: BlockAttention | None = None
     ) -> Tensor:
-        """Run blocks over rows [R, W]; the last one with the attention `pooled`, if only pooled tokens are needed."""
-        if blocks == self.upper_blocks:  # below the cut nothing is saved
-            options = options._replace(memory=self.block_memory(rows, fused=True))
         hidden = Hidden(rows)
-        for index in blocks:
-            if index == blocks[-1] and pooled is not None:
+        for number, block in enumerate(blocks, start=1):
+            if number == len(blocks) and pooled is not None:
                 options = options._replace(attention=pooled)
-            hidden = self.blocks[index](hidden, options)
+            hidden = block(hidden, options)
         return hidden.sum()
+
+    def _of_sequences(self, hidden: Tensor, mask: Tensor | None = None) -> RowsOptions:
+        """Options of blocks over the rows of sequences [n, tokens, W]."""
+        attention = Sequences(len(hidden), mask, backend=self.cut.backend)
+        return RowsOptions(attention, rotary=self.rotary(hidden.device))
 
     @torch.compiler.disable  # queries the free memory
     def block_memory(self, hidden: Tensor, *, fused: bool) -> FusedMemory:
@@ -175,34 +167,14 @@ class Tower(ABC):
 
         return FreeMemory()
 
-    # ---- whether blocks take rows, and the reductions ----------------------------------------------------------------
-
     def why_never_rows(self) -> str | None:
         """Return why no block of this tower is called with rows, or None; families override it."""
         return None
 
-    def why_no_rows(self, blocks: range) -> str | None:
+    def why_no_rows(self, blocks: Iterable[Any]) -> str | None:
         """Return why these blocks run over sequences, or None; one that takes no rows is enough."""
-        reasons = (self.why_never_rows() or why_takes_no_rows(self.blocks[index]) for index in blocks)
+        reasons = (self.why_never_rows() or why_takes_no_rows(block) for block in blocks)
         return next(filter(None, reasons), None)
-
-    def why_not_all_fused(self) -> str | None:
-        """Return why not all blocks take rows, or None; a reason of some blocks is given with their indices."""
-        reasons = [self.why_never_rows() or why_takes_no_rows(block) for block in self.blocks]
-        found = []
-        for reason in dict.fromkeys(filter(None, reasons)):
-            indices = [str(index) for index, other in enumerate(reasons) if other == reason]
-            some = f"{len(indices)} of {len(reasons)} blocks ({', '.join(indices)}): "
-            found.append(reason if len(indices) == len(reasons) else some + reason)
-        return "; ".join(found) or None
-
-    def _reductions(self, reasons: dict[str, str | None]) -> dict[str, Reduction]:
-        """Exact reductions by name: those of every tower, and others with the reasons why they are not applied."""
-        no_cut = None if self.skip else "nothing is skipped (skip_layers=0), so the embedding trains"
-        reasons = {"fused_block": self.why_not_all_fused(), **reasons, "no_input_gradient": no_cut}
-        if not self.upper_blocks:
-            reasons["pooled_last_block"] = "every block is skipped: the last runs once, for every token"
-        return {name: Reduction.unless(reason) for name, reason in reasons.items()}
 
     # ---- parts -------------------------------------------------------------------------------------------------------
 
@@ -215,11 +187,11 @@ class Tower(ABC):
 
     def lower_parts(self) -> Sequence[Part]:
         """Modules and parameters below the cut; none at skip = 0, where the embedding trains too."""
-        return _present([*self.embedding, *self.blocks[: self.skip]]) if self.skip > 0 else ()
+        return _present([*self.embedding, *self.lower_blocks]) if self.skip > 0 else ()
 
     def upper_parts(self) -> Sequence[Part]:
         """Modules and parameters above the cut."""
-        return _present([*(() if self.skip > 0 else self.embedding), *self.blocks[self.skip :], *self.head])
+        return _present([*(() if self.skip > 0 else self.embedding), *self.upper_blocks, *self.head])
 
     def lower_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters below the cut."""
@@ -240,7 +212,7 @@ class Tower(ABC):
             "tower": type(self).__qualname__,
             "skipped blocks": self.skip,
             "embedding": digest_tensors(_named_tensors(_present(self.embedding))),
-            "lower blocks": digest_tensors(_named_tensors(self.blocks[: self.skip])),
+            "lower blocks": digest_tensors(_named_tensors(self.lower_blocks)),
         }
 
     def move_lower(self, device: torch.device | None = None) -> None:
@@ -284,12 +256,13 @@ class ImageTower(Tower):
         Under autocast the features may be in 16 bits. The residual stream above the cut is in the dtype of the model,
         as that of the texts, so that features from a cache give the same result as images.
         """
-        features, blocks = features.to(self.dtype), self.upper_blocks
-        if not blocks or self.why_no_rows(blocks) is not None:
-            return self.finish(self._call_blocks(features, blocks))
+        features = features.to(self.dtype)
+        if not self.upper_blocks or self.why_no_rows(self.upper_blocks) is not None:
+            return self.finish(self._call_upper_blocks(features))
         first_tokens = Pooled(slice(None, None, features.shape[1]))  # of the sequences, among their rows
         pooled = first_tokens if self.why_not_pooled() is None else None
-        return self.finish(self._run_sequences(features, blocks, pooled=pooled))
+        rows = self._run_upper_rows(features.flatten(0, 1), self._of_sequences(features), pooled)
+        return self.finish(rows.unflatten(0, (len(features), -1)))  # [n, 1 or tokens, W]
 
     def encoder(self) -> nn.Module:
         """The caller's image encoder, which returns embeddings [n, D] or a tuple that begins with them."""
@@ -298,12 +271,6 @@ class ImageTower(Tower):
     def why_not_pooled(self) -> str | None:
         """Return why the last block is needed for every token, or None if the head pools the first one."""
         return None
-
-    @property
-    def reductions(self) -> dict[str, Reduction]:
-        """The exact reductions of this tower by name, as they are now."""
-        not_pooled = self.why_not_pooled() or self.why_no_rows(self.upper_blocks)
-        return self._reductions({"pooled_last_block": not_pooled})
 
     def reference_forward(self, inputs: Tensor) -> Tensor:
         return self.model.encode_image(inputs)

@@ -13,20 +13,19 @@ from torch.nn.utils import parametrize
 
 from ..ops.packed_layout import packed_layout
 from .attention import Pooled, Suffixes
-from .base import Reduction, Tower
+from .base import Tower
 from .fused import RowsOptions
 
 # ---- prompts ---------------------------------------------------------------------------------------------------------
 
 
 class Pooling(NamedTuple):
-    """Pooled tokens of prompts, and the reductions that are not exact for them."""
+    """Pooled tokens of prompts, and why a reduction is not exact for them; None where it is."""
 
     positions: Tensor  # int64 [C], of the pooled tokens
-    not_causal: str | None = None  # Reason why a token may see later ones, and the prefix is not shared
-    not_cropped: str | None = None  # Reason why the prompts are not cropped
-    visible_length: int | None = None  # Number of tokens that a pooled token can see; default: up to the last one
-    excludes_self: bool = False  # A pooled token attends to the tokens in front of it and not to itself
+    why_not_shared: str | None = None  # why a prefix cannot be shared, such as a token that sees later ones
+    why_not_cropped: str | None = None
+    visible_length: int | None = None  # number of tokens that a pooled token can see; default: up to the last one
 
 
 class Prompts:
@@ -38,7 +37,6 @@ class Prompts:
     Attributes:
         tokens: int64 [C, L], cropped to the tokens that a pooled token can see.
         pooled: int64 [C], positions of the pooled tokens.
-        excludes_self: True if a pooled token attends to the tokens in front of it and not to itself.
         given_length: Number of tokens of the prompts before they were cropped.
         prompt_length: Number of tokens of a whole prompt, L, or L + 1 with CoCa's class token, which has no token id.
         prefix_length: P.
@@ -48,22 +46,20 @@ class Prompts:
         has_equal_suffixes: True if all lengths are S: the rows of K classes are then counted without the device.
         row_count: R.
         most_rows: Upper bounds of the rows of any K different classes, by K: those of the K longest suffixes.
-        crop, sharing: These reductions, and why they are not exact for the prompts.
+        why_not_cropped, why_not_shared: Why a reduction is not exact for the prompts; None where it is.
     """
 
     def __init__(self, tokens: Tensor, pooling: Pooling):
         # 1. Tokens that a pooled token can see
-        pooled, needed_length = pooling.positions, int(pooling.positions.max()) + 1
-        self.pooled, self.excludes_self = pooled, pooling.excludes_self
-        self.given_length, self.crop = tokens.shape[1], Reduction.unless(pooling.not_cropped)
-        if self.crop.enabled:
+        self.pooled = pooled = pooling.positions
+        self.given_length, needed_length = tokens.shape[1], int(pooled.max()) + 1
+        self.why_not_cropped = pooling.why_not_cropped
+        if self.why_not_cropped is None:
             tokens = tokens[:, : pooling.visible_length or needed_length].contiguous()
         self.tokens, self.prompt_length = tokens, max(tokens.shape[1], needed_length)
         # 2. The prefix
-        self.prefix_length = P = 0 if pooling.not_causal else _shared_prefix_length(tokens, pooling)
-        self.sharing = Reduction.unless(
-            pooling.not_causal or (None if P else "the prompts begin with different tokens")
-        )
+        self.prefix_length = P = 0 if pooling.why_not_shared else _shared_prefix_length(tokens, pooled)
+        self.why_not_shared = pooling.why_not_shared or (None if P else "the prompts begin with different tokens")
         # 3. Rows of the prefix and of the suffixes
         lengths = pooled + 1 - P if P else torch.full_like(pooled, self.prompt_length)  # [C]
         self.suffix_lengths, self.starts = lengths, P + lengths.cumsum(0) - lengths  # [C] each
@@ -88,14 +84,10 @@ class Prompts:
         return SelectedPrompts(self, class_ids, exact_rows or counts_are_known(class_ids.device))
 
 
-def _shared_prefix_length(tokens: Tensor, pooling: Pooling) -> int:
-    """Length of the prefix that all prompts [C, L] share, in front of every pooled token.
-
-    If a pooled token does not attend to itself, its query is computed at the row before it, which must then be in the
-    suffix.
-    """
+def _shared_prefix_length(tokens: Tensor, pooled: Tensor) -> int:
+    """Length of the prefix that all prompts [C, L] share, in front of every pooled token."""
     same = (tokens == tokens[:1]).all(dim=0).long().cumprod(dim=0).sum()  # [C, L] -> [L] -> []
-    return max(min(int(same), int(pooling.positions.min()) - pooling.excludes_self), 0)
+    return min(int(same), int(pooled.min()))
 
 
 def counts_are_known(device: torch.device) -> bool:
@@ -185,14 +177,6 @@ class TextTower(Tower):
         """Lay out the rows of prompts [C, L], by every reduction that is exact for them."""
         return Prompts(tokens, self.pooling(tokens))
 
-    def reductions(self, prompts: Prompts) -> dict[str, Reduction]:
-        """The exact reductions of this tower over some prompts by name, as they are now."""
-        no_rows = self.why_no_rows(self.upper_blocks)
-        shared = prompts.sharing.reason or no_rows
-        return self._reductions(
-            {"text_crop": prompts.crop.reason, "shared_prefix": shared, "pooled_last_block": no_rows}
-        )
-
     def masks(self) -> list[Tensor | None]:
         """Masks of the model that determined the layout of the prompts."""
         return []
@@ -223,7 +207,7 @@ class TextTower(Tower):
 
     def upper(self, features: Iterable[Tensor], selected: Iterable[SelectedPrompts]) -> list[Tensor]:
         """Map rows [R, W] at the cut of some prompts of each template to text embeddings [K, D], not normalised."""
-        takes_rows = len(self.upper_blocks) > 0 and self.why_no_rows(self.upper_blocks) is None
+        takes_rows = self.upper_blocks and self.why_no_rows(self.upper_blocks) is None
         templates = zip(features, selected, strict=True)
         if not takes_rows:
             return [self.call_upper(rows, of_template) for rows, of_template in templates]
@@ -234,7 +218,7 @@ class TextTower(Tower):
     def call_upper(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:
         """Map rows [R, W] to embeddings [K, D] by blocks that are called as the model calls them."""
         mask = self.mask(selected.tokens, selected.prompts)
-        hidden = self._call_blocks(selected.unpack(rows), self.upper_blocks, mask)  # [K, L, W]
+        hidden = self._call_upper_blocks(selected.unpack(rows), mask)  # [K, L, W]
         return self.finish(hidden[torch.arange(len(hidden), device=hidden.device), selected.pooled])
 
     def _run_upper(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:
@@ -251,9 +235,8 @@ class TextTower(Tower):
             offsets=selected.offsets,
             max_length=prompts.max_suffix_length,
             last_rows=selected.last_rows,
-            excludes_self=prompts.excludes_self,
         )
-        return self._run_rows(rows, self.upper_blocks, RowsOptions(attention), replace(attention, only_last=True))
+        return self._run_upper_rows(rows, RowsOptions(attention), pooled=replace(attention, only_last=True))
 
     def _run_whole_prompts(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:
         """Run whole prompts; return hidden states [K, W] of the pooled tokens."""
@@ -263,7 +246,7 @@ class TextTower(Tower):
         # Rows of the mask at the pooled tokens: [1 or K, 1, L, L] -> [K, L]
         pooled_mask = None if mask is None else mask.expand(K, 1, L, L)[class_numbers, 0, positions]
         pooled = Pooled(class_numbers * L + positions, pooled_mask)
-        return self._run_sequences(features, self.upper_blocks, mask, pooled=pooled).squeeze(1)
+        return self._run_upper_rows(features.flatten(0, 1), self._of_sequences(features, mask), pooled)
 
 
 def representative_classes(prompts: Prompts) -> Tensor:

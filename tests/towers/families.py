@@ -119,6 +119,7 @@ POOLS = {POOLED: "the tower pools over all tokens"}
 STAGES = {FUSED: "blocks in stages run their own forward", POOLED: "blocks in stages run their own forward"}
 NOT_CAUSAL = {"text.text_crop": "lets a token see later ones", "text.shared_prefix": "is not the causal one"}
 NO_PREFIX = {"text.shared_prefix": "the prompts begin with different tokens"}
+NO_SELF = {"text.shared_prefix": "does not see itself"}
 NO_MASK = {"text.text_crop": "every token sees every other", "text.shared_prefix": "there is no mask"}
 
 
@@ -169,7 +170,7 @@ WHOLE = {
     "siglip_eager": Family(lambda: siglip(attn_implementation="eager").float(), SIGLIP),
     "metaclip_2": Family(metaclip_2),
     "siglip_2": Family(siglip_2, SIGLIP),
-    "coca": Family(tiny_coca, POOLS, tokens=COCA_TOKENS),
+    "coca": Family(tiny_coca, POOLS | NO_SELF, tokens=COCA_TOKENS),
     "coca_correct": Family(lambda: tiny_coca(correct=True), POOLS, tokens=COCA_TOKENS),
     "avg-last": variant({"pool_type": "avg"}, {"pool_type": "last", "no_causal_mask": True}, POOLS | NOT_CAUSAL),
     "no_ln_pre-first": variant({"no_ln_pre": True}, {"pool_type": "first"}, NO_PREFIX)._replace(tokens=FIRST_DIFFERS),

@@ -38,22 +38,23 @@ class CoCaTextTower(OpenClipTextTower):
         padding_last = (tokens != self.text.pad_id).equal(torch.arange(L, device=tokens.device) < lengths[:, None])
         if padding_last and int(lengths.max()) + self._excludes_self <= L:  # the class token can move
             pooled = lengths + self._excludes_self
-            return Pooling(pooled, visible_length=int(pooled.max()), excludes_self=self._excludes_self)
+            not_shared = "the class token does not see itself (correct_cls_mask=False)" if self._excludes_self else None
+            return Pooling(pooled, not_shared, visible_length=int(pooled.max()))
         reason = "a prompt has padding in its middle (open_clip's padding is the token of '!'), or fills the context"
-        return Pooling(torch.full_like(lengths, L), not_causal=reason, not_cropped=reason)
+        return Pooling(torch.full_like(lengths, L), why_not_shared=reason, why_not_cropped=reason)
 
     def embed(self, tokens: Tensor, prompts: Prompts) -> Tensor:
         hidden = super().embed(tokens, prompts)
         token = self.text.cls_emb + self.text.positional_embedding[prompts.given_length]
         token = token.to(hidden.dtype).expand(len(hidden), 1, -1)
         hidden = torch.cat([hidden, token], dim=1)
-        if not prompts.crop.enabled:
+        if prompts.why_not_cropped:
             return hidden
         ends = (self._lengths(tokens) + self._excludes_self)[:, None, None]
         return hidden.scatter(1, ends.expand_as(token), token)
 
     def mask(self, tokens: Tensor, prompts: Prompts) -> Tensor | None:
-        if not prompts.crop.enabled:
+        if prompts.why_not_cropped:
             return padding_mask(self.text, tokens)
         length = tokens.shape[1] + 1
         mask = self.text.attn_mask[None, None, :length, :length].to(tokens.device)

@@ -27,7 +27,7 @@ class EncoderTextTower(TextTower):
 
     def pooling(self, tokens: Tensor) -> Pooling:
         last = (tokens != self.padding).long().cumsum(dim=1).argmax(dim=1)
-        return Pooling(last, not_causal="a token sees later ones")
+        return Pooling(last, why_not_shared="a token sees later ones")
 
     def mask(self, tokens: Tensor, prompts: Prompts) -> Tensor | None:
         hidden = torch.zeros(tokens.shape, device=tokens.device).masked_fill(tokens == self.padding, -torch.inf)
@@ -43,7 +43,7 @@ class EncoderTextTower(TextTower):
     def call_upper(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:
         tokens = selected.tokens
         hidden, mask = rows.unflatten(0, (len(tokens), -1)), self.mask(tokens, selected.prompts)
-        hidden = self.finish_encoder(self._call_blocks(hidden, self.upper_blocks, mask))
+        hidden = self.finish_encoder(self._call_upper_blocks(hidden, mask))
         pooler = getattr(self.encoder, "pooler", None)
         output = BaseModelOutputWithPooling(
             last_hidden_state=hidden, pooler_output=None if pooler is None else pooler(hidden)

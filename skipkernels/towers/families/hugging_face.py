@@ -239,7 +239,7 @@ class HuggingFaceTextTower(TextTower):
             return Pooling(self._end_positions(tokens))
         last = tokens.new_full((len(tokens),), tokens.shape[1] - 1)
         not_cropped = "every token sees every other"
-        return Pooling(last, not_causal="there is no mask", not_cropped=not_cropped)
+        return Pooling(last, why_not_shared="there is no mask", why_not_cropped=not_cropped)
 
     def _end_positions(self, tokens: Tensor) -> Tensor:
         end = self.text.eos_token_id  # read by its forward; the config may have changed

@@ -50,7 +50,7 @@ class ModernTextTower(TextTower):
         if self.text.cfg.attention_mode != "causal":
             not_causal = "a token sees later ones"
         visible = int(torch.maximum(last, ends).max()) + 1
-        return Pooling(ends, not_causal=not_causal, visible_length=visible)
+        return Pooling(ends, why_not_shared=not_causal, visible_length=visible)
 
     def _valid(self, tokens: Tensor) -> Tensor:
         return self.text._valid_mask(tokens)
@@ -74,7 +74,7 @@ class ModernTextTower(TextTower):
     def call_upper(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:
         tokens = selected.tokens
         mask = self.mask(tokens, selected.prompts)
-        hidden = self._call_blocks(selected.unpack(rows), self.upper_blocks, mask)
+        hidden = self._call_upper_blocks(selected.unpack(rows), mask)
         normed = self.text.ln_final(hidden[..., : self.text.width])
         return self.finish(self.text.pool(normed, text=tokens, valid=self._valid(tokens), eos_id=self.text.eos_id))
 

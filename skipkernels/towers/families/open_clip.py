@@ -190,7 +190,7 @@ class OpenClipTextTower(TextTower):
             return Pooling(pooled, not_causal, None if length <= visible else "a pooled token is padding", visible)
         not_causal = "the attention mask is not the causal one"
         if mask is None or (mask[:length, length:] != -math.inf).any():
-            return Pooling(pooled, not_causal, not_cropped="the attention mask lets a token see later ones")
+            return Pooling(pooled, not_causal, why_not_cropped="the attention mask lets a token see later ones")
         triangle = torch.full_like(mask, -math.inf).triu(1)
         return Pooling(pooled, None if mask.equal(triangle) else not_causal)
 

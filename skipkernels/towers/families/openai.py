@@ -98,7 +98,7 @@ class OpenAITextTower(OpenClipTextTower):
         return [getattr(block, "attn_mask", None) for block in self.blocks]
 
     def pooling(self, tokens: Tensor) -> Pooling:
-        return Pooling(tokens.argmax(dim=-1), not_causal=self._not_causal, not_cropped=self._not_causal)
+        return Pooling(tokens.argmax(dim=-1), why_not_shared=self._not_causal, why_not_cropped=self._not_causal)
 
     def why_never_rows(self) -> str | None:
         return self._not_causal
