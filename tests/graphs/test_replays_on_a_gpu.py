@@ -25,9 +25,10 @@ def sync_is_an_error():
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("cast", [False, True], ids=["whole", "autocast"])
-@pytest.mark.parametrize("kind", ["in_backward", "in_step", "stochastic"])
-@pytest.mark.parametrize("images", [False, True], ids=["features", "images"])
+@pytest.mark.parametrize(
+    ("kind", "cast", "images"),
+    [("in_backward", False, False), ("in_backward", True, False), ("in_step", True, True), ("stochastic", False, True)],
+)
 def test_replays_equal_eager_steps(kind, cast, images):
     """Ten replays and ten eager steps: weights, draws, learning rates through a schedule, rounding, kept casts.
 

@@ -99,10 +99,9 @@ PATCHES = [
     *(Patch("open_clip", path) for path in ("", "attn", "ln_1", "mlp", "mlp.c_fc", "mlp.gelu", "ls_2")),
     Patch("open_clip", "", "attention"),
     Patch("openai", "", "attention"),
-    *(Patch("openai", path) for path in ("", "attn", "ln_2", "mlp.gelu")),
-    *(Patch("hf", path) for path in ("", "self_attn", "layer_norm1", "mlp", "mlp.fc1", "mlp.activation_fn")),
-    *(Patch("timm", path) for path in ("", "attn", "attn.q_norm", "mlp", "mlp.act", "ls1")),
-    *(Patch("eva", path) for path in ("", "attn", "norm1", "mlp")),
+    Patch("hf", "self_attn"),
+    Patch("timm", "attn.q_norm"),
+    Patch("eva", "norm1"),
 ]
 
 
