@@ -41,7 +41,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/heads.md": of_study("tail"),
     "docs/when.md": of_study("default", "choices", "differences"),
     "docs/when-tables.md": of_study("harmonic", "joint", "base", "new"),
-    "docs/when-details.md": of_study("settings", "cost", "steps"),
+    "docs/when-details.md": of_study("settings", "trials", "own", "cost", "steps"),
 }
 
 

@@ -52,7 +52,7 @@ def with_rows_of(
                     print(*found, sep="\n")
                 rows += [{column: str(value) for column, value in row.items()} for row in found]
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # after an error no further run begins
+            pool.shutdown(cancel_futures=True)  # after an error no further run begins
     return rows
 
 
