@@ -108,7 +108,11 @@ def class_sampled_ce(
     if class_ids is not None:
         _check_ids(name, "class_ids", class_ids, image, K=None)
     if class_weight is not None:
-        _check_class_weight(name, class_weight, text)
+        _check_vector(name, "class_weight", class_weight, ("text", text), C=text.shape[0])
+        if class_weight.requires_grad:
+            raise ValueError(
+                f"{name}: class_weight is a constant; got one that requires grad. Use class_weight.detach()."
+            )
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"{name}: label_smoothing must be in [0, 1]; got {label_smoothing}.")
     if reduction not in REDUCTIONS:
@@ -402,9 +406,7 @@ def mlp_activation(x: Tensor, bias: Tensor | None = None, kind: str = "quick_gel
     check_shape(name, "x", x, rest=None, W=None)
     check_dtype(name, "x", x, FEATURE_DTYPES, "Convert it first.")
     if bias is not None:
-        check_shape(name, "bias", bias, ("x", x), W=x.shape[-1])
-        check_dtype(name, "bias", bias, FEATURE_DTYPES, "Use bias.float().")
-        check_device(name, "bias", bias, ("x", x))
+        _check_vector(name, "bias", bias, ("x", x), W=x.shape[-1])
     if kind not in KINDS:
         raise ValueError(f'{name}: kind must be "quick_gelu", "gelu", "gelu_tanh" or "swiglu"; got {kind!r}.')
     if kind == "swiglu" and x.shape[-1] % 2 != 0:
@@ -684,9 +686,7 @@ def _check_norm(
     check_dtype(name, "x", x, FEATURE_DTYPES, "Convert it first.")
     if residual is not None:
         check_alike(name, "residual", residual, ("x", x), narrower=True)
-    check_shape(name, "weight", weight, ("x", x), W=x.shape[-1])
-    check_dtype(name, "weight", weight, FEATURE_DTYPES, "Use weight.float().")
-    check_device(name, "weight", weight, ("x", x))
+    _check_vector(name, "weight", weight, ("x", x), W=x.shape[-1])
     if not 0 <= eps < math.inf:
         raise ValueError(f"{name}: eps must be finite and at least 0; got {eps}.")
     if out_dtype is not None and out_dtype not in FEATURE_DTYPES:
@@ -720,12 +720,11 @@ def _check_ids(name: str, argument: str, ids: Tensor, image: Tensor, **size: int
     check_device(name, argument, ids, ("image", image))
 
 
-def _check_class_weight(name: str, class_weight: Tensor, text: Tensor) -> None:
-    check_shape(name, "class_weight", class_weight, ("text", text), C=text.shape[0])
-    check_dtype(name, "class_weight", class_weight, FEATURE_DTYPES, "Use class_weight.float().")
-    if class_weight.requires_grad:
-        raise ValueError(f"{name}: class_weight is a constant; got one that requires grad. Use class_weight.detach().")
-    check_device(name, "class_weight", class_weight, ("text", text))
+def _check_vector(name: str, argument: str, vector: Tensor, like: tuple[str, Tensor], **size: int) -> None:
+    """Check the size and the device of a vector. It may have another dtype than `like`."""
+    check_shape(name, argument, vector, like, **size)
+    check_dtype(name, argument, vector, FEATURE_DTYPES, f"Use {argument}.float().")
+    check_device(name, argument, vector, like)
 
 
 def _number_of_logits(name: str, argument: str, value: Tensor | float, image: Tensor) -> Tensor:

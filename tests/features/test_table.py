@@ -355,14 +355,7 @@ IDENTITIES: dict[str, Any] = {
     "no format": b"{}",
     "other program": b'{"name": "an app"}',
     "other format": {"format": 3},
-    "no rows": {"rows": 0},
-    "text rows": {"rows": "18"},
-    "other dtype": {"dtype": "object"},
-    "other computed dtype": {"computed_dtype": "int8"},
-    "no shape": {"shape": []},
     "other names": {"more": 1},
-    "no identity": {"identity": 3},
-    "no probe": {"probe": ["x"]},
 }
 
 
