@@ -36,6 +36,18 @@ ROWS_PER_SUM = 8  # minimum rows per program of backward: it writes up to four r
 MAX_SUMS = 512  # maximum programs of backward: enough to fill a GPU, and few partial sums for the second kernel
 
 
+class Forward(NamedTuple):
+    """Arguments of the operator; its schema is made from them."""
+
+    x: Tensor  # [..., W]
+    residual: Tensor | None  # [..., W]
+    weight: Tensor  # [W]
+    bias: Tensor | None  # [W]
+    eps: float
+    dtype: torch.dtype | None  # of normed; None: that of x
+    rms: bool = False  # RMSNorm
+
+
 class NormResults(NamedTuple):
     """Results of `add_layer_norm_backward`; empty if not needed."""
 
@@ -52,7 +64,7 @@ class NormResults(NamedTuple):
 
 
 class NormArguments(NamedTuple):
-    """Arguments of `add_layer_norm_backward`, in the order of its schema."""
+    """Arguments of `add_layer_norm_backward`; its schema is made from them."""
 
     d_normed: Tensor  # [..., W]
     d_hidden: Tensor | None  # [..., W]
@@ -205,19 +217,12 @@ def _add_layer_norm_bwd_rows_kernel(
         tl.store(sums_ptr + 3 * W + offs, tl.sum(d_x_sum, axis=0), mask=mask_w)  # [BLOCK_W]
 
 
-def _launch(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    eps: float,
-    dtype: torch.dtype | None,
-    rms: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _launch(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, residual, weight, bias, eps, dtype, rms = Forward(*arguments)
     W = x.shape[-1]
     if W > MAX_WIDTH:
-        return _fallback(x, residual, weight, bias, eps, dtype, rms)
-    hidden, normed, mean, rstd = _fake(x, residual, weight, bias, eps, dtype, rms)
+        return _fallback(*arguments)
+    hidden, normed, mean, rstd = _fake(*arguments)
     R, options = rstd.numel(), launch_options("add_layer_norm_fwd", x, W=W)
     launch(
         _add_layer_norm_fwd_kernel,
@@ -312,15 +317,8 @@ def _outputs(call: NormArguments) -> NormResults:
     )
 
 
-def _fallback(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    eps: float,
-    dtype: torch.dtype | None,
-    rms: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fallback(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, residual, weight, bias, eps, dtype, rms = Forward(*arguments)
     hidden = (x if residual is None else (x + residual).to(x.dtype)).contiguous()
     hidden_wide = reference.at_least_fp32(hidden)  # [..., W]
     mean = hidden_wide.new_empty(0) if rms else hidden_wide.mean(dim=-1)  # [...]
@@ -384,15 +382,8 @@ def _fallback_backward(*arguments: Any) -> NormResults:
     )
 
 
-def _fake(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    eps: float,
-    dtype: torch.dtype | None,
-    rms: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, residual, _, _, _, dtype, rms = Forward(*arguments)
     hidden = x.new_empty(0 if residual is None else x.shape)  # [..., W]
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     mean, rstd = (x.new_empty(shape, dtype=wide) for shape in (0 if rms else x.shape[:-1], x.shape[:-1]))  # [...]
@@ -434,9 +425,7 @@ def _backward(ctx: Any, d_hidden: Tensor | None, d_normed: Tensor | None, *_: No
 
 
 add_layer_norm = registration.define(
-    "add_layer_norm(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, ScalarType? dtype,"
-    " bool rms=False)"
-    " -> (Tensor hidden, Tensor normed, Tensor mean, Tensor rstd)",
+    f"add_layer_norm({registration.arguments_of(Forward)}) -> (Tensor hidden, Tensor normed, Tensor mean, Tensor rstd)",
     fallback=_fallback,
     fake=_fake,
     launch=_launch,
@@ -445,9 +434,7 @@ add_layer_norm = registration.define(
     autocast_arguments=2,
 )
 add_layer_norm_backward = registration.define(
-    "add_layer_norm_backward(Tensor d_normed, Tensor? d_hidden, Tensor hidden, Tensor mean, Tensor rstd, Tensor weight,"
-    " Tensor? bias, bool need_x, bool need_weight, bool need_bias, bool need_sums, bool partial, ScalarType? cast,"
-    " bool need_normed, bool rms=False)"
+    f"add_layer_norm_backward({registration.arguments_of(NormArguments)})"
     " -> (Tensor d_x, Tensor d_weight, Tensor d_bias, Tensor d_x_cast, Tensor normed, Tensor d_hidden_sum,"
     " Tensor d_x_sum, Tensor partial_sums)",
     fallback=_fallback_backward,

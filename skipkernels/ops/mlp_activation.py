@@ -166,12 +166,6 @@ def _options(kernel: str, x: Tensor, W: int) -> Mapping[str, Any]:
     return {**options, "BLOCK_R": max(1, options["BLOCK_R"] * W // x.shape[-1])}
 
 
-def _shape(x: Tensor, kind: int) -> tuple[int, ...]:
-    """Shape of the result, [..., W]."""
-    *rest, width = x.shape
-    return *rest, width // 2 if KINDS[kind] == "swiglu" else width
-
-
 def _launch(x: Tensor, bias: Tensor | None, kind: int) -> Tensor:
     out = _fake(x, bias, kind)  # [..., W]
     W = out.shape[-1]
@@ -248,7 +242,8 @@ def _fallback_backward(d_out: Tensor, x: Tensor, bias: Tensor | None, kind: int,
 
 
 def _fake(x: Tensor, bias: Tensor | None, kind: int) -> Tensor:
-    return x.new_empty(_shape(x, kind))
+    *rest, width = x.shape
+    return x.new_empty(*rest, width // 2 if KINDS[kind] == "swiglu" else width)
 
 
 def _fake_backward(d_out: Tensor, x: Tensor, bias: Tensor | None, kind: int, *needs: bool) -> tuple[Tensor, ...]:

@@ -6,8 +6,7 @@ names. Triton kernels are for CUDA and ROCm devices. Without a kernel, the fallb
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
@@ -32,14 +31,20 @@ class Definition(NamedTuple):
     """The calls for which `launch` uses the fallback."""
 
 
-_definitions: dict[str, Definition] = {}
-definitions: Mapping[str, Definition] = MappingProxyType(_definitions)
-"""All operators by name, read-only."""
+definitions: dict[str, Definition] = {}
+"""All operators by name."""
 
-_SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", bool: "bool", int: "int", float: "float"}
+_SCHEMA_TYPES: dict[Any, str] = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    torch.dtype | None: "ScalarType?",
+    bool: "bool",
+    int: "int",
+    float: "float",
+}
 
 
-def arguments_of(call: type) -> str:
+def arguments_of(call: Any) -> str:
     """Return the arguments of a schema from the fields of a NamedTuple.
 
     Example:
@@ -47,10 +52,14 @@ def arguments_of(call: type) -> str:
         ...     x: Tensor
         ...     bias: Tensor | None
         ...     eps: float
+        ...     rms: bool = False
         >>> arguments_of(Call)
-        'Tensor x, Tensor? bias, float eps'
+        'Tensor x, Tensor? bias, float eps, bool rms=False'
     """
-    return ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in get_type_hints(call).items())
+    defaults = {name: f"={value}" for name, value in call._field_defaults.items()}
+    return ", ".join(
+        f"{_SCHEMA_TYPES[kind]} {name}{defaults.get(name, '')}" for name, kind in get_type_hints(call).items()
+    )
 
 
 def _accept(*args: Any) -> None:
@@ -108,7 +117,7 @@ def define(
     if launching.installed:
         _library.impl(name, launch_or_fall_back, "CUDA")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake or fake_by_names(operator), lib=_library)
-    _definitions[name] = Definition(check_and_fall_back, launch_or_fall_back, check, fallback_note)
+    definitions[name] = Definition(check_and_fall_back, launch_or_fall_back, check, fallback_note)
     _register_autograd(operator, backward)
     if autocast_arguments:
         _autocast(operator, autocast_arguments)
@@ -157,7 +166,7 @@ def _increment_versions(operator: torch._ops.OpOverload) -> None:
 
 def has_cpp(name: str) -> bool:
     """True if the C++ library is loaded and has a CPU kernel for the operator."""
-    return name in _definitions and torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", "CPU")
+    return name in definitions and torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", "CPU")
 
 
 def call_and_explain(operator: torch._ops.OpOverload, *args: Any) -> Any:
@@ -169,7 +178,7 @@ def call_and_explain(operator: torch._ops.OpOverload, *args: Any) -> Any:
         return operator(*args)
     except RuntimeError:
         if _first(args).device.type == "cpu":
-            _definitions[operator._opname].check(*args)
+            definitions[operator._opname].check(*args)
         raise
 
 
