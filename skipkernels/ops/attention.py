@@ -16,17 +16,17 @@ def in_one_layout(*tokens: Tensor) -> tuple[Tensor, ...]:
 
 
 @triton.jit
-def load_rows(head_ptr, offs, mask, stride, start_e, E, BLOCK_E: tl.constexpr):
-    """Load a part of the rows `offs` of one head, [BLOCK, BLOCK_E]; 0 outside the mask and the width."""
+def load_rows(head_ptr, offs, mask, stride, E, BLOCK_E: tl.constexpr, start_e=0):
+    """Load the rows `offs` of one head, [BLOCK, BLOCK_E], from column start_e; 0 outside the mask and the width."""
     offs_e = start_e + tl.arange(0, BLOCK_E)
     rows_ptr = head_ptr + offs.to(tl.int64)[:, None] * stride + offs_e[None, :]  # [BLOCK, BLOCK_E]
     return tl.load(rows_ptr, mask=mask[:, None] & (offs_e < E)[None, :], other=0.0)  # [BLOCK, BLOCK_E]
 
 
 @triton.jit
-def store_rows(head_ptr, rows, offs, mask, stride, start_e, E, BLOCK_E: tl.constexpr):
-    """Store a part of the rows `offs` of one head, [BLOCK, BLOCK_E], rounded to the dtype of the tensor."""
-    offs_e = start_e + tl.arange(0, BLOCK_E)
+def store_rows(head_ptr, rows, offs, mask, stride, E, BLOCK_E: tl.constexpr):
+    """Store the rows `offs` of one head, [BLOCK, BLOCK_E], rounded to the dtype of the tensor."""
+    offs_e = tl.arange(0, BLOCK_E)
     rows_ptr = head_ptr + offs.to(tl.int64)[:, None] * stride + offs_e[None, :]  # [BLOCK, BLOCK_E]
     tl.store(rows_ptr, rows.to(head_ptr.dtype.element_ty), mask=mask[:, None] & (offs_e < E)[None, :])
 
@@ -52,16 +52,14 @@ def products(
     mask_b,
     stride_b,
     E,
-    BLOCK_A: tl.constexpr,
-    BLOCK_B: tl.constexpr,
     BLOCK_E: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Compute ⟨a_i, b_j⟩ of rows of one head, [BLOCK_A, BLOCK_B]."""
-    product = tl.zeros([BLOCK_A, BLOCK_B], tl.float32)
+    """Compute ⟨a_i, b_j⟩ of rows of one head, offs_a [BLOCK_A] and offs_b [BLOCK_B], as [BLOCK_A, BLOCK_B]."""
+    product = tl.zeros([offs_a.shape[0], offs_b.shape[0]], tl.float32)
     for start_e in range(0, E, BLOCK_E):
-        a = load_rows(a_ptr, offs_a, mask_a, stride_a, start_e, E, BLOCK_E)  # [BLOCK_A, BLOCK_E]
-        b = load_rows(b_ptr, offs_b, mask_b, stride_b, start_e, E, BLOCK_E)  # [BLOCK_B, BLOCK_E]
+        a = load_rows(a_ptr, offs_a, mask_a, stride_a, E, BLOCK_E, start_e)  # [BLOCK_A, BLOCK_E]
+        b = load_rows(b_ptr, offs_b, mask_b, stride_b, E, BLOCK_E, start_e)  # [BLOCK_B, BLOCK_E]
         # [BLOCK_A, BLOCK_E] @ [BLOCK_E, BLOCK_B] -> [BLOCK_A, BLOCK_B]
         product = tl.dot(a, tl.trans(b), product, input_precision=PRECISION)
     return product

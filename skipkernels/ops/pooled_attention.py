@@ -89,8 +89,8 @@ def _pooled_attention_fwd_kernel(
     for start_n in range(0, N, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
         mask_n = offs_n < N
-        key = load_rows(key_ptr, offs_n, mask_n, stride_key_n, 0, E, BLOCK_E)  # [BLOCK_N, BLOCK_E]
-        value = load_rows(value_ptr, offs_n, mask_n, stride_key_n, 0, E, BLOCK_E)  # [BLOCK_N, BLOCK_E]
+        key = load_rows(key_ptr, offs_n, mask_n, stride_key_n, E, BLOCK_E)  # [BLOCK_N, BLOCK_E]
+        value = load_rows(value_ptr, offs_n, mask_n, stride_key_n, E, BLOCK_E)  # [BLOCK_N, BLOCK_E]
         score = scale * tl.sum(query[None, :] * key.to(tl.float32), axis=1)  # [BLOCK_N]
         score = tl.where(mask_n, score, float("-inf"))  # [BLOCK_N]
         higher = tl.maximum(top, tl.max(score, axis=0))
@@ -156,8 +156,8 @@ def _pooled_attention_bwd_kernel(
         for start_n in range(0, N, BLOCK_N):
             offs_n = start_n + tl.arange(0, BLOCK_N)
             mask_n = offs_n < N
-            key = load_rows(key_ptr, offs_n, mask_n, stride_key_n, 0, E, BLOCK_E)  # [BLOCK_N, BLOCK_E]
-            value = load_rows(value_ptr, offs_n, mask_n, stride_key_n, 0, E, BLOCK_E)  # [BLOCK_N, BLOCK_E]
+            key = load_rows(key_ptr, offs_n, mask_n, stride_key_n, E, BLOCK_E)  # [BLOCK_N, BLOCK_E]
+            value = load_rows(value_ptr, offs_n, mask_n, stride_key_n, E, BLOCK_E)  # [BLOCK_N, BLOCK_E]
             score = scale * tl.sum(query[None, :] * key.to(tl.float32), axis=1)  # [BLOCK_N]
             weight = exp_rest * tl.exp(tl.where(mask_n, score, float("-inf")) - lse)  # [BLOCK_N]
             d_weight = tl.sum(d_out[None, :] * value.to(tl.float32), axis=1)  # [BLOCK_N]
@@ -170,20 +170,19 @@ def _pooled_attention_bwd_kernel(
     for start_n in range(0, N, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
         mask_n = offs_n < N
-        key = load_rows(key_ptr, offs_n, mask_n, stride_key_n, 0, E, BLOCK_E).to(tl.float32)  # [BLOCK_N, BLOCK_E]
+        key = load_rows(key_ptr, offs_n, mask_n, stride_key_n, E, BLOCK_E).to(tl.float32)  # [BLOCK_N, BLOCK_E]
         score = scale * tl.sum(query[None, :] * key, axis=1)  # [BLOCK_N]
         weight = exp_rest * tl.exp(tl.where(mask_n, score, float("-inf")) - lse)  # [BLOCK_N]
         if NEED_VALUE:
             d_value = weight[:, None] * d_out[None, :]  # [BLOCK_N, BLOCK_E]
-            store_rows(d_value_ptr + gradient, d_value, offs_n, mask_n, H * E, 0, E, BLOCK_E)  # [BLOCK_N, BLOCK_E]
+            store_rows(d_value_ptr + gradient, d_value, offs_n, mask_n, H * E, E, BLOCK_E)  # [BLOCK_N, BLOCK_E]
         if NEED_QUERY or NEED_KEY:
-            value = load_rows(value_ptr, offs_n, mask_n, stride_key_n, 0, E, BLOCK_E)  # [BLOCK_N, BLOCK_E]
+            value = load_rows(value_ptr, offs_n, mask_n, stride_key_n, E, BLOCK_E)  # [BLOCK_N, BLOCK_E]
             d_score = weight * (tl.sum(d_out[None, :] * value.to(tl.float32), axis=1) - mean)  # [BLOCK_N]
             d_query += tl.sum(d_score[:, None] * key, axis=0)  # [BLOCK_E]
             if NEED_KEY:
                 d_key = scale * d_score[:, None] * query[None, :]  # [BLOCK_N, BLOCK_E]
-                # [BLOCK_N, BLOCK_E]
-                store_rows(d_key_ptr + gradient, d_key, offs_n, mask_n, H * E, 0, E, BLOCK_E)
+                store_rows(d_key_ptr + gradient, d_key, offs_n, mask_n, H * E, E, BLOCK_E)  # [BLOCK_N, BLOCK_E]
     if NEED_QUERY:
         d_query = (scale * d_query).to(d_query_ptr.dtype.element_ty)
         tl.store(d_query_ptr + of_head * E + offs_e, d_query, mask=mask_e)  # [BLOCK_E]

@@ -105,15 +105,13 @@ def _scores(
     stride_packed_r,
     scale,
     E: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    BLOCK_J: tl.constexpr,
     CHUNK_E: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Compute s_ij = scale · ⟨q_i, k_j⟩, [BLOCK_I, BLOCK_J]; −∞ where not visible."""
     product = products(
         query_ptr, offs_i, mask_i, stride_packed_r, query_ptr + W, offs_j, mask_j, stride_packed_r,
-        E, BLOCK_I, BLOCK_J, CHUNK_E, PRECISION,
+        E, CHUNK_E, PRECISION,
     )  # fmt: skip
     # [BLOCK_I, BLOCK_J]
     return tl.where(visible, scale * product, float("-inf"))
@@ -135,19 +133,17 @@ def _weights(
     stride_packed_r,
     scale,
     E: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    BLOCK_J: tl.constexpr,
     CHUNK_E: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Compute weight_ij = exp(s_ij − lse_i), see `load_lse`, and d_weight_ij = ⟨d_out_i, v_j⟩, [BLOCK_I, BLOCK_J]."""
     score = _scores(
         query_ptr, offs_i, mask_i, offs_j, mask_j, visible, W, stride_packed_r, scale,
-        E, BLOCK_I, BLOCK_J, CHUNK_E, PRECISION,
+        E, CHUNK_E, PRECISION,
     )  # fmt: skip
     d_weight = products(
         d_out_ptr, offs_i, mask_i, stride_d_out_r, query_ptr + 2 * W, offs_j, mask_j, stride_packed_r,
-        E, BLOCK_I, BLOCK_J, CHUNK_E, PRECISION,
+        E, CHUNK_E, PRECISION,
     )  # fmt: skip
     return tl.exp(score - lse[:, None]) * exp_rest[:, None], d_weight
 
@@ -191,12 +187,12 @@ def _shared_prefix_attention_fwd_kernel(
     # [BLOCK_T, E] @ [E, BLOCK_T] -> [BLOCK_T, BLOCK_T]
     score = _scores(
         query_ptr, offs_t, mask_t, offs_t, mask_t, _visible(offs_t, offs_t, begin + start), W, stride_packed_r, scale,
-        E, BLOCK_T, BLOCK_T, CHUNK_E, PRECISION,
+        E, CHUNK_E, PRECISION,
     )  # fmt: skip
     top = tl.max(score, axis=1)  # [BLOCK_T]
     weight = tl.exp(score - top[:, None])  # [BLOCK_T, BLOCK_T]
     total = tl.sum(weight, axis=1)  # [BLOCK_T]
-    value = load_rows(value_ptr, offs_t, mask_t, stride_packed_r, 0, E, BLOCK_E)  # [BLOCK_T, BLOCK_E]
+    value = load_rows(value_ptr, offs_t, mask_t, stride_packed_r, E, BLOCK_E)  # [BLOCK_T, BLOCK_E]
     # [BLOCK_T, BLOCK_T] @ [BLOCK_T, BLOCK_E] -> [BLOCK_T, BLOCK_E]
     out = tl.dot(weight.to(value.dtype), value, input_precision=PRECISION)
     # 2. Keys in front of the tile: online maximum and sum
@@ -208,26 +204,26 @@ def _shared_prefix_attention_fwd_kernel(
         # [BLOCK_T, E] @ [E, BLOCK_P] -> [BLOCK_T, BLOCK_P]
         score_p = _scores(
             query_ptr, offs_t, mask_t, rows_p, mask_p, mask_p[None, :], W, stride_packed_r, scale,
-            E, BLOCK_T, BLOCK_P, CHUNK_E, PRECISION,
+            E, CHUNK_E, PRECISION,
         )  # fmt: skip
         higher = tl.maximum(top, tl.max(score_p, axis=1))  # [BLOCK_T]
         rescale = tl.exp(top - higher)
         weight_p = tl.exp(score_p - higher[:, None])  # [BLOCK_T, BLOCK_P]
         total = total * rescale + tl.sum(weight_p, axis=1)
-        value_p = load_rows(value_ptr, rows_p, mask_p, stride_packed_r, 0, E, BLOCK_E)  # [BLOCK_P, BLOCK_E]
+        value_p = load_rows(value_ptr, rows_p, mask_p, stride_packed_r, E, BLOCK_E)  # [BLOCK_P, BLOCK_E]
         # [BLOCK_T, BLOCK_P] @ [BLOCK_P, BLOCK_E] -> [BLOCK_T, BLOCK_E]
         out = tl.dot(weight_p.to(value_p.dtype), value_p, out * rescale[:, None], input_precision=PRECISION)
         top = higher
     # 3. Divide by the sum; lse in fp64
     tl.store(lse_ptr + offs_t.to(tl.int64) * H, tl.log(total).to(tl.float64) + top, mask=mask_t)  # [BLOCK_T]
-    store_rows(out_ptr, out / total[:, None], offs_t, mask_t, W, 0, E, BLOCK_E)  # [BLOCK_T, BLOCK_E]
+    store_rows(out_ptr, out / total[:, None], offs_t, mask_t, W, E, BLOCK_E)  # [BLOCK_T, BLOCK_E]
 
     # 4. Zeros in this program's share of the rows behind the last suffix
     if HAS_OFFSETS:
         behind = P + tl.load(offsets_ptr + K).to(tl.int32)
         for first_r in range(behind + tile * BLOCK_T, R, tl.num_programs(0) * BLOCK_T):
             offs_r = first_r + tl.arange(0, BLOCK_T)
-            store_rows(out_ptr, tl.zeros_like(out), offs_r, offs_r < R, W, 0, E, BLOCK_E)  # [BLOCK_T, BLOCK_E]
+            store_rows(out_ptr, tl.zeros_like(out), offs_r, offs_r < R, W, E, BLOCK_E)  # [BLOCK_T, BLOCK_E]
             tl.store(lse_ptr + offs_r.to(tl.int64) * H, tl.zeros([BLOCK_T], tl.float64), mask=offs_r < R)
 
 
@@ -237,11 +233,11 @@ def _store_key_gradients(
 ):
     """Store d_k and d_v of the rows of a tile: for the prefix as a part of a sum."""
     if in_prefix:
-        store_rows(partial_ptr, d_key, offs_t, mask_t, 2 * W, 0, E, BLOCK_E)  # [BLOCK_T, BLOCK_E]
-        store_rows(partial_ptr + W, d_value, offs_t, mask_t, 2 * W, 0, E, BLOCK_E)  # [BLOCK_T, BLOCK_E]
+        store_rows(partial_ptr, d_key, offs_t, mask_t, 2 * W, E, BLOCK_E)  # [BLOCK_T, BLOCK_E]
+        store_rows(partial_ptr + W, d_value, offs_t, mask_t, 2 * W, E, BLOCK_E)  # [BLOCK_T, BLOCK_E]
     else:
-        store_rows(d_packed_ptr + W, d_key, offs_t, mask_t, 3 * W, 0, E, BLOCK_E)  # [BLOCK_T, BLOCK_E]
-        store_rows(d_packed_ptr + 2 * W, d_value, offs_t, mask_t, 3 * W, 0, E, BLOCK_E)  # [BLOCK_T, BLOCK_E]
+        store_rows(d_packed_ptr + W, d_key, offs_t, mask_t, 3 * W, E, BLOCK_E)  # [BLOCK_T, BLOCK_E]
+        store_rows(d_packed_ptr + 2 * W, d_value, offs_t, mask_t, 3 * W, E, BLOCK_E)  # [BLOCK_T, BLOCK_E]
 
 
 @triton.jit
@@ -292,7 +288,7 @@ def _shared_prefix_attention_bwd_kernel(
     # Both [BLOCK_T, E] @ [E, BLOCK_T] -> [BLOCK_T, BLOCK_T]
     weight, d_weight = _weights(
         d_out_ptr, query_ptr, offs_t, mask_t, offs_t, mask_t, _visible(offs_t, offs_t, begin + start), lse, exp_rest, W,
-        stride_d_out_r, stride_packed_r, scale, E, BLOCK_T, BLOCK_T, CHUNK_E, PRECISION,
+        stride_d_out_r, stride_packed_r, scale, E, CHUNK_E, PRECISION,
     )  # fmt: skip
     # 2. mean_i, not ⟨d_out_i, out_i⟩: if one key has nearly all the weight, the rounding of `out` is more than the
     # gradient of the scores.
@@ -305,7 +301,7 @@ def _shared_prefix_attention_bwd_kernel(
         # Both [BLOCK_T, E] @ [E, BLOCK_P] -> [BLOCK_T, BLOCK_P]
         weight_p, d_weight_p = _weights(
             d_out_ptr, query_ptr, offs_t, mask_t, _rows_in_front(offs_p, before, seq_begin), mask_p, mask_p[None, :],
-            lse, exp_rest, W, stride_d_out_r, stride_packed_r, scale, E, BLOCK_T, BLOCK_P, CHUNK_E, PRECISION,
+            lse, exp_rest, W, stride_d_out_r, stride_packed_r, scale, E, CHUNK_E, PRECISION,
         )  # fmt: skip
         mean += tl.sum(weight_p * d_weight_p, axis=1)
         total += tl.sum(weight_p, axis=1)
@@ -316,16 +312,16 @@ def _shared_prefix_attention_bwd_kernel(
     if LONG:
         tl.store(mean_ptr + offs_statistic, mean, mask=mask_t)  # [BLOCK_T]
     else:
-        query = load_rows(query_ptr, offs_t, mask_t, stride_packed_r, 0, E, BLOCK_E)  # [BLOCK_T, BLOCK_E]
+        query = load_rows(query_ptr, offs_t, mask_t, stride_packed_r, E, BLOCK_E)  # [BLOCK_T, BLOCK_E]
         # [BLOCK_T, BLOCK_T] @ [BLOCK_T, BLOCK_E] -> [BLOCK_T, BLOCK_E]
         d_key = scale * tl.dot(tl.trans(d_score), query, input_precision=PRECISION)
-        d_out = load_rows(d_out_ptr, offs_t, mask_t, stride_d_out_r, 0, E, BLOCK_E)  # [BLOCK_T, BLOCK_E]
+        d_out = load_rows(d_out_ptr, offs_t, mask_t, stride_d_out_r, E, BLOCK_E)  # [BLOCK_T, BLOCK_E]
         # [BLOCK_T, BLOCK_T] @ [BLOCK_T, BLOCK_E] -> [BLOCK_T, BLOCK_E]
         d_value = tl.dot(tl.trans(weight.to(d_out.dtype)), d_out, input_precision=PRECISION)
         _store_key_gradients(d_packed_ptr, partial_ptr, d_key, d_value, offs_t, mask_t, before < P, W, E, BLOCK_E)
 
     # 4. d_q from the keys of the tile
-    key = load_rows(key_ptr, offs_t, mask_t, stride_packed_r, 0, E, BLOCK_E)  # [BLOCK_T, BLOCK_E]
+    key = load_rows(key_ptr, offs_t, mask_t, stride_packed_r, E, BLOCK_E)  # [BLOCK_T, BLOCK_E]
     # [BLOCK_T, BLOCK_T] @ [BLOCK_T, BLOCK_E] -> [BLOCK_T, BLOCK_E]
     d_query = tl.dot(d_score, key, input_precision=PRECISION)
     # 5. d_q from the keys in front of the tile, and d_k and d_v of those in the prefix. partial is fp32 [1 + tiles of
@@ -338,21 +334,21 @@ def _shared_prefix_attention_bwd_kernel(
         # Both [BLOCK_T, E] @ [E, BLOCK_P] -> [BLOCK_T, BLOCK_P]
         weight_p, d_weight_p = _weights(
             d_out_ptr, query_ptr, offs_t, mask_t, rows_p, mask_p, mask_p[None, :],
-            lse, exp_rest, W, stride_d_out_r, stride_packed_r, scale, E, BLOCK_T, BLOCK_P, CHUNK_E, PRECISION,
+            lse, exp_rest, W, stride_d_out_r, stride_packed_r, scale, E, CHUNK_E, PRECISION,
         )  # fmt: skip
         d_score_p = (weight_p * (d_weight_p - mean[:, None])).to(d_score.dtype)  # [BLOCK_T, BLOCK_P]
-        key_p = load_rows(key_ptr, rows_p, mask_p, stride_packed_r, 0, E, BLOCK_E)  # [BLOCK_P, BLOCK_E]
+        key_p = load_rows(key_ptr, rows_p, mask_p, stride_packed_r, E, BLOCK_E)  # [BLOCK_P, BLOCK_E]
         # [BLOCK_T, BLOCK_P] @ [BLOCK_P, BLOCK_E] -> [BLOCK_T, BLOCK_E]
         d_query = tl.dot(d_score_p, key_p, d_query, input_precision=PRECISION)
-        query_t = load_rows(query_ptr, offs_t, mask_t, stride_packed_r, 0, E, BLOCK_E)  # [BLOCK_T, BLOCK_E]
+        query_t = load_rows(query_ptr, offs_t, mask_t, stride_packed_r, E, BLOCK_E)  # [BLOCK_T, BLOCK_E]
         # [BLOCK_P, BLOCK_T] @ [BLOCK_T, BLOCK_E] -> [BLOCK_P, BLOCK_E]
         d_key_p = scale * tl.dot(tl.trans(d_score_p), query_t, input_precision=PRECISION)
-        store_rows(part_ptr, d_key_p, offs_p, offs_p < before, 2 * W, 0, E, BLOCK_E)  # [BLOCK_P, BLOCK_E]
-        d_out_t = load_rows(d_out_ptr, offs_t, mask_t, stride_d_out_r, 0, E, BLOCK_E)  # [BLOCK_T, BLOCK_E]
+        store_rows(part_ptr, d_key_p, offs_p, offs_p < before, 2 * W, E, BLOCK_E)  # [BLOCK_P, BLOCK_E]
+        d_out_t = load_rows(d_out_ptr, offs_t, mask_t, stride_d_out_r, E, BLOCK_E)  # [BLOCK_T, BLOCK_E]
         # [BLOCK_P, BLOCK_T] @ [BLOCK_T, BLOCK_E] -> [BLOCK_P, BLOCK_E]
         d_value_p = tl.dot(tl.trans(weight_p.to(d_out_t.dtype)), d_out_t, input_precision=PRECISION)
-        store_rows(part_ptr + W, d_value_p, offs_p, offs_p < before, 2 * W, 0, E, BLOCK_E)  # [BLOCK_P, BLOCK_E]
-    store_rows(d_packed_ptr, scale * d_query, offs_t, mask_t, 3 * W, 0, E, BLOCK_E)  # [BLOCK_T, BLOCK_E]
+        store_rows(part_ptr + W, d_value_p, offs_p, offs_p < before, 2 * W, E, BLOCK_E)  # [BLOCK_P, BLOCK_E]
+    store_rows(d_packed_ptr, scale * d_query, offs_t, mask_t, 3 * W, E, BLOCK_E)  # [BLOCK_T, BLOCK_E]
 
     # 6. Zeros in this program's share of the rows behind the last suffix
     if HAS_OFFSETS:
@@ -361,7 +357,7 @@ def _shared_prefix_attention_bwd_kernel(
             offs_r = first_r + tl.arange(0, BLOCK_T)
             for part in tl.static_range(3):
                 zeros = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
-                store_rows(d_packed_ptr + part * W, zeros, offs_r, offs_r < R, 3 * W, 0, E, BLOCK_E)
+                store_rows(d_packed_ptr + part * W, zeros, offs_r, offs_r < R, 3 * W, E, BLOCK_E)
 
 
 @triton.jit
@@ -411,13 +407,13 @@ def _shared_prefix_attention_bwd_key_kernel(
         # Both [BLOCK_T, E] @ [E, BLOCK_T] -> [BLOCK_T, BLOCK_T]
         weight, d_weight = _weights(
             d_out_ptr, query_ptr, offs_q, mask_q, offs_t, mask_t, visible, lse, exp_rest, W, stride_d_out_r,
-            stride_packed_r, scale, E, BLOCK_T, BLOCK_T, CHUNK_E, PRECISION,
+            stride_packed_r, scale, E, CHUNK_E, PRECISION,
         )  # fmt: skip
-        query = load_rows(query_ptr, offs_q, mask_q, stride_packed_r, 0, E, BLOCK_E)  # [BLOCK_T, BLOCK_E]
+        query = load_rows(query_ptr, offs_q, mask_q, stride_packed_r, E, BLOCK_E)  # [BLOCK_T, BLOCK_E]
         d_score = (weight * (d_weight - mean[:, None])).to(query.dtype)  # [BLOCK_T, BLOCK_T]
         # [BLOCK_T, BLOCK_T] @ [BLOCK_T, BLOCK_E] -> [BLOCK_T, BLOCK_E]
         d_key = tl.dot(tl.trans(d_score), query, d_key, input_precision=PRECISION)
-        d_out = load_rows(d_out_ptr, offs_q, mask_q, stride_d_out_r, 0, E, BLOCK_E)  # [BLOCK_T, BLOCK_E]
+        d_out = load_rows(d_out_ptr, offs_q, mask_q, stride_d_out_r, E, BLOCK_E)  # [BLOCK_T, BLOCK_E]
         # [BLOCK_T, BLOCK_T] @ [BLOCK_T, BLOCK_E] -> [BLOCK_T, BLOCK_E]
         d_value = tl.dot(tl.trans(weight.to(d_out.dtype)), d_out, d_value, input_precision=PRECISION)
     # 2. Store, for the prefix as a part of a sum
