@@ -126,26 +126,6 @@ def test_operator_saves_rows(monkeypatch, tmp_path, capsys):
     assert capsys.readouterr().out == f"result: {text}\n"
 
 
-def test_operator_on_a_gpu_prints_times_of_replays(monkeypatch, capsys):
-    """With times of replays in place of a GPU, without pytest-benchmark."""
-    case, gate = doubling(), Gate(doubling(), torch.float32, CPU)
-    monkeypatch.setattr(measure, "bandwidth", lambda device: 1e9)
-    monkeypatch.setattr(testing, "peak_bytes", lambda run, device: 0)
-    monkeypatch.setattr(test_operators, "prepared", lambda *_: (case, gate))
-    times = {"skipkernels": [0.002], "eager": [0.004], "peer": "no CUDA graph: why"}
-    monkeypatch.setattr(test_operators, "in_turn", lambda case, names, device: times)
-    request = requesting(types.SimpleNamespace(device=CUDA, deadline=math.inf, measured=[], save=None))
-    for implementation in ("skipkernels", "eager"):
-        test_operators.test_operator(request, "class_scores", "fp32", case.shape, implementation)
-    with pytest.raises(pytest.xfail.Exception, match="no CUDA graph: why"):
-        test_operators.test_operator(request, "class_scores", "fp32", case.shape, "peer")
-    conftest.pytest_terminal_summary(types.SimpleNamespace(config=request.config, write_line=print))
-    output = capsys.readouterr().out
-    assert re.search(r"class_scores . N1024 . fp32  . eager  +. 4.0 ", output)
-    assert output.endswith("result: another implementation is faster in 0 of 1 comparisons\n")
-    request.getfixturevalue.assert_not_called()
-
-
 # ---- the cases ---------------------------------------------------------------------------------------------------
 
 
