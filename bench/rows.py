@@ -44,7 +44,6 @@ KINDS = {
     "when": Kind("bench.when", "task method phase seed setting blended head", "base"),
     "when_cost": Kind("bench.when --cost", "task method epoch", "train_s"),
     "when_steps": Kind("bench.when --steps", "task method", "step_s"),
-    "when_tail": Kind("bench.when --tail", "method seed", "accuracy"),
     "when_own": Kind("bench.when --own", "task method seed", "accuracy"),
     "when_trials": Kind("bench.when --trials", "seed trial", "base"),
 }

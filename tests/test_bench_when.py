@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bench.when import accuracy, own, plan, runs, summary, tail, tasks, trials
+from bench.when import accuracy, own, plan, runs, summary, tasks, trials
 from bench.when.rows import best, reported, with_rows_of
 from bench.when.tasks import Shift
 from recipes.pictograms import more
@@ -166,11 +166,11 @@ def test_runs_without_a_row_are_executed_and_recorded_where_they_run(monkeypatch
 
 
 def test_tail_has_a_large_class_and_small_ones():
-    names = tail.names_by_class()
+    names = own.names_by_class()
     assert len(set(sum(names.values(), []))) == sum(map(len, names.values())), "a drawing has one class"
-    labels = [label for _, label in tail.images(tail.TRAIN, seed=0)]
+    labels = [label for _, label in own.drawn(own.TRAIN, seed=0)]
     assert [labels.count(label) for label in range(15)] == [200] + 14 * [5]
-    (found,) = tail.execute(tail.TailRun("zero-shot", 0))
+    (found,) = own.execute(own.OwnRun("long tail", "zero-shot", 0))
     rare = 14 * found["rare"] + found["large"]
     assert found["rare"] < 100 and 15 * found["balanced"] == pytest.approx(rare, abs=0.01)
 
@@ -182,11 +182,11 @@ def test_tiles_of_halves_do_not_overlap(monkeypatch, tmp_path):
         photo.paste(255, (20, 0, 40, 20))
         photo.save(tmp_path / file, "PNG")  # of any suffix: JPEG would mix the halves
     monkeypatch.setattr(own.resources, "files", lambda package: tmp_path)
-    classes, train, test = own.tiles(None)
+    classes, train, test = own.tiles(own.OwnRun("tiles", "zero-shot", 0))
     for images, color in ((train, 0), (test, 255)):
         assert Counter(label for _, label in images) == dict.fromkeys(range(len(classes)), 8)
         assert {image.convert("L").getextrema() for image, _ in images} == {(color, color)}
-    assert {run.task for run in own.planned(None, 1)} == {"tiles"}
+    assert {run.task for run in own.planned(None, 1)} == {"long tail", "tiles"}
 
 
 def row(method, seed, value, phase="search", setting="adamw 0.001 0.001", **others):

@@ -6,8 +6,7 @@
     python -m bench.when --drawings FILE         also the tasks of the file of recipes.pictograms.more
     python -m bench.when --cost --tasks all      accuracy over time, on a quiet machine
     python -m bench.when --steps --tasks all     time and memory of a step, on a quiet machine
-    python -m bench.when --tail                  a class of 200 images and fourteen of 5
-    python -m bench.when --own --drawings FILE   flags, and tiles of photographs in scikit-image, as own data
+    python -m bench.when --own --drawings FILE   own sets: a long tail, flags, tiles of photographs in scikit-image
     python -m bench.when --trials                changes of the default, on the names of the search
     python -m bench.report                       write the tables of the rows
 
@@ -35,7 +34,7 @@ from pathlib import Path
 
 from ..inputs import positive
 from ..rows import command, latest_rows
-from . import own, tail, trials
+from . import own, trials
 from .plan import CANDIDATES, searched
 from .rows import best, reported, with_rows_of
 from .runs import curve, execute, first_steps
@@ -56,7 +55,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     measured = parser.add_mutually_exclusive_group()
     measured.add_argument("--cost", action="store_true", help="measure accuracy over time with the chosen settings")
     measured.add_argument("--steps", action="store_true", help="measure time and memory of a step")
-    measured.add_argument("--tail", action="store_true", help="run the default and class weights on a long tail")
     measured.add_argument("--own", action="store_true", help="run the default and others on own sets")
     measured.add_argument("--trials", action="store_true", help="try changes of the default on the names of the search")
     args = parser.parse_args(arguments)
@@ -69,10 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.tasks and left_out:
         parser.error(f"--tasks: {', '.join(left_out)}.")
     shifts = [shift for shift in wanted if not lacking(shift, args)]
-    if args.tail:
-        runs = [tail.TailRun(variant, seed) for seed in range(args.seeds) for variant in tail.VARIANTS]
-        with_rows_of(runs, "when_tail", tail.execute, workers=args.workers, save=not args.no_save)
-    elif args.own:
+    if args.own:
         runs = own.planned(args.drawings, args.seeds)
         with_rows_of(runs, "when_own", own.execute, workers=args.workers, save=not args.no_save)
     elif args.trials:

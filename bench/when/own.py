@@ -1,13 +1,17 @@
-"""Own sets, which are not in the study: tried once, as they were found, as `skipkernels tune` reads a folder.
+"""Own sets, as `skipkernels tune` reads a folder. Flags and tiles were tried once, as they were found.
 
-flags  of 193 countries, a drawing of each by two designers; tested on those of a third
-tiles  of photographs in scikit-image, 8 of the left half of each; tested on 8 of the right half
+long tail  a class with 200 images and fourteen with 5, by two designers; tested on those of a third. A class is a word:
+           the drawings of the names with this word and none of the others; the large one is the task food
+flags      of 193 countries, a drawing of each by two designers; tested on those of a third
+tiles      of photographs in scikit-image, 8 of the left half of each; tested on 8 of the right half
 """
 
 from __future__ import annotations
 
+import random
+import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,16 +19,14 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from recipes.pictograms import more
-from skipkernels.app.data.pictograms import TEMPLATE
+from skipkernels.app.data.pictograms import TASKS, TEMPLATE, TEST, TRAIN, Drawings, names_of
 from skipkernels.app.demo import pictogram_tiny
 from skipkernels.app.train import tune
 
-METHODS: dict[str, dict[str, Any]] = {
-    "zero-shot": {"method": "zero-shot", "validation": "none"},
-    "the default": {},
-    "Skip Tuning": {"method": "skip", "validation": "none"},
-    "linear probe": {"method": "linear-probe", "validation": "none"},
-}
+LARGE = "food"
+SMALL = ("face", "moon", "cloud", "ball", "car", "tree", "book", "medal", "umbrella", "mailbox", "camera", "banknote")
+SMALL += ("envelope", "shoe")
+COUNTS = {LARGE: 200} | dict.fromkeys(SMALL, 5)  # training images of the long tail
 PHOTOS = {
     "astronaut": "astronaut.png", "brick": "brick.png", "camera": "camera.png", "cat": "chelsea.png",
     "cell": "cell.png", "clock": "clock_motion.png", "coffee": "coffee.png", "coins": "coins.png",
@@ -32,16 +34,38 @@ PHOTOS = {
     "motorcycle": "motorcycle_left.png", "page": "page.png", "retina": "retina.jpg", "rocket": "rocket.jpg",
     "tissue": "ihc.png",
 }  # fmt: skip
+
+_SKIP = {"method": "skip", "validation": "none"}
+_ALL: dict[str, dict[str, Any]] = {
+    "zero-shot": {"method": "zero-shot", "validation": "none"},
+    "the default": {},
+    "Skip Tuning": _SKIP,
+}
+_COMPARED = _ALL | {"linear probe": {"method": "linear-probe", "validation": "none"}}
+METHODS: dict[str, dict[str, dict[str, Any]]] = {
+    "long tail": {
+        **_ALL,
+        "the default, --prior balanced": {"prior": "balanced"},
+        "the default, --class-weight 0.5": {"class_weight": 0.5},
+        "the default, --class-weight balanced": {"class_weight": "balanced"},
+        "Skip Tuning, --class-weight 0.5": _SKIP | {"class_weight": 0.5},
+        "Skip Tuning, --class-weight balanced": _SKIP | {"class_weight": "balanced"},
+    },
+    "flags": _COMPARED,
+    "tiles": _COMPARED,
+}
+"""Settings of `tune` by set and by the name in the table."""
+
 Images = list[tuple[Image.Image, int]]
 
 
 class OwnRun(NamedTuple):
-    """A run: a key of `SETS` and of `METHODS`, and a seed; `drawings` is the file of `recipes.pictograms.more`."""
+    """A run: a set and a method of `METHODS`, and a seed; `drawings` is the file of `recipes.pictograms.more`."""
 
     task: str
     method: str
     seed: int
-    drawings: Path | None
+    drawings: Path | None = None
 
     @property
     def columns(self) -> dict[str, Any]:
@@ -49,14 +73,43 @@ class OwnRun(NamedTuple):
         return {"task": self.task, "method": self.method, "phase": "report", "seed": str(self.seed), "setting": ""}
 
 
-def flags(drawings: Path) -> tuple[list[str], Images, Images]:
+def planned(drawings: Path | None, seeds: int) -> list[OwnRun]:
+    """All runs; without `drawings` none of flags."""
+    tasks = [task for task in METHODS if drawings or task != "flags"]
+    return [OwnRun(task, method, s, drawings) for task in tasks for s in range(seeds) for method in METHODS[task]]
+
+
+def names_by_class() -> dict[str, list[str]]:
+    """Names of the drawings of each class of the long tail."""
+    others = names_of([task for task in TASKS if task != LARGE])
+    words = {name: [word for word in SMALL if word in name.split()] for name in others}
+    return {LARGE: names_of([LARGE])} | {word: [name for name in others if words[name] == [word]] for word in SMALL}
+
+
+def drawn(sets: Sequence[str], seed: int | None = None) -> Images:
+    """Images of the long tail by some designers: with a seed `COUNTS` of each class, else all."""
+    found = []
+    for label, (name, names) in enumerate(names_by_class().items()):
+        drawings = [(image, label) for image, _ in Drawings(names, sets)]
+        found += drawings if seed is None else random.Random(seed).sample(drawings, COUNTS[name])
+    return found
+
+
+def long_tail(run: OwnRun) -> tuple[list[str], Images, Images]:
     """Names of the classes, and training and test images with their labels."""
-    classes = more.class_names(drawings, "flags")
-    return classes, more.read(drawings, "flags", "train", classes), more.read(drawings, "flags", "test", classes)
+    return list(COUNTS), drawn(TRAIN, run.seed), drawn(TEST)
 
 
-def tiles(drawings: Path | None) -> tuple[list[str], Images, Images]:
-    """Cut `PHOTOS` into 4 by 4 tiles; returns what `flags` does."""
+def flags(run: OwnRun) -> tuple[list[str], Images, Images]:
+    """Read the drawings of flags; returns what `long_tail` does."""
+    assert run.drawings is not None
+    classes = more.class_names(run.drawings, "flags")
+    train, test = (more.read(run.drawings, "flags", split, classes) for split in ("train", "test"))
+    return classes, train, test
+
+
+def tiles(run: OwnRun) -> tuple[list[str], Images, Images]:
+    """Cut `PHOTOS` into 4 by 4 tiles; returns what `long_tail` does."""
     train, test = [], []
     for label, file in enumerate(PHOTOS.values()):
         with resources.files("skimage.data").joinpath(file).open("rb") as opened:
@@ -69,20 +122,19 @@ def tiles(drawings: Path | None) -> tuple[list[str], Images, Images]:
     return list(PHOTOS), train, test
 
 
-SETS: dict[str, Callable[[Any], tuple[list[str], Images, Images]]] = {"flags": flags, "tiles": tiles}
-
-
-def planned(drawings: Path | None, seeds: int) -> list[OwnRun]:
-    """The runs of all methods; without `drawings`, of the tiles alone."""
-    sets = [name for name in SETS if drawings or name != "flags"]
-    return [OwnRun(name, method, seed, drawings) for name in sets for seed in range(seeds) for method in METHODS]
+SETS: dict[str, Callable[[OwnRun], tuple[list[str], Images, Images]]]
+SETS = {"long tail": long_tail, "flags": flags, "tiles": tiles}
 
 
 def execute(run: OwnRun) -> list[dict[str, Any]]:
     """Tune as `skipkernels tune --shots all` does with own data. Returns a row."""
-    classes, train, test = SETS[run.task](run.drawings)
+    classes, train, test = SETS[run.task](run)
     settings: dict[str, Any] = {"model": pictogram_tiny.NAME, "template": (TEMPLATE,), "shots": "all", "device": "cpu"}
     with tempfile.TemporaryDirectory() as folder:
         settings |= {"seed": run.seed, "precision": "fp32", "out": Path(folder, "run")}
-        metrics = tune(dataset=train, test=test, classes=classes, **settings, **METHODS[run.method])
-    return [run.columns | {"accuracy": metrics["tuned"]["all"], "chosen": metrics["classifier"]}]
+        metrics = tune(dataset=train, test=test, classes=classes, **settings, **METHODS[run.task][run.method])
+    by_class = metrics["by_class"]["all"]
+    first, *others = (each["recall"] for each in by_class["classes"])
+    found = {"accuracy": metrics["tuned"]["all"], "balanced": by_class["balanced_accuracy"]}
+    found |= {"large": first, "rare": round(statistics.fmean(others), 4)} if run.task == "long tail" else {}
+    return [run.columns | found | {"chosen": metrics["classifier"]}]

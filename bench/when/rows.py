@@ -13,8 +13,8 @@ from rich.progress import track
 
 from .. import measure
 from ..rows import Row, append_rows, grouped, latest_rows, machine_columns
+from .own import OwnRun
 from .plan import CANDIDATES, KEPT, RECIPES, VARIANTS, Candidate, Run
-from .tail import TailRun
 from .tasks import Shift
 
 RUN_COLUMNS = ("task", "method", "phase", "seed", "setting")
@@ -22,7 +22,7 @@ _WHOLE_TOWERS = ("full", "lora", "coop")  # train through the whole text tower
 
 
 def with_rows_of(
-    runs: Iterable[Run | TailRun],
+    runs: Iterable[Run | OwnRun],
     kind: str,
     execute: Callable[[Any], list[dict[str, Any]]],
     *,
@@ -56,7 +56,7 @@ def with_rows_of(
     return rows
 
 
-def _recorded(execute: Callable[[Any], list[dict[str, Any]]], run: Run | TailRun) -> list[dict[str, Any]]:
+def _recorded(execute: Callable[[Any], list[dict[str, Any]]], run: Run | OwnRun) -> list[dict[str, Any]]:
     """Execute a run; its rows get the columns of the machine here, in the process that has their number of threads."""
     rows = execute(run)
     machine = machine_columns(measure.CPU)

@@ -13,7 +13,6 @@ from scipy import stats
 
 from ..rows import Row
 from .plan import EVERY, HEADED, HEADS, VARIANTS
-from .tail import VARIANTS as VARIANTS_OF_TAIL
 from .tasks import SHIFTS
 from .trials import REFERENCE
 
@@ -65,6 +64,9 @@ _TOGETHER = "five categories"
 _CATEGORIES = ("animals", "food", "objects", "travel", "activities")
 _CLEAR = 0.05  # probability of a difference at least as large if there were none, after correction
 REFERENCE_SECONDS = (10, 30, 100)
+# Columns of the table of the long tail, by their title.
+_OF_TAIL = {"accuracy": "accuracy", "balanced accuracy": "balanced", "of the large class": "large"}
+_OF_TAIL |= {"of the fourteen": "rare"}
 
 Table = tuple[list[str], list[list[str]]]
 """Header and lines of cells."""
@@ -249,30 +251,19 @@ def steps_table(steps: Sequence[Row]) -> Table:
     return header, lines
 
 
-def tail_table(rows: Sequence[Row]) -> Table:
-    """Accuracies in per cent on the long tail, and how often the default chose which candidate."""
+def own_table(rows: Sequence[Row], tasks: Sequence[str], columns: Mapping[str, str]) -> Table:
+    """Accuracies in per cent on own sets, and how often the default chose which candidate; columns by their title."""
     lines = []
-    for variant in VARIANTS_OF_TAIL:
-        of = [row for row in rows if row["method"] == variant]
-        cells = [
-            Interval.of([float(row[column]) for row in of]) for column in ("accuracy", "balanced", "large", "rare")
-        ]
-        chosen = Counter(row["chosen"] for row in of if row["chosen"] != variant.partition(",")[0])
+    for method in dict.fromkeys(row["method"] for row in rows if row["task"] in tasks):
+        cells, chosen = [], Counter[str]()
+        for task in tasks:
+            of = [row for row in rows if (row["task"], row["method"]) == (task, method)]
+            cells += [Interval.of([float(row[column]) for row in of]) for column in columns.values()]
+            chosen.update(row["chosen"] for row in of if method.startswith("the default"))
         names = ", ".join(f"{name} ({count})" for name, count in sorted(chosen.items()))
-        lines += [[variant, *(cell.text() if cell else "" for cell in cells), names]] if of else []
-    return ["", "accuracy", "balanced accuracy", "of the large class", "of the fourteen", "chosen (runs)"], lines
-
-
-def own_table(rows: Sequence[Row]) -> Table:
-    """Accuracy in per cent on own sets, and how often the default chose which candidate."""
-    sets = list(dict.fromkeys(row["task"] for row in rows))
-    lines = []
-    for method in dict.fromkeys(row["method"] for row in rows):
-        of = {name: [row for row in rows if (row["task"], row["method"]) == (name, method)] for name in sets}
-        cells = [Interval.of([float(row["accuracy"]) for row in each]).text() for each in of.values()]
-        chosen = Counter(row["chosen"] for each in of.values() for row in each if method == "the default")
-        lines.append([method, *cells, ", ".join(f"{name} ({count})" for name, count in sorted(chosen.items()))])
-    return ["", *sets, "chosen (runs)"], lines
+        lines.append([method, *(cell.text() if cell else "" for cell in cells), names])
+    titles = list(columns) if len(tasks) == 1 else tasks
+    return ["", *titles, "chosen (runs)"], lines
 
 
 def trials_table(rows: Sequence[Row]) -> Table:
@@ -300,7 +291,7 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Row]], Table]]] = {
     "settings": ("when", settings_table),
     "cost": ("when_cost", cost_table),
     "steps": ("when_steps", steps_table),
-    "tail": ("when_tail", tail_table),
-    "own": ("when_own", own_table),
+    "tail": ("when_own", partial(own_table, tasks=["long tail"], columns=_OF_TAIL)),
+    "own": ("when_own", partial(own_table, tasks=["flags", "tiles"], columns={"accuracy": "accuracy"})),
     "trials": ("when_trials", trials_table),
 }
