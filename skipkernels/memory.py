@@ -36,6 +36,8 @@ def free_bytes(device: torch.device) -> float:
         return torch.cuda.mem_get_info(device)[0] + reserved
     if sys.platform == "darwin":
         return _free_on_macos()
+    if device.type != "cpu":
+        return math.inf
     free = _fields(_PROC / "meminfo").get("MemAvailable:", math.inf) * 1024
     path = _read(_PROC / "self/cgroup").rpartition("0::/")[2].strip()  # cgroup v2 is the line "0::/path"
     for group in (_GROUPS / path, *(_GROUPS / path).parents):

@@ -73,6 +73,7 @@ def test_free_bytes_of_this_machine():
 
 
 def test_free_bytes_unknown(tmp_path, monkeypatch):
+    assert memory.free_bytes(torch.device("xpu")) == float("inf")
     monkeypatch.setattr(memory, "_PROC", tmp_path)
     monkeypatch.setattr(memory, "_GROUPS", tmp_path)
     assert memory.free_bytes(CPU) == float("inf")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -219,7 +220,7 @@ def draw_of_constant_size(sampler: RankSampler, classes: int, batch: int) -> tor
 def test_reserved_ranks_have_one_size_and_address(tail, max_tail):
     """Batch, classes, options, seed and state change; each step advances the generator as `draw` does."""
     ours, theirs = (RankSampler(tail=tail, max_tail=max_tail) for _ in range(2))
-    reserved = ReservedRanks(ours)
+    reserved = ReservedRanks(SimpleNamespace(sampler=ours))
 
     def same_draws(classes: int, batch: int, count: int = 4) -> None:
         addresses = set()

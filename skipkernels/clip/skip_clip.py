@@ -123,7 +123,7 @@ class SkipCLIP(nn.Module):
         checks.check_options(memory=memory, attention=attention, trainable=trainable, chunk=chunk)
         checks.refuse_inference_mode("SkipCLIP: cannot be created")
         self.label_smoothing = checks.as_label_smoothing(label_smoothing)
-        share = keep_ratio if train_text else 1.0  # constant class embeddings cost nothing
+        share = keep_ratio if train_text else 1.0  # constant class embeddings need no text tower
         self.sampler = RankSampler(
             share, max_keep=max_keep, decay=decay, tail=tail, max_tail=max_tail, generator=generator
         )
@@ -427,7 +427,7 @@ class SkipCLIP(nn.Module):
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
     ) -> None:
-        """Warn instead of an error if a state dict has no extra state, such as the model's own."""
+        """Warn instead of an error if a state dict has no extra state."""
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
         forgive_missing_state(f"{prefix}_extra_state", missing)
 

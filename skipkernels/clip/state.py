@@ -60,5 +60,5 @@ def forgive_missing_state(key: str, missing: list[str]) -> None:
     if key in missing:
         missing.remove(key)
         warn_caller(
-            "SkipCLIP: the state dict has no sampler and no prototypes, such as the model's own; both stay as they are."
+            "SkipCLIP: the state dict has no sampler and no prototypes, so it has weights alone; both stay as they are."
         )

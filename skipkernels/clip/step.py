@@ -51,6 +51,7 @@ def cross_entropy(
         )
         return SkipOutput(loss, None, class_ids, targets)
     logits = functional.class_sampled_logits(image, text, scale)
+    weight = None if weight is None else weight.to(logits.dtype)
     expected = targets if targets.ndim == 1 else targets.to(logits.dtype)
     loss = F.cross_entropy(logits, expected, weight, label_smoothing=options.label_smoothing)
     return SkipOutput(loss, logits, class_ids, targets)

@@ -1,4 +1,4 @@
-"""Text features at the cut in a folder, a `features.mapped_table`, and the prototypes in a file."""
+"""Text features at the cut in a folder: a `features.mapped_table`."""
 
 from __future__ import annotations
 
@@ -7,24 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from .._progress import Output, progress
-from ..digests import digest_json, digest_tensors
+from ..digests import digest_tensors
 from ..features.layout import NAMES, STORED_DTYPES, CacheError, Layout, probe_of
 from ..features.mapped_table import MappedTable
-from ..features.writer import TableWriter, disk_errors
-from ..folders import is_locked, replace_tensors
+from ..features.writer import TableWriter
+from ..folders import is_locked
 from ..formatting import escaped
-from ..towers.text import representative_classes
 
 if TYPE_CHECKING:
     from .texts import ClassTexts
-
-# Largest distance between stored and recomputed prototypes; beyond it they are recomputed. On one machine it is at most
-# 7e-7 in fp32, with smaller chunks; another activation in one block changes at least 2e-3.
-_PROTOTYPE_TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-3}
 
 
 def features_in_folder(folder: Path, texts: ClassTexts) -> MappedTable:
@@ -50,35 +43,6 @@ def features_in_folder(folder: Path, texts: ClassTexts) -> MappedTable:
                 writer.write(start, rows.cpu())
                 advance(number)
     return MappedTable.open(folder)
-
-
-def prototypes_in_file(path: Path, texts: ClassTexts) -> Tensor:
-    """Embeddings [C, D] of all classes from a file; computed if it is missing, damaged or of another model."""
-    parameters = list(texts.tower.upper_parameters())
-    weights = digest_tensors((str(number), p) for number, p in enumerate(parameters))
-    identity = digest_json(_identity(texts) | {"upper weights": weights})
-    sample = representative_classes(texts.templates[0])
-    found = texts.embeddings(sample)  # [n, D]
-    stored = _stored(path, identity)
-    if stored is not None:
-        stored = stored.to(texts.device)
-        coarsest = max((p.dtype for p in parameters), key=lambda dtype: torch.finfo(dtype).eps)
-        if (found - stored[sample]).norm(dim=-1).max() <= _PROTOTYPE_TOLERANCE[coarsest]:
-            return stored
-    prototypes = texts.embeddings()
-    with disk_errors(path.parent):
-        replace_tensors(path, {"prototypes": prototypes}, {"xxh3": digest_tensors([(identity, prototypes)])})
-    return prototypes
-
-
-def _stored(path: Path, identity: str) -> Tensor | None:
-    """Prototypes in a file, if their digest is that of undamaged ones with this identity."""
-    try:
-        with safe_open(path, "pt") as file:
-            stored = file.get_tensor("prototypes")
-            return stored if file.metadata()["xxh3"] == digest_tensors([(identity, stored)]) else None
-    except (OSError, SafetensorError, LookupError, TypeError):
-        return None
 
 
 def _identity(texts: ClassTexts) -> dict[str, str | int]:

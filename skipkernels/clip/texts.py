@@ -125,8 +125,8 @@ class ClassTexts(PromptEncoder):
     Args:
         tower: Text tower, cut.
         tokens: [C, L] or [C, T, L].
-        folder: Folder of the features and prototypes; by default they are in memory.
-        prototypes: [C, D]; by default computed with the current weights, or read from the folder.
+        folder: Folder of the features; by default they are in memory.
+        prototypes: [C, D]; by default computed with the current weights.
 
     Attributes:
         prototypes: [C, D] unit-norm embeddings from before tuning, at least fp32.
@@ -144,7 +144,7 @@ class ClassTexts(PromptEncoder):
         # First row of each template
         self._starts = [0, *itertools.accumulate(prompts.row_count for prompts in self.templates[:-1])]
         self._kept: _Kept | None = None
-        self.prototypes = self._compute_prototypes() if prototypes is None else prototypes
+        self.prototypes = self.embeddings() if prototypes is None else prototypes
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_table": None, "_kept": None}  # not shared with other processes or copies
@@ -158,13 +158,6 @@ class ClassTexts(PromptEncoder):
             if labels is None or labels.ndim == 1:
                 return functional.class_scores(image, prototypes, labels)
             return functional.class_scores(image, prototypes).masked_fill((labels != 0).any(dim=0), torch.inf)
-
-    def _compute_prototypes(self) -> Tensor:
-        if self.folder is None:
-            return self.embeddings()
-        from .text_cache import prototypes_in_file
-
-        return prototypes_in_file(self.folder / "prototypes.safetensors", self)
 
     def kept_embeddings(self) -> Tensor:
         """Unit-norm embeddings [C, D] of all classes in evaluation mode, without gradient; kept until a change."""

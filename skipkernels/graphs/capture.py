@@ -35,7 +35,7 @@ def record(run: Callable[[], Result], stream: Any) -> tuple[Any, Result]:
             torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
         ):
             return graph, run()
-    except RuntimeError:
+    except BaseException:
         # Before torch 2.12 the allocator of the device remains in the capture, and memory that several streams used is
         # never freed: eager steps would fill the device.
         with contextlib.suppress(RuntimeError):  # it is in no capture

@@ -142,7 +142,7 @@ class GraphedStep:
             )
         self._clip, self._optimizer, self._batch_size = clip, optimizer, batch_size
         self._check_optimizer()
-        self._ranks = ReservedRanks(clip.sampler)
+        self._ranks = ReservedRanks(clip)
         self._numbers = DeviceNumbers()  # rates of PyTorch's optimizers, and the gradient of the loss
         self._streams: _Streams | None = None  # of the last call
         self._steps: _Steps | None = None  # of the last batch of `batch_size`
@@ -227,8 +227,6 @@ class GraphedStep:
                 f"graphed: labels must be class ids, int64 [B]; got {described(labels)}. The classes of soft labels "
                 "are counted on the host: run without graphed."
             )
-        if self._clip.sampler.keeps_classes:
-            raise RuntimeError("graphed: a step selects its own classes. Leave same_classes(), or run without graphed.")
 
     def _check_batch(self, pixel_values: Tensor, labels: Tensor, autocast: torch.dtype | None) -> None:
         """Raise unless a batch on a GPU can be captured."""
@@ -300,7 +298,7 @@ class GraphedStep:
         if reason is None:
             try:
                 return self._capture(steps)
-            except RuntimeError as error:
+            except Exception as error:
                 # The end of a capture raises an error of its own after one within it.
                 reason = f"the capture failed: {first_line(error.__context__ or error).rstrip('.')}."
         # Behind the handler: its traceback holds tensors of the capture.

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..clip import SkipCLIP
 from ..clip.texts import ClassTexts
 from ..ops.classes_at_ranks import classes_at_ranks
 from ..ops.launching import pinned
-from ..selection import ClassSelection, RankSampler
+from ..selection import ClassSelection
 
 
 class ReservedRanks:
@@ -20,13 +21,13 @@ class ReservedRanks:
         ranks: int64 [K], of the last draw. The address changes with K alone.
     """
 
-    def __init__(self, sampler: RankSampler):
-        self._sampler = sampler
+    def __init__(self, clip: SkipCLIP):
+        self._clip = clip
         self.ranks: Tensor | None = None
 
     def draw(self, device: torch.device, num_classes: int, batch_size: int) -> None:
         """Draw the ranks of the next step; K is the same in every step."""
-        drawn = self._sampler.draw(num_classes, batch_size, one_size=True)
+        drawn = self._clip.sampler.draw(num_classes, batch_size, one_size=True)
         if self.ranks is None or self.ranks.shape != drawn.shape or self.ranks.device != device:
             self.ranks = torch.empty_like(drawn, device=device)
         self.ranks.copy_(pinned(drawn, device), non_blocking=True)

@@ -93,8 +93,8 @@ def count_of(batch: Any) -> int:
     return len(batch) if isinstance(batch, Tensor) and batch.ndim else 0
 
 
-def or_one_row(batch: Any, row: Tensor | None = None) -> Any:
-    """Return a batch; in place of an empty one `row`, by default zeros, so that gradients are zeros, not None."""
-    if count_of(batch) or not isinstance(batch, Tensor) or batch.ndim == 0:
-        return batch
-    return batch.new_zeros(1, *batch.shape[1:]) if row is None else row[None].to(batch)
+def filled(*batches: Any) -> tuple[Any, ...]:
+    """Return batches; if all are empty, a row of zeros in place of each, so that gradients are zeros, not None."""
+    if not all(isinstance(x, Tensor) and x.ndim and len(x) == 0 for x in batches):
+        return batches
+    return tuple(x.new_zeros(1, *x.shape[1:]) for x in batches)

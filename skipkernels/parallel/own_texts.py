@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..clip.texts import ClassTexts
 from .class_parallel import ClassParallel
-from .gathers import or_one_row
+from .gathers import filled
 
 
 class OwnTexts:
@@ -39,4 +39,4 @@ class OwnTexts:
         Without any, that of a class that is not used, so that gradients are zero, not None.
         """
         self.positions, own_ids = self._shards.own_of(class_ids)
-        return self._texts.encode(or_one_row(own_ids))
+        return self._texts.encode(*filled(own_ids))

@@ -10,7 +10,7 @@ from ..clip import SkipOutput
 from ..clip.step import select_and_encode
 from ..pairs.checks import bias_of, check_captions, check_many_labels, pair_bias, refuse_loss_options
 from ..pairs.losses import encoded_loss
-from .gathers import count_of, gather_rows, or_one_row
+from .gathers import count_of, filled, gather_rows
 from .loss import sharded_binary_cross_entropy, sharded_contrastive_loss, sharded_pairwise_sigmoid_loss
 from .own_texts import OwnTexts
 from .sharded_clip import ShardedSkipCLIP, check_sharded
@@ -38,8 +38,9 @@ def pair_loss(
     def check() -> tuple[Tensor, Tensor, Tensor | float | None]:
         refuse_loss_options("pair_loss", clip)
         bias = pair_bias(clip, loss, logit_bias)
-        prompt = clip.texts.tokens.flatten(0, -2)[0] if ndim == 2 else None
-        x, texts = or_one_row(pixel_values), or_one_row(captions, prompt)
+        x, texts = filled(pixel_values, captions)
+        if ndim == 2 and texts is not captions:  # a prompt, of which a token can be pooled
+            texts = clip.texts.tokens.flatten(0, -2)[:1].to(captions)
         clip.check_inputs(x)
         check_captions(texts, len(x), clip.num_classes, clip.texts.tower.vocabulary)
         return x, texts.to(x.device, torch.int64), bias
@@ -51,7 +52,7 @@ def pair_loss(
     else:
         caption_ids = gather_rows(captions[:count], sizes, shards.group)  # [B]
         pair_ids, own_ids = shards.own_of(caption_ids)  # [n]
-        captions = or_one_row(own_ids)
+        (captions,) = filled(own_ids)
 
     def loss_of(image: Tensor, text: Tensor) -> Tensor:
         image, scale = gather_rows(image[:count], sizes, shards.group), clip.scale  # [B, D]
@@ -80,7 +81,7 @@ def sigmoid_loss(
 
     def check() -> tuple[Tensor, Tensor, Tensor | float]:
         refuse_loss_options("sigmoid_loss", clip)
-        x, y = or_one_row(pixel_values), or_one_row(labels)
+        x, y = filled(pixel_values, labels)
         clip.check_inputs(x)
         check_many_labels(y, x, clip.num_classes, max_labels)
         return x, y != 0, bias_of("sigmoid_loss", clip, logit_bias)

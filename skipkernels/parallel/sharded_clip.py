@@ -25,7 +25,7 @@ from ..digests import digest_json, digest_tensors, digests
 from ..retrieval import check_k, largest, top_k_logits
 from ..towers.base import Tower, UnsupportedModel
 from .class_parallel import ClassParallel, check_group
-from .gathers import all_gather, count_of, gather_rows, or_one_row
+from .gathers import all_gather, count_of, filled, gather_rows
 from .loss import OwnColumns, sharded_cross_entropy
 from .own_texts import OwnTexts
 
@@ -120,7 +120,7 @@ class ShardedSkipCLIP(SkipCLIP):
 
         def checked() -> tuple[Tensor, Tensor]:
             _refuse_soft_labels(labels, return_logits)
-            x, y = or_one_row(batch), or_one_row(labels)
+            x, y = filled(batch, labels)
             check(x)
             check_labels(y, x, self.num_classes)
             return x, y
@@ -150,6 +150,15 @@ class ShardedSkipCLIP(SkipCLIP):
     def begin(
         self, call: str, count: int, check: Callable[[], Result], *, draws: bool = False
     ) -> tuple[Result, list[int]]:
+        """Check the arguments of a call on images; see `_check_on_all`."""
+        found, sizes = self._check_on_all(call, count, check, draws=draws)
+        if sum(sizes) == 0:
+            raise ValueError("ShardedSkipCLIP: a batch must have at least one image on one of the processes; got none.")
+        return found, sizes
+
+    def _check_on_all(
+        self, call: str, count: int, check: Callable[[], Result], *, draws: bool = False
+    ) -> tuple[Result, list[int]]:
         """Check the arguments of a call; return what `check` returns, and the number of images of each process.
 
         Collective: an error of `check` is raised on every process. `draws` if the call selects classes.
@@ -160,10 +169,7 @@ class ShardedSkipCLIP(SkipCLIP):
         except Exception:
             self.shards.announce_error(call, device)
             raise
-        sizes = self.shards.gather_sizes(count, call, device, self.sampler.identity() if draws else b"")
-        if sum(sizes) == 0:
-            raise ValueError("ShardedSkipCLIP: a batch must have at least one image on one of the processes; got none.")
-        return found, sizes
+        return found, self.shards.gather_sizes(count, call, device, self.sampler.identity() if draws else b"")
 
     def evaluation_embeddings(self) -> Tensor:  # noqa: D102
         if torch.is_grad_enabled():
@@ -184,7 +190,7 @@ class ShardedSkipCLIP(SkipCLIP):
         """
         if tokens is not None or class_embeddings is not None:
             count = count_of(pixel_values)  # 0 is allowed here too
-            rows = or_one_row(pixel_values)
+            (rows,) = filled(pixel_values)
             return super().predict(rows, tokens=tokens, class_embeddings=class_embeddings)[:count]
         shards = self.shards
         image, classes, sizes = self._gathered_image_and_classes(pixel_values, "predict")
@@ -243,9 +249,13 @@ class ShardedSkipCLIP(SkipCLIP):
 
     def set_classes(self, tokens: Tensor, class_weight: Tensor | None = None) -> None:
         """Replace the classes of the task in place, on every process; see `SkipCLIP.set_classes`."""
-        tokens = as_tokens(tokens)
-        shards = replace(self.shards, num_classes=len(tokens))
-        weight = as_class_weight(class_weight, self.prototypes, len(tokens))
+
+        def check() -> tuple[Tensor, ClassParallel, Tensor | None]:
+            found = as_tokens(tokens)
+            shards = replace(self.shards, num_classes=len(found))
+            return found, shards, as_class_weight(class_weight, self.prototypes, len(found))
+
+        (tokens, shards, weight), _ = self._check_on_all("set_classes", 0, check)
         digest = digest_tensors([("tokens", tokens)])
         self._check_agreement(shards, digest, weight)
         super().set_classes(tokens[shards.owned])
@@ -257,7 +267,7 @@ class ShardedSkipCLIP(SkipCLIP):
     def _gathered_image_and_classes(self, pixel_values: Any, call: str) -> tuple[Tensor, Tensor, list[int]]:
         """Scaled image embeddings [B, D] of all processes, own class embeddings, and image counts; collective."""
         count = count_of(pixel_values)
-        local = partial(self._scaled_image_and_classes, or_one_row(pixel_values))
+        local = partial(self._scaled_image_and_classes, *filled(pixel_values))
         (image, classes), sizes = self.begin(call, count, local)
         return gather_rows(image[:count], sizes, self.shards.group), classes, sizes
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any, NamedTuple, get_args
 
@@ -57,9 +56,6 @@ class RankSampler:
         max_tail: Upper bound on Σq, the expected number of classes drawn from the tail; q is scaled down if Σq exceeds
             it (`bounded`). "resample" then draws at most `max_tail` classes, "fixed" `max_tail` on average. With None,
             the default, the tail grows with C as published, to 6 % of a million classes. A bound changes the method.
-
-    Attributes:
-        keeps_classes: True within `same_classes`.
     """
 
     def __init__(
@@ -76,8 +72,6 @@ class RankSampler:
         self.generator = torch.Generator().manual_seed(0) if generator is None else generator
         self._largest_batch = 1  # so far: a smaller last batch then keeps as many classes as the others
         self._fixed: Tensor | None = None  # uniform numbers of the last ranks, for `tail="fixed"`
-        self.keeps_classes = False
-        self._kept: Tensor | None = None  # classes [K] of the first step within `same_classes`
 
     def __setattr__(self, name: str, value: Any) -> None:
         _check_option(name, value)
@@ -116,51 +110,13 @@ class RankSampler:
             max_labels: Bound of the number of different labels of [B, C]. By default they are counted, on a GPU by a
                 host sync.
         """
-        if self._kept is not None:
-            return _select_again(self._kept, scores, labels)
         if labels.ndim == 1:
-            selection = self._of_ids(scores, labels)
-        else:
-            selection = self._of_columns(scores, labels, max_labels)
-        if self.keeps_classes:
-            self._kept = selection.class_ids
-        return selection
-
-    def _of_ids(self, scores: Tensor, labels: Tensor) -> ClassSelection:
-        """Select the classes of labels [B]; targets are positions."""
-        ranks = self.draw(len(scores), len(labels))  # [K]
-        return ClassSelection(*classes_at_ranks(scores, _to_device_of(scores, ranks), labels))
-
-    def _of_columns(self, scores: Tensor, labels: Tensor, max_labels: int | None) -> ClassSelection:
-        """Select the classes of labels [B, C]; targets are their columns."""
+            ranks = self.draw(len(scores), len(labels))  # [K]
+            return ClassSelection(*classes_at_ranks(scores, _to_device_of(scores, ranks), labels))
         counted = int((scores == math.inf).sum()) if max_labels is None else 0
         ranks = self.draw(len(scores), max_labels or len(labels), counted=counted)  # [K]
         class_ids, _ = classes_at_ranks(scores, _to_device_of(scores, ranks), None)  # [K]
         return ClassSelection(class_ids, labels.index_select(1, class_ids))
-
-    @contextmanager
-    def same_classes(self) -> Iterator[None]:
-        """Select the classes of the first training step for all steps of the context, with one draw.
-
-        The loss of a batch is then a function of the weights, as SAM, the closure of LBFGS and the two forward passes
-        of R-Drop need it. Labels of later steps must be among these classes: a ValueError on the CPU, and a device-side
-        assertion on a GPU. Graphed steps are refused.
-
-        Example:
-            >>> sampler, labels = RankSampler(), torch.tensor([3, 7])
-            >>> scores = torch.rand(100).index_fill(0, labels, torch.inf)
-            >>> with sampler.same_classes():
-            ...     first, second = sampler.select(scores, labels), sampler.select(scores, labels)
-            >>> first.class_ids.equal(second.class_ids)
-            True
-        """
-        if self.keeps_classes:
-            raise RuntimeError("RankSampler: same_classes() cannot be nested. Leave the outer context first.")
-        self.keeps_classes = True
-        try:
-            yield
-        finally:
-            self.keeps_classes, self._kept = False, None
 
     # ---- ranks -------------------------------------------------------------------------------------------------
 
@@ -204,9 +160,8 @@ class RankSampler:
 
     def identity(self) -> bytes:
         """Return what the classes of the next step depend on besides the scores, as bytes."""
-        kept = None if self._kept is None else self._kept.tolist()
         state = self.generator.get_state().numpy().tobytes()  # `_fixed` was drawn by this generator
-        return repr((self.options(), self._largest_batch, self.keeps_classes, kept)).encode() + state
+        return repr((self.options(), self._largest_batch)).encode() + state
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the state of the draws, for `load_state_dict`, as CPU tensors."""
@@ -231,7 +186,7 @@ class RankSampler:
         # A generator cannot be pickled; its device and state can. The state is pickled as bytes, because a spawned
         # process would open the shared memory of a tensor after this process has freed it.
         generator = self.generator.device, self.generator.get_state().numpy().tobytes()
-        return vars(self) | {"generator": generator, "keeps_classes": False, "_kept": None}
+        return vars(self) | {"generator": generator}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         device, data = state["generator"]
@@ -242,21 +197,6 @@ class RankSampler:
 
 def _to_device_of(scores: Tensor, ranks: Tensor) -> Tensor:
     return pinned(ranks, scores.device).to(scores.device, non_blocking=True)
-
-
-def _select_again(class_ids: Tensor, scores: Tensor, labels: Tensor) -> ClassSelection:
-    """Select the classes [K] of an earlier step, among which all labels must be."""
-    missing = (scores == math.inf).index_fill(0, class_ids, False)  # [C]
-    expected = "within same_classes() labels must be among the classes that its first step kept"
-    if missing.device.type != "cpu":
-        torch._assert_async(~missing.any(), f"RankSampler: {expected}.")
-    elif missing.any():
-        raise ValueError(
-            f"RankSampler: {expected}, {len(class_ids)} of {len(missing)}; got {missing.count_nonzero()} others, "
-            f"such as {int(missing.nonzero()[0])}. Enter same_classes() again for each batch."
-        )
-    targets = torch.searchsorted(class_ids, labels) if labels.ndim == 1 else labels.index_select(1, class_ids)
-    return ClassSelection(class_ids, targets)
 
 
 def _is_real(value: Any) -> bool:

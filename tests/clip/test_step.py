@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import pickle
 from typing import Any, NamedTuple
 
@@ -261,80 +260,3 @@ def test_evaluation_compares_every_class_without_draw(gradients):
     assert out.loss.item() == pytest.approx(expected.item(), rel=1e-10)
     clip.train()
     assert first + drawn(clip) == drawn(other, 6)
-
-
-# ---- the same classes ------------------------------------------------------------------------------------------------
-
-
-def draws_of(clip: sk.SkipCLIP) -> Tensor:
-    return clip.sampler.generator.get_state()
-
-
-def test_sam_with_the_same_classes_equals_naive():
-    clip, once = make_clip(), make_clip()
-    before = draws_of(clip)
-    once(IMAGES, LABELS)
-    with clip.sampler.same_classes():
-        first = clip(IMAGES, LABELS)
-        with torch.no_grad():
-            for name, gradient in gradients(clip.model, first.loss).items():
-                clip.model.get_parameter(name).add_(0.05 * gradient)
-        second = assert_step_equals_naive(clip, tiny_tokens(C), IMAGES, LABELS)
-    assert second.class_ids is first.class_ids and second.targets.equal(first.targets)
-    assert draws_of(clip).equal(draws_of(once)) and not draws_of(clip).equal(before)
-    assert not clip(IMAGES, LABELS).class_ids.equal(first.class_ids), "drawn again"
-
-
-def test_same_classes_for_every_kind_of_labels():
-    """Class ids, soft labels and several labels, on subsets of the labels of the first step."""
-    clip = make_clip()
-    many = F.one_hot(LABELS, C)
-    for first in (LABELS, mixup(LABELS), many):
-        with clip.sampler.same_classes():
-            steps = [
-                sk.pairs.sigmoid_loss(clip, IMAGES[rows], y[rows], max_labels=1)
-                if y is many
-                else clip(IMAGES[rows], y[rows])
-                for y, rows in [(first, slice(None)), (LABELS, slice(2)), (mixup(LABELS), slice(2)), (many, slice(2))]
-            ]
-        assert len(steps[0].class_ids) < C and all(out.class_ids is steps[0].class_ids for out in steps)
-        assert steps[1].class_ids[steps[1].targets].equal(LABELS[:2])
-        assert steps[3].targets.sum() == 2
-
-
-def test_checkpointed_step_within_same_classes():
-    """The second forward of activation checkpointing, which elsewhere would draw other classes."""
-    clip, plain = make_clip(), make_clip()
-    right = gradients(plain, plain(IMAGES, LABELS).loss)
-    features = clip.encode_lower(IMAGES)
-    with clip.sampler.same_classes():
-        step = functools.partial(torch.utils.checkpoint.checkpoint, clip, features, LABELS, use_reentrant=False)
-        step().loss.backward()
-    assert_equal_gradients(clip, right)
-
-
-def test_same_classes_ends_with_an_error():
-    clip = make_clip()
-    with pytest.raises(ZeroDivisionError), clip.sampler.same_classes():
-        clip(IMAGES, LABELS)
-        raise ZeroDivisionError
-    assert not clip(IMAGES, LABELS).class_ids.equal(clip(IMAGES, LABELS).class_ids)
-
-
-def test_same_classes_refuses():
-    clip = make_clip()
-    with clip.sampler.same_classes():
-        kept = clip(IMAGES, LABELS).class_ids
-        other = next(c for c in range(C) if c not in kept)
-        message = rf"the classes that its first step kept, {len(kept)} of 17; got 1 others, such as {other}"
-        for labels in (torch.full((4,), other), F.one_hot(torch.full((4,), other), C).double()):
-            with pytest.raises(ValueError, match=message):
-                clip(IMAGES, labels)
-        with pytest.raises(RuntimeError, match="cannot be nested"), clip.sampler.same_classes():
-            pass
-        step = sk.graphed(clip, sk.FusedSGD(clip.parameter_groups(text_lr=0.1, image_lr=0.1)), batch_size=4)
-        with pytest.raises(RuntimeError, match="graphed: a step selects its own classes. Leave same_classes"):
-            step(IMAGES, LABELS)
-        assert clip(IMAGES, LABELS).class_ids is kept
-        within = clip.sampler.identity()
-    assert clip.sampler.identity() != within, "a process within differs from one outside"

@@ -127,16 +127,6 @@ def test_text_cache_late_lower_hook(tmp_path):
     assert step(clip)[0].shape == expected.shape
 
 
-def test_prototypes_follow_upper_weights(tmp_path):
-    make_clip(tmp_path)
-    tuned = tiny_clip(torch.float32)
-    with torch.no_grad():
-        tuned.text_projection.mul_(torch.linspace(0.5, 2.0, tuned.text_projection.shape[1]))
-    theirs = step(make_clip(model=tuned))
-    tuned.zero_grad()
-    assert same(step(make_clip(tmp_path, model=tuned)), theirs)
-
-
 # ---- caches that do not match ------------------------------------------------------------------------------------
 
 
@@ -146,24 +136,6 @@ def with_another_activation(blocks, dtype=torch.float32):
     for block in model.transformer.resblocks[blocks]:
         block.mlp.gelu = QuickGELU()
     return model
-
-
-def test_damaged_prototypes_are_recomputed(tmp_path):
-    theirs = step(make_clip(tmp_path))
-    file = tmp_path / "prototypes.safetensors"
-    sound = file.read_bytes()
-    for damaged in (sound[:-100] + bytes([sound[-100] ^ 1]) + sound[-99:], sound[:99], b""):
-        file.write_bytes(damaged)
-        assert same(step(make_clip(tmp_path)), theirs) and file.read_bytes() == sound
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_prototypes_follow_upper_activation(tmp_path, dtype):
-    first = make_clip(tmp_path, model=tiny_clip(dtype)).prototypes
-    theirs = make_clip(model=with_another_activation(slice(1, None), dtype)).prototypes
-    assert not theirs.equal(first)
-    for _ in ("created", "opened"):
-        assert make_clip(tmp_path, model=with_another_activation(slice(1, None), dtype)).prototypes.equal(theirs)
 
 
 def test_text_cache_waits_for_another_process(tmp_path, capfd):

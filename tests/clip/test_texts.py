@@ -188,6 +188,8 @@ def test_class_weight_is_a_copy_that_moves():
     given = class_weights()
     clip = sk.SkipCLIP(tiny_clip(torch.float32), tiny_tokens(C), skip_layers=1, class_weight=given)
     given.zero_()
+    wide, batch = copy.deepcopy(clip).double(), tiny_batch(3, C)
+    assert wide(*batch, return_logits=True).logits.dtype == wide.eval()(*batch).logits.dtype == torch.float64
     assert clip.bfloat16().class_weight.equal(class_weights()) and "class_weight" not in clip.state_dict()
     assert copy.deepcopy(clip).class_weight.equal(class_weights())
     with torch.autocast("cpu", torch.bfloat16):

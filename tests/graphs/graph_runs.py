@@ -66,7 +66,7 @@ class Run:
         self.clip = skip_clip(torch.bfloat16 if kind == "stochastic" else torch.float32)
         self.optimizer = optimizer_of(kind, self.clip)
         self.schedule = torch.optim.lr_scheduler.ExponentialLR(self.optimizer, 0.8)
-        self.ranks = ReservedRanks(self.clip.sampler)
+        self.ranks = ReservedRanks(self.clip)
         self.step = sk.graphed(self.clip, self.optimizer, batch_size=4) if by_graph else self.plain
 
     def plain(self, x: Tensor, labels: Tensor) -> sk.SkipOutput:

@@ -18,6 +18,7 @@ from skipkernels import optimizer
 from skipkernels.graphs import graphed_step as graphed
 from skipkernels.graphs import parts
 from skipkernels.ops import sgd_momentum
+from skipkernels.selection import RankSampler
 from tests.graphs.gpu_stand_in import stand_in
 from tests.graphs.graph_runs import CLASSES, Run, batches, skip_clip
 from tests.models import tiny_tokens
@@ -177,6 +178,10 @@ def _cut_again(run: Run) -> None:
     tower.cut = replace(tower.cut, chunk=7)  # any field
 
 
+def _other_sampler(run: Run) -> None:
+    run.clip.sampler = RankSampler(keep_ratio=0.3, generator=torch.Generator().manual_seed(8))
+
+
 def _smooth(run: Run) -> None:
     run.clip.label_smoothing = 0.2
 
@@ -190,6 +195,7 @@ CHANGES = {
     "tail drawn once": partial(_sample, tail="fixed"),
     "fewer classes": partial(_sample, keep_ratio=0.2, decay=3.0, max_tail=2),
     "other classes": _set_classes,
+    "another sampler": _other_sampler,
     "label smoothing": _smooth,
     "another cut": _cut_again,
 }
@@ -252,20 +258,20 @@ def test_a_held_loss_keeps_no_node_of_an_earlier_step(gpu):
     assert held.loss.requires_grad, "it was alive"
 
 
-@pytest.mark.parametrize("kind", ["in_backward", "in_step"])
-def test_steps_run_eagerly_after_a_failed_capture(gpu, kind):
+@pytest.mark.parametrize(("kind", "error"), [("in_backward", RuntimeError), ("in_step", ValueError)])
+def test_steps_run_eagerly_after_a_failed_capture(gpu, kind, error):
     """Also when it fails within backward: weights, draws and the optimizer are those of the loop."""
     ours, theirs = Run(kind, by_graph=True), Run(kind, by_graph=False)
 
     def stop(*_):
-        raise RuntimeError("operation not permitted when stream is capturing\nCUDA kernel errors might …")
+        raise error("operation not permitted when stream is capturing\nCUDA kernel errors might …")
 
     def fails(*arguments):
         handle = ours.clip.model.visual.ln_post.weight.register_hook(stop)
         try:
             gpu.record(*arguments)
-        except RuntimeError as error:
-            raise RuntimeError("the capture was invalidated") from error  # by its end
+        except error as first:
+            raise RuntimeError("the capture was invalidated") from first  # by its end
         finally:
             handle.remove()
 

@@ -51,6 +51,8 @@ def errors(rank: int) -> dict[str, Any]:
     clip = small_clip(group)
     found["max_labels"] = caught(sk.parallel.sigmoid_loss, clip, images, torch.zeros(2, CLASSES), max_labels=1 + rank)
     found["set_classes"] = caught(clip.set_classes, tiny_tokens(6, seed=rank))
+    tokens = tiny_tokens(6)
+    found["new tokens of one"] = caught(clip.set_classes, tokens.float() if rank else tokens)
     found["classes"] = clip.num_classes
     found["pairs"] = caught(sk.pairs.pair_loss, clip, images, labels)
     if rank:
@@ -95,6 +97,7 @@ def found(tmp_path_factory) -> list[dict[str, Any]]:
         ),
         ("many of one", "ValueError: sigmoid_loss: labels must be 0 or 1", "sigmoid_loss with max_labels=1"),
         ("predict of one", "ValueError: .*NaN", "predict"),
+        ("new tokens of one", "ValueError: SkipCLIP: tokens must be", "set_classes"),
     ],
 )
 def test_error_of_one_process_is_raised_on_every_process(found, name, error, call):

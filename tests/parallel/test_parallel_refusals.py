@@ -26,6 +26,10 @@ REFUSED: list[tuple[Callable[[Any], object], type[Exception], str]] = [
      "labels must be class ids .B. and return_logits False"),
     (lambda group: small_clip(group)(BATCH[0], torch.eye(CLASSES)[BATCH[1]] / 2 + 1 / 2 / CLASSES), ValueError,
      "^ShardedSkipCLIP: labels must be class ids"),
+    (lambda group: small_clip(group)(BATCH[0][:1], BATCH[1][:0]), ValueError, r"labels must be .* \[B=1\]"),
+    (lambda group: small_clip(group)(BATCH[0][:0], BATCH[1]), ValueError, "at least one image; got"),
+    (lambda group: sk.parallel.pair_loss(small_clip(group), BATCH[0][:1], tiny_tokens(0)), ValueError,
+     "pair_loss: captions"),
     (lambda group: sk.parallel.all_reduce_gradients(small_clip()), TypeError,
      "parallel.all_reduce_gradients: clip must be a ShardedSkipCLIP; got SkipCLIP"),
 ]  # fmt: skip

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 
 import skipkernels as sk
@@ -322,8 +321,7 @@ def test_text_cache_is_shared_out(results, folder):
         texts = folder / f"texts {size}"
         parts = sorted(path.name for path in texts.iterdir())
         assert parts == [f"process_{rank}_of_{size}" for rank in range(size)]
-        rows = [len(load_file(texts / name / "prototypes.safetensors")["prototypes"]) for name in parts]
-        assert rows == [len(range(rank, CLASSES, size)) for rank in range(size)]
+        assert all((texts / name / "features").is_dir() for name in parts)
 
 
 def test_copy_continues_with_the_processes(results):
