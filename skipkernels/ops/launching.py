@@ -37,23 +37,6 @@ except ImportError:  # not a Linux machine
     triton = types.SimpleNamespace(jit=lambda function=None, **_: function or (lambda f: f))
     tl = None
 
-__all__ = [
-    "Entry",
-    "Target",
-    "constexpr",
-    "current_stream",
-    "dot_precision",
-    "installed",
-    "launch",
-    "launch_options",
-    "pinned",
-    "products_widen",
-    "runs_beside_host",
-    "target",
-    "tl",
-    "triton",
-]
-
 installed = tl is not None
 constexpr = tl.constexpr if installed else int  # a constant of a module that kernels read
 
