@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 import skipkernels as sk
 from bench.operators.record import small_call
 from skipkernels import _build, reference
-from skipkernels.app.config import usable_device
+from skipkernels.app.config import resolved_precision, usable_device
 from skipkernels.ops import registration
 from tests.features.caches import images, skip_clip
 from tests.processes import run_in_processes
@@ -80,8 +80,15 @@ def test_training_needs_no_fp64(tmp_path):
 def test_auto_device(monkeypatch, cuda, mps, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    monkeypatch.setattr(torch, "empty", lambda *args, device: None)  # which no device here can make
+    monkeypatch.setattr(torch, "empty", lambda *args, device: torch.tensor([]))  # which no device here can make
     assert usable_device("auto", "tune") == expected
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((7, 5), "fp32"), ((8, 0), "bf16")])
+def test_auto_precision(monkeypatch, capability, expected):
+    """bf16 on the GPU of the run, not on the current one, if it is not emulated there."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", {"cuda:1": capability}.get)
+    assert resolved_precision("auto", "cuda:1") == expected
 
 
 @pytest.mark.parametrize("key", ["AutocastCPU", "AutocastCUDA", "AutocastMPS", "AutocastXPU"])

@@ -120,21 +120,16 @@ class TuneConfig(Settings):
 
         Raises an InputError if two values exclude each other.
         """
-        import torch
-
-        pictograms = self.data.partition(":")[0] == "pictograms"
-        if self.method == AUTO and (self.preset != "default" or not (self.own_data or pictograms)):
-            return dataclasses.replace(self, method="skip", out=self.folder).resolved(open_data)
         device = usable_device(self.device, "TuneConfig")
-        half: Precision = "bf16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "fp32"
         config = dataclasses.replace(
             self,
+            method=self._resolved_method,
             device=device,
-            precision=half if self.precision == "auto" else self.precision,
+            precision=resolved_precision(self.precision, device),
             validation="none" if self.validation == "auto" and not self.own_data else self.validation,
             protocol=self.protocol or ("few-shot" if self.own_data else "base-to-new"),
-            shots=("all" if pictograms else _SHOTS) if self.shots is None else self.shots,
-            head=self.head or ("auto" if self.method == AUTO else "none"),
+            shots=("all" if self._pictograms else _SHOTS) if self.shots is None else self.shots,
+            head=self.head or ("auto" if self._resolved_method == AUTO else "none"),
             out=self.folder,
         )
         recipe = config._recipe(open_data or self.open_data)
@@ -184,7 +179,17 @@ class TuneConfig(Settings):
         """Folder of the results. Default: in runs/, named after the data and the method."""
         if isinstance(self.resume, Path):
             return self.resume
-        return self.out or Path("runs", file_name(f"{self.data}-{self.method}"))
+        return self.out or Path("runs", file_name(f"{self.data}-{self._resolved_method}"))
+
+    @property
+    def _resolved_method(self) -> str:
+        """The method; "skip" for "auto" with other settings or data than those of its choice."""
+        chooses = self.preset == "default" and (self.own_data or self._pictograms)
+        return "skip" if self.method == AUTO and not chooses else self.method
+
+    @property
+    def _pictograms(self) -> bool:
+        return self.data.partition(":")[0] == "pictograms"
 
     @property
     def own_data(self) -> bool:
@@ -318,14 +323,24 @@ def usable_device(device: str, function: str) -> str:
     if device == "auto":
         chosen = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.empty(0, device=chosen)
+        torch.empty(0, device=chosen).cpu()  # "meta" has no values
     except (RuntimeError, AssertionError) as error:
         raise InputError(
-            f"device {chosen!r} can't be used: {first_line(error).rstrip('.')}. `skipkernels doctor` lists devices.",
+            f"device {chosen!r} can't be used: {first_line(error).rstrip('.!')}. `skipkernels doctor` lists devices.",
             "device",
             function,
         ) from None
     return chosen
+
+
+def resolved_precision(precision: Precision, device: str) -> Precision:
+    """Return a precision in place of "auto": "bf16" on a GPU that computes in it, else "fp32"."""
+    import torch
+
+    if precision != "auto":
+        return precision
+    # Before 8.0, NVIDIA's GPUs emulate bf16. AMD's start at 9.0.
+    return "bf16" if device.startswith("cuda") and torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
 
 
 def _refuse(argument: str, reason: str) -> NoReturn:

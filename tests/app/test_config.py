@@ -112,6 +112,7 @@ def test_resolved_epochs_depend_on_classes():
         ({"optimizer": "adamv"}, "optimizer must be 'sgd' or 'adamw'; got 'adamv'"),
         ({"resume": True, "overwrite": True}, "resume must be left out with `overwrite`"),
         ({"device": "cuda:99"}, "can't be used"),
+        ({"device": "meta"}, "device 'meta' can't be used: Cannot copy"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )  # fmt: skip

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import nn
 
 from ...options import Precision
-from ..config import usable_device
+from ..config import resolved_precision, usable_device
 from ..data import InputError, Task
 from ..data.base import check_choice
 from ..data.images import Images
@@ -55,8 +55,9 @@ def load_run(
 ) -> TunedRun:
     """Load the model of a run; see `Classifier.load` for the arguments and errors."""
     described, file = read_model(folder)
+    check_choice(precision, Precision, "precision", "Classifier.load")
     chosen = torch.device(usable_device(str(device or "auto"), "Classifier.load"))
-    resolved = _resolved(precision, chosen)
+    resolved = resolved_precision(precision, str(chosen))
     model, transform, tokenizer = load_run_model(folder, described, file, chosen, trust=trust)
     test = TestSet(TEST, _classes(described, classes), _templates(described, templates), _NO_IMAGES)
     method = _method(described, model, tokenizer, test, file)
@@ -64,13 +65,6 @@ def load_run(
     method.train(False)
     same = set(test.classes) == set(described.classes) and list(test.templates) == described.templates
     return TunedRun(described, test.classes, model, method, transform, tokenizer, test.prompts, same, resolved)
-
-
-def _resolved(precision: Precision | str, device: torch.device) -> Any:
-    check_choice(precision, Precision, "precision", "Classifier.load")
-    if precision != "auto":
-        return precision
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
 
 
 def _classes(described: Description, classes: Sequence[str] | None) -> list[str]:

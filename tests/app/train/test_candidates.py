@@ -300,7 +300,7 @@ def test_the_head_of_a_given_method_is_chosen(tmp_path):
 def test_auto_is_the_default_of_own_data_and_pictograms(settings, method, head):
     asked = TuneConfig(epochs=1, device="cpu", **settings)
     config = asked.resolved()
-    assert (config.method, config.head) == (method, head)
+    assert (config.method, config.head) == (method, head) and config.out.name.endswith(f"-{method}")
     assert config.resolved() == config and config.out == asked.folder, "where the command line looks for the results"
 
 
