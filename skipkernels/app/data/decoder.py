@@ -33,6 +33,10 @@ PIXELS = 178_956_970
 _ERRORS = {kind.__name__: kind for kind in (InputError, TooLarge, UnknownFormat)}
 
 
+class DecoderError(OSError):
+    """Error for a decoder that can't start, which is not about an image."""
+
+
 def decode(source: bytes | str, name: str | Path, *, max_pixels: int = PIXELS, seconds: float = SECONDS) -> Image.Image:
     """Decode an image, the bytes of a file or the path of one, as RGB; see `reading.read_image`.
 
@@ -66,13 +70,18 @@ class _Decoder:
     def __init__(self) -> None:
         self.taken = threading.Lock()
         self.taken.acquire()
+        paths = [path for path in sys.path if isinstance(path, str)]  # import ignores others
         # Ctrl-C is for this process
         code = "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); "
-        code += f"sys.path[:] = {sys.path!r}; from {__name__} import answer; answer()"
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        process: Any = subprocess.Popen([sys.executable, "-c", code], **pipes)
-        self.process = process
-        _receive(process.stdout)  # it is ready
+        code += f"sys.path[:] = {paths!r}; from {__name__} import answer; answer()"
+        try:
+            self.process: Any = subprocess.Popen(
+                [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            )
+            _receive(self.process.stdout)  # it is ready
+        except (OSError, EOFError) as error:
+            why = str(error) or "its error is on stderr"
+            raise DecoderError(f"{sys.executable!r} can't start a process that decodes images: {why}") from error
 
     def ask(self, request: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
         """Send a request, and receive the answer."""
@@ -129,7 +138,9 @@ def _receive(stream: BinaryIO) -> tuple[dict[str, Any], bytes]:
 def answer() -> None:
     """Answer requests until stdin ends: what a decoder's process runs."""
     stdin, stdout = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # a library that prints does not disturb the answers
+    null = os.open(os.devnull, os.O_WRONLY)
+    for number in (1, 2):  # a library that prints disturbs neither the answers nor the terminal
+        os.dup2(null, number)
     Image.MAX_IMAGE_PIXELS = None  # `open_image` has the limit of each request
     _send(stdout, {"ready": True})
     with contextlib.suppress(EOFError):

@@ -81,7 +81,8 @@ def test_end_by_another_thread_is_an_error_of_the_image(monkeypatch):
         decode(PICTURE, "a")
 
 
-def test_decoder_that_was_ended_is_replaced():
+def test_decoder_that_was_ended_is_replaced(monkeypatch):
+    monkeypatch.setattr(sys, "path", [Path("ignored"), *sys.path])  # by import
     decode(PICTURE, "a")
     pipes = [pipe for each in decoder._decoders for pipe in (each.process.stdin, each.process.stdout)]
     kill_decoders()
