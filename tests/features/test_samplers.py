@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from skipkernels.features import BatchSampler
@@ -23,6 +23,7 @@ def take(batches: BatchSampler, count: int) -> list[list[int]]:
     return list(itertools.islice(batches, count))
 
 
+@example([0] * 9, 2, "sequential", 4)  # a second batch of one image, which is merged
 @given(SETS, st.integers(1, 7), st.sampled_from(KINDS), st.integers(1, 4))
 def test_epoch_has_every_image_once_over_all_processes(labels, batch_size, kind, world_size):
     assume(len(labels) >= world_size)
