@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -58,7 +59,7 @@ def build(
         folder = None if folder is None else Path(folder).absolute()  # of the working directory of now
         texts = _texts_of(text, tokens, options, folder, prototypes)
         # 3. Comparison with the model itself
-        verify(model, images, texts)
+        verify(model, texts, images)
     # 4. Devices
     image.move_lower()
     _move_texts(texts, options)
@@ -77,20 +78,19 @@ def build_again(
     )
 
 
-def build_texts(
-    model: Any, images: ImageEncoder, texts: ClassTexts, tokens: Tensor, options: TrainOptions
-) -> ClassTexts:
+def build_texts(model: Any, texts: ClassTexts, tokens: Tensor, options: TrainOptions) -> ClassTexts:
     """Make the texts of other classes; their prototypes are computed with the current weights."""
     if texts.folder is not None:
         raise RuntimeError(
             "SkipCLIP: set_classes cannot replace the classes of a text_cache. Create SkipCLIP again with another "
             "text_cache."
         )
-    _, tower = _cut_towers(model, tokens, (images.tower.skip, texts.tower.skip), images.tower.cut, options)
+    tower = copy.copy(texts.tower)
+    tower.cut = replace(tower.cut, runs=_number_of_templates(tokens))
     with torch.autocast(model.logit_scale.device.type, enabled=False):
         found = _texts_of(tower, tokens, options)
-        if all(x.cut.lower_device is None for x in (images.tower, tower)):  # else the model itself cannot run
-            verify(model, images, found)
+        if tower.cut.lower_device is None:  # else the model itself cannot run
+            verify(model, found)
     _move_texts(found, options)
     return found
 
@@ -105,13 +105,17 @@ def _cut_towers(
         _check_xformers(image, text)
     image_skip, text_skip = as_pair(skip_layers)
     image.cut = replace(cut, skip=blocks_to_skip(image_skip, len(image.blocks), "image"))
-    templates = tokens.shape[1] if tokens.ndim == 3 else 1
+    templates = _number_of_templates(tokens)
     if options.train_text:
         text.cut = replace(cut, skip=blocks_to_skip(text_skip, len(text.blocks), "text"), runs=templates)
     else:  # used at the construction alone, and then on the CPU
         lower_device = None if model.logit_scale.device.type == "cpu" else torch.device("cpu")
         text.cut = replace(cut, skip=len(text.blocks), runs=templates, lower_device=lower_device)
     return image, text
+
+
+def _number_of_templates(tokens: Tensor) -> int:
+    return tokens.shape[1] if tokens.ndim == 3 else 1
 
 
 def _texts_of(

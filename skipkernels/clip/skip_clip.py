@@ -325,7 +325,7 @@ class SkipCLIP(nn.Module):
         weight = checks.as_class_weight(class_weight, self.prototypes, len(tokens))
         from .builder import build_texts
 
-        self.texts = build_texts(self.model, self.images, self.texts, tokens, self.train_options)
+        self.texts = build_texts(self.model, self.texts, tokens, self.train_options)
         self.class_weight = weight
 
     def trainable_parameters(self) -> list[nn.Parameter]:
