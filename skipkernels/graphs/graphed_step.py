@@ -187,15 +187,13 @@ class GraphedStep:
             if steps is None:
                 return self._run_eagerly(pixel_values, labels, Casts())
             pixel_values, labels = steps.copied(pixel_values, labels)
-            if steps.graph is None and steps.eager < WARMUP:
-                steps.eager += 1
-                steps.casts = Casts(self._held_weights() if isinstance(self._optimizer, FusedSGD) else ())
-                return self._run_eagerly(pixel_values, labels, steps.casts)
-            if steps.graph is None:
+            if steps.graph is None and steps.eager == WARMUP:
                 steps.graph = self._captured(steps)
-            if steps.graph is None:
-                return self._run_eagerly(pixel_values, labels, Casts())
-            return self._replay(steps.graph, steps.casts)
+            if steps.graph is not None:
+                return self._replay(steps.graph, steps.casts)
+            steps.eager += 1
+            steps.casts = Casts(self._held_weights() if isinstance(self._optimizer, FusedSGD) else ())
+            return self._run_eagerly(pixel_values, labels, steps.casts)
 
     def _begin(self, key: _Key) -> _Steps | None:
         """Draw the ranks of a step, and return the steps of its key; None if no graph serves it."""
