@@ -44,7 +44,7 @@ ZERO_SHOT, HALF, FULL, PROBE, DEFAULT = map(Line, ("zero-shot", "skip, ω = ½",
 _FROZEN, _GAUSSIAN = ZERO_SHOT._replace(head="anchored"), HALF._replace(head="gaussian")
 _OTHERS = [line for line in _METHODS if line not in (HALF, FULL, PROBE, DEFAULT, ZERO_SHOT)]
 ALL = ("base", "new", "harmonic", "joint")
-_OF_HEADS = ("base", "harmonic", "joint")  # heads leave new classes as they are, but for their share of "joint"
+_OF_HEADS = ("base", "harmonic", "joint")  # heads leave new classes as they are
 # Lines of the table of differences: one, the one it is compared with, and columns.
 _COMPARED: list[tuple[Line, Line, tuple[str, ...]]] = [
     (HALF, PROBE, ("base",)),
@@ -142,7 +142,8 @@ def accuracy_table(rows: Sequence[Row], column: str) -> Table:
     """Accuracy in per cent of every line with results on every task, and over five of them; the best in bold."""
     tasks = [_TOGETHER, *reported_tasks(rows)]
     cells: dict[tuple[Line, str], Interval] = {}
-    for line in LINES:
+    lines = [line for line in LINES if not (line.head and column == "new")]  # a head leaves new classes as they are
+    for line in lines:
         by_task = {task: values(rows, task, line, column) for task in tasks[1:]}
         found = {task: Interval.of([*of.values()]) for task, of in by_task.items()}
         found[_TOGETHER] = together(by_task[task] for task in _CATEGORIES)
@@ -156,7 +157,7 @@ def accuracy_table(rows: Sequence[Row], column: str) -> Table:
             return ""
         return f"**{interval.text()}**" if interval.mean == best[task] else interval.text()
 
-    shown = [line for line in LINES if any((line, task) in cells for task in tasks)]
+    shown = [line for line in lines if any((line, task) in cells for task in tasks)]
     return ["", *tasks], [[line.name, *(cell(line, task) for task in tasks)] for line in shown]
 
 
