@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from skipkernels.lora import add_lora, merge_lora, save_lora
     from skipkernels.ops import backends
     from skipkernels.optimizer import FusedSGD
-    from skipkernels.selection import ClassSelection, select_classes
+    from skipkernels.selection import ClassSelection, RankSampler
     from skipkernels.towers.base import UnsupportedModel
     from skipkernels.towers.fusing import fuse, unfuse
 
@@ -37,6 +37,7 @@ __all__ = [
     "FusedSGD",
     "GraphedStep",
     "LSkipBoundary",
+    "RankSampler",
     "SkipCLIP",
     "SkipOutput",
     "TuneConfig",
@@ -56,7 +57,6 @@ __all__ = [
     "reference",
     "retrieval",
     "save_lora",
-    "select_classes",
     "tune",
     "unfuse",
 ]
@@ -72,7 +72,7 @@ _find = lazy_names(
         "lora": ("add_lora", "merge_lora", "save_lora"),
         "ops": ("backends",),
         "optimizer": ("FusedSGD",),
-        "selection": ("ClassSelection", "select_classes"),
+        "selection": ("ClassSelection", "RankSampler"),
         "app.serve": ("Classifier", "blend", "export"),
         "towers.base": ("UnsupportedModel",),
         "towers.fusing": ("fuse", "unfuse"),

@@ -13,7 +13,6 @@ from torch import nn
 
 import skipkernels as sk
 from skipkernels.retrieval import recall
-from skipkernels.selection import select_classes
 from skipkernels.towers.base import UnsupportedModel
 from tests.models import tiny_clip, tiny_tokens
 
@@ -69,11 +68,6 @@ CALLS: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: sk.merge_lora(clip()), ValueError, "merge_lora: the model has no low-rank updates"),
     (lambda: sk.save_lora(clip(), "x"), ValueError, "save_lora: the model has no low-rank updates"),
     (lambda: sk.save_lora(clip(rank=2), "x"), ValueError, "save_lora: PEFT's format is for Hugging .* got open_clip"),
-    (lambda: select_classes(torch.zeros(2, 2), IDS), ValueError, r"scores must be \[C\]"),
-    (lambda: select_classes(torch.zeros(0), IDS), ValueError, r"scores must be \[C\]"),
-    (lambda: select_classes(torch.zeros(3), torch.tensor(0)), ValueError, r"labels must be int64 \[B\]"),
-    (lambda: select_classes(torch.zeros(3), torch.tensor([0.0])), ValueError, r"labels must be int64 \[B\]"),
-    (lambda: select_classes(torch.zeros(3), torch.tensor([3])), ValueError, "labels must be in"),
     (lambda: recall_of(text=torch.ones(6, 5)), ValueError, r"recall: text must be \[m, D=4\]"),
     (lambda: recall_of(image=[[1.0] * 4] * 3), TypeError, "recall: image must be a tensor; got list"),
     (lambda: recall_of(text=torch.ones(6, 4).long()), TypeError, "recall: text must be float32"),

@@ -16,7 +16,6 @@ from skipkernels.selection import (
     RankSampler,
     base_keep,
     inclusion_probabilities,
-    select_classes,
     systematic_sample,
     tail_probabilities,
 )
@@ -279,7 +278,7 @@ def test_option_is_checked_when_set(name, value):
     assert getattr(sampler, name) == before
 
 
-def test_select_classes_nan_last_labels_first():
-    scores, options = torch.tensor([math.nan, 1.0, 2.0, math.nan]), {"keep_ratio": 2, "max_tail": 0}
-    ids, targets = select_classes(scores, torch.tensor([3]), **options)
+def test_nan_ranks_last_and_labels_first():
+    scores = torch.tensor([math.nan, 1.0, 2.0, math.inf])
+    ids, targets = RankSampler(keep_ratio=2, max_tail=0).select(scores, torch.tensor([3]))
     assert ids.tolist() == [2, 3] and targets.tolist() == [1]

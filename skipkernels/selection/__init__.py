@@ -1,7 +1,7 @@
 """CSkip: the classes of a step, by rank of their scores and a sample of the tail."""
 
 from .probabilities import base_keep, bounded, inclusion_probabilities, systematic_sample, tail_probabilities
-from .sampler import ClassSelection, RankSampler, select_classes
+from .sampler import ClassSelection, RankSampler
 
 __all__ = [
     "ClassSelection",
@@ -9,7 +9,6 @@ __all__ = [
     "base_keep",
     "bounded",
     "inclusion_probabilities",
-    "select_classes",
     "systematic_sample",
     "tail_probabilities",
 ]

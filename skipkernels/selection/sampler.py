@@ -109,6 +109,15 @@ class RankSampler:
             labels: [B] int64, classes of the images; or [B, C], not 0 where an image has a class.
             max_labels: Bound of the number of different labels of [B, C]. By default they are counted, on a GPU by a
                 host sync.
+
+        Source: Wu et al., "Skip Tuning", CVPR 2025, arXiv 2412.11509, section 4.
+
+        Example:
+            >>> labels = torch.tensor([99, 7])
+            >>> scores = torch.linspace(1, 0, 100).index_fill(0, labels, math.inf)
+            >>> selection = RankSampler().select(scores, labels)
+            >>> len(selection.class_ids), selection.class_ids[selection.targets].tolist()
+            (53, [99, 7])
         """
         if labels.ndim == 1:
             ranks = self.draw(len(scores), len(labels))  # [K]
@@ -228,36 +237,3 @@ def _check_option(name: str, value: Any) -> None:
         if not is_valid(value):
             kind = TypeError if name == "generator" else ValueError
             raise kind(f"RankSampler: {name} must be {expected}; got {value!r}.")
-
-
-def select_classes(scores: Tensor, labels: Tensor, **options: Any) -> ClassSelection:
-    """Select the classes of one step: the top m by score, and others with a probability that falls with their rank.
-
-    For several steps use `RankSampler`, which keeps its state between them and describes the options.
-
-    Args:
-        scores: [C], any floating dtype; NaN ranks last.
-        labels: [B] int64 in [0, C); always kept.
-        options: Arguments of `RankSampler`: keep_ratio, max_keep, decay, tail, generator, max_tail.
-
-    Returns:
-        ClassSelection: `class_ids` [K] int64 ascending, `targets` [B] int64.
-
-    Source: Wu et al., "Skip Tuning", CVPR 2025, arXiv 2412.11509, section 4.
-
-    Example:
-        >>> selection = select_classes(torch.linspace(1, 0, 100), torch.tensor([99, 7]))
-        >>> len(selection.class_ids), selection.class_ids[selection.targets].tolist()
-        (53, [99, 7])
-    """
-    if scores.ndim != 1 or scores.numel() == 0:
-        raise ValueError(f"select_classes: scores must be [C] with C ≥ 1; got {list(scores.shape)}.")
-    if labels.ndim != 1 or labels.numel() == 0 or labels.dtype != torch.int64:
-        raise ValueError(
-            f"select_classes: labels must be int64 [B] with B ≥ 1; got {labels.dtype} {list(labels.shape)}."
-        )
-    if labels.device.type == "cpu" and not (0 <= int(labels.min()) and int(labels.max()) < len(scores)):
-        raise ValueError(
-            f"select_classes: labels must be in [0, C={len(scores)}); got {int(labels.min())} to {int(labels.max())}."
-        )
-    return RankSampler(**options).select(scores.scatter(0, labels, math.inf), labels)
