@@ -108,7 +108,6 @@ class Method:
         self._tokens = {test.name: [tokenizer(texts).to(device) for texts in test.prompts] for test in task.tests}
         self._embeddings: dict[str, Tensor] = {}  # of classes, by test
         self._head_classes: list[str] = []  # of `fitted`
-        self._heads: dict[str, Head] = {}  # rows of `fitted` by test
 
     # ---- what a method defines ---------------------------------------------------------------------------------------
 
@@ -227,22 +226,19 @@ class Method:
         """
         self.fitted, self._head_classes = head, list(classes)
         self.head_code = type(self).head_code if head is None else AffineHead.CODE
-        self._heads.clear()
 
     def _head_of(self, test: str) -> Head | None:
         """Return the rows of `fitted` for the classes of a test; None if it has no logits for some of them."""
         assert self.fitted is not None
-        if test not in self._heads:
-            self._test_tokens(test)  # raises for an unknown test
-            names = next(each.classes for each in self.task.tests if each.name == test)
-            whole, rows = self.fitted, rows_of(names, self._head_classes)
-            if None in rows:
-                if whole.scale is None:
-                    return None
-                whole = whole.with_new_classes(self.class_embeddings(test))
-            chosen = [len(self._head_classes) + place if row is None else row for place, row in enumerate(rows)]
-            self._heads[test] = replace(whole, weight=whole.weight[chosen], bias=whole.bias[chosen])
-        return self._heads[test]
+        self._test_tokens(test)  # raises for an unknown test
+        names = next(each.classes for each in self.task.tests if each.name == test)
+        whole, rows = self.fitted, rows_of(names, self._head_classes)
+        if None in rows:
+            if whole.scale is None:
+                return None
+            whole = whole.with_new_classes(self.class_embeddings(test))
+        chosen = [len(self._head_classes) + place if row is None else row for place, row in enumerate(rows)]
+        return replace(whole, weight=whole.weight[chosen], bias=whole.bias[chosen])
 
     # ---- classification ----------------------------------------------------------------------------------------------
 

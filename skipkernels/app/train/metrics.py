@@ -111,26 +111,25 @@ def _validation(trained: Trained) -> dict[str, Any] | None:
 def _parameters(setup: RunSetup) -> dict[str, int]:
     """Number of parameters: trained by steps or fitted, and all."""
     method = setup.method
-    weights = [] if method.fitted is None else list(method.fitted.tensors().values())
+    weights = [] if method.fitted is None else [method.fitted.weight, method.fitted.bias]
     if setup.config.epochs:
         weights += setup.trained.values()
     elif not setup.config.has_steps:
-        weights += method.state_dict().values()
-    trained = {id(weight): weight for weight in weights}
-    every = trained | {id(weight): weight for weight in setup.model.parameters()}
-    return {name: sum(w.numel() for w in by_id.values()) for name, by_id in (("trained", trained), ("all", every))}
+        weights += [weight for weight in method.state_dict().values() if weight.ndim]  # without a penalty, []
+    every = {*weights, *setup.model.parameters()}  # once each: LoRA's are in the model
+    return {name: sum(weight.numel() for weight in each) for name, each in (("trained", weights), ("all", every))}
 
 
-def cost_of(trained: Trained, cost: Cost) -> dict[str, Any]:
+def cost_of(trained: Trained, measured: Cost) -> dict[str, Any]:
     """Return the cost of a run in metrics.json."""
     seconds, steps = [row["seconds"] for row in trained.rows], sum(row["steps"] for row in trained.rows)
     choosing = 0.0 if trained.choice is None else trained.choice.seconds
     return {
         "device": trained.setup.config.device,
-        "seconds_total": cost.seconds,
-        "seconds_tuning": choosing + sum(seconds) + cost.fit_seconds,
-        "baseline_memory_mib": _mib(cost.baseline_memory),
-        "peak_memory_mib": _mib(cost.peak_memory),
+        "seconds_total": measured.seconds,
+        "seconds_tuning": choosing + sum(seconds) + measured.fit_seconds,
+        "baseline_memory_mib": _mib(measured.baseline_memory),
+        "peak_memory_mib": _mib(measured.peak_memory),
         "seconds_per_epoch": sorted(seconds)[len(seconds) // 2] if seconds else None,
         "milliseconds_per_step": 1000 * sum(seconds) / steps if seconds else None,
     }

@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from skipkernels.app.data import InputError
+from skipkernels.app.heads import Head
 from skipkernels.app.methods import METHODS, Recipe
 from tests.app.methods.method_tasks import (
+    BASE,
     CONTEXT,
     FAMILIES,
     NEW,
@@ -100,12 +102,15 @@ def test_head_of_the_plain_model_gives_the_logits(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_state_dict_round_trip(name):
-    method = made(name)
+    """Also of a head: the classes that it does not know are classified by their texts."""
+    method, again = made(name), made(name, generator=torch.Generator().manual_seed(5))
     trained(method)
+    if method.takes_head:
+        for each in (method, again):
+            each.use_head(Head.of_text(torch.ones(1, 12, dtype=torch.float64), 5.0), BASE[:1])
     state = {key: tensor.clone() for key, tensor in method.state_dict().items()}
     assert (state.keys() == method.model.state_dict().keys()) == (name in ("skip", "full"))
     expected = answers(method)
-    again = made(name, generator=torch.Generator().manual_seed(5))
     answers(again)  # caches class embeddings
     again.load_state_dict(state)
     assert all(state[key].equal(tensor) for key, tensor in again.state_dict().items())

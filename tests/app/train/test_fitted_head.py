@@ -90,8 +90,7 @@ def test_blend_fits_the_head_again(run, tmp_path):
     if run.settings.get("method") == "lora":
         pytest.skip("lora has no blend")
     if run.settings["epochs"] == 0:
-        fitted = load_file(run.folder / "head.safetensors").values()
-        assert run.metrics["parameters"]["trained"] == sum(tensor.numel() for tensor in fitted)
+        assert run.metrics["parameters"]["trained"] == 12 * (128 + 1)
         with pytest.raises(InputError, match="run must have tuned the weights of the model; it kept the pretrained"):
             sk.blend(run.folder, out=tmp_path / "blend")
         return
