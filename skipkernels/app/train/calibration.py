@@ -16,7 +16,7 @@ WANTED = (("accuracy", 90.0), ("accuracy", 95.0), ("accuracy", 99.0), ("coverage
 """Accuracies, and shares of images that are kept, in per cent, for which thresholds are found."""
 _NONE_QUANTILE = 0.05  # of the energies of held-out images
 _BOUNDS = (math.log(0.01), math.log(100.0))  # range of log T
-_POINTS, _ROUNDS = 33, 3  # each round searches between the neighbours of the best point: to 0.2 % of T
+_POINTS, _ROUNDS = 33, 3  # each round searches between the neighbours of the best point: to 0.11 % of T
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float | None:

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
     from ..heads import Head
 
-_BEFORE_EPOCHS = {CONFIG, OPEN_CLIP, CANDIDATES}  # files of a run before its first epoch is complete
+_BEFORE_EPOCHS = {CONFIG, OPEN_CLIP, CANDIDATES}  # files of a run without results, which is replaced
 
 
 # ---- checks of a folder to write -------------------------------------------------------------------------------------
@@ -81,8 +81,7 @@ def _check_run_folder(path: Path, *, resume: bool = False, overwrite: bool) -> N
             "out",
             "tune",
         )
-    started = {CONFIG, OPEN_CLIP} <= set(earlier) <= _BEFORE_EPOCHS
-    if earlier and not (resume or overwrite or started):
+    if not (resume or overwrite or set(earlier) <= _BEFORE_EPOCHS):
         stopped = "" if METRICS in earlier else " It is not complete: `resume=True` continues it."
         raise InputError(
             f"{path} contains an earlier run; choose another folder, or use `overwrite=True`.{stopped}",

@@ -69,15 +69,19 @@ def test_load_model_leaves_the_root_logger_as_it_is(monkeypatch):
 
 
 def test_hub_model(folder, monkeypatch):
-    files = {None: folder / "open_clip_model.safetensors", "open_clip_config.json": folder / "open_clip_config.json"}
+    names = {None: "open_clip_model.safetensors", "open_clip_config.json": "open_clip_config.json"}
 
-    def download(name, filename=None, **_):
-        return str(files[filename])
+    def download(repository, filename=None, **_):
+        assert repository == "org/name"
+        return str(folder / names[filename])
 
     monkeypatch.setattr(model, "hf_hub_download", download)
     monkeypatch.setattr(open_clip.factory, "download_pretrained_from_hf", download)
     loaded, _, tokenizer = model.load_model("hf-hub:org/name", None, CPU)
-    assert loaded.visual.proj.equal(load_file(files[None])["visual.proj"]) and tokenizer(["a"]).shape == (1, 16)
+    assert loaded.visual.proj.equal(load_file(folder / names[None])["visual.proj"]) and tokenizer(["a"]).shape == (
+        1,
+        16,
+    )
 
 
 def test_hub_model_that_cannot_be_read(monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import shutil
 
 import open_clip
 import pytest
@@ -77,13 +78,13 @@ def test_tune_keeps_earlier_run(run, capsys):
 def test_run_without_a_complete_epoch_is_replaced(run, tmp_path):
     """Nothing is lost: such files are left if the loss of the first epoch is not finite."""
     folder, _ = run
-    for name in ("config.yaml", "open_clip_config.json"):
-        (tmp_path / name).write_bytes((folder / name).read_bytes())
-    config = TuneConfig.from_yaml(folder / "config.yaml", trust=True)
-    RunFolder(dataclasses.replace(config, out=tmp_path))
-    (tmp_path / "open_clip_config.json").unlink()
+    config = dataclasses.replace(TuneConfig.from_yaml(folder / "config.yaml", trust=True), out=tmp_path)
+    for name in ("config.yaml", "open_clip_config.json"):  # not every method writes the second
+        shutil.copy(folder / name, tmp_path)
+        RunFolder(config)
+    shutil.copy(folder / "metrics.jsonl", tmp_path)
     with pytest.raises(InputError, match="contains an earlier run"):
-        RunFolder(dataclasses.replace(config, out=tmp_path))
+        RunFolder(config)
 
 
 @pytest.mark.parametrize(
