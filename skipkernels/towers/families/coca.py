@@ -39,7 +39,7 @@ class CoCaTextTower(OpenClipTextTower):
         if padding_last and int(lengths.max()) + self._excludes_self <= L:  # the class token can move
             pooled = lengths + self._excludes_self
             not_shared = "the class token does not see itself (correct_cls_mask=False)" if self._excludes_self else None
-            return Pooling(pooled, not_shared, visible_length=int(pooled.max()))
+            return Pooling(pooled, why_not_shared=not_shared, visible_length=int(pooled.max()))
         reason = "a prompt has padding in its middle (open_clip's padding is the token of '!'), or fills the context"
         return Pooling(torch.full_like(lengths, L), why_not_shared=reason, why_not_cropped=reason)
 

@@ -186,13 +186,20 @@ class OpenClipTextTower(TextTower):
         mask, length = self.text.attn_mask, int(pooled.max()) + 1
         if getattr(self.text, "use_pad_mask", False):
             visible = int((tokens != self.text.pad_id).long().cumsum(dim=1).argmax(dim=1).max()) + 1
-            not_causal = "the mask hides only padding, so a token sees later ones"
-            return Pooling(pooled, not_causal, None if length <= visible else "a pooled token is padding", visible)
-        not_causal = "the attention mask is not the causal one"
-        if mask is None or (mask[:length, length:] != -math.inf).any():
-            return Pooling(pooled, not_causal, why_not_cropped="the attention mask lets a token see later ones")
-        triangle = torch.full_like(mask, -math.inf).triu(1)
-        return Pooling(pooled, None if mask.equal(triangle) else not_causal)
+            return Pooling(
+                pooled,
+                why_not_shared="the mask hides only padding, so a token sees later ones",
+                why_not_cropped=None if length <= visible else "a pooled token is padding",
+                visible_length=visible,
+            )
+        if mask is not None and mask.equal(torch.full_like(mask, -math.inf).triu(1)):
+            return Pooling(pooled)
+        sees_later = mask is None or (mask[:length, length:] != -math.inf).any()
+        return Pooling(
+            pooled,
+            why_not_shared="the attention mask is not the causal one",
+            why_not_cropped="the attention mask lets a token see later ones" if sees_later else None,
+        )
 
     def _pooled_positions(self, tokens: Tensor) -> Tensor:
         """Positions [C] that `text_global_pool` of open_clip selects."""

@@ -92,16 +92,16 @@ class OpenAITextTower(OpenClipTextTower):
         length = len(model.positional_embedding)
         triangle = torch.full((length, length), -torch.inf).triu(1)
         causal = all(x is not None and x[:length, :length].float().cpu().equal(triangle) for x in self.masks())
-        self._not_causal = None if causal else "a block's mask is not the causal one"
+        self._why_not_causal = None if causal else "a block's mask is not the causal one"
 
     def masks(self) -> list[Tensor | None]:
         return [getattr(block, "attn_mask", None) for block in self.blocks]
 
     def pooling(self, tokens: Tensor) -> Pooling:
-        return Pooling(tokens.argmax(dim=-1), why_not_shared=self._not_causal, why_not_cropped=self._not_causal)
+        return Pooling(tokens.argmax(dim=-1), why_not_shared=self._why_not_causal, why_not_cropped=self._why_not_causal)
 
     def why_never_rows(self) -> str | None:
-        return self._not_causal
+        return self._why_not_causal
 
     def embed(self, tokens: Tensor, prompts: Prompts) -> Tensor:
         positions = self.model.positional_embedding[: tokens.shape[1]]
