@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from types import NoneType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -107,16 +106,6 @@ def registry(*, basic: bool) -> tyro.constructors.ConstructorRegistry:
     def flag_or_path_rule(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
         """Let --resume be a flag, or have a folder."""
         return _FLAG_OR_PATH if info.type == bool | Path else None
-
-    @rules.primitive_rule
-    def choices_rule(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
-        """Leave None, the default of an option, out of its choices."""
-        options = [each for each in get_args(info.type) if each is not NoneType]
-        if len(options) != 1 or get_origin(options[0]) is not Literal:
-            return None
-        of_literal = tyro.constructors.PrimitiveTypeInfo.make(options[0], info.markers)
-        spec: Any = tyro.constructors.ConstructorRegistry.get_primitive_spec(of_literal)
-        return dataclasses.replace(spec, is_instance=lambda value: value is None or spec.is_instance(value))
 
     return rules
 

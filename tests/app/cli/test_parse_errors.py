@@ -14,7 +14,7 @@ from skipkernels.app.cli.main import main
         ("tune --shots x", ["--shots INT|{all}", "'x'"]),
         ("blend run --alpha x", ["--alpha", "FLOAT", "auto", "'x'"]),
         ("tune --class-weight balancd", ["'balancd'", "--class-weight {balanced}|FLOAT"]),
-        ("tune --head nope", ["'nope'", "('none', 'anchored', 'gaussian', 'probe', 'auto')"]),
+        ("tune --head nope", ["'nope'", "'anchored'", "'probe'"]),
         ("export", ["Missing", "RUN", "--to {open-clip,hugging-face,onnx}", "--out PATH"]),
     ],
 )  # fmt: skip
