@@ -75,8 +75,8 @@ def open_source(data: str, root: str | Path | None = None, templates: Templates 
         form, opener, has_root = KINDS[kind]
         if not name and kind != "pictograms":
             raise open_error(f"{kind}: needs a path or a name: {form}.")
-        module, _, function = opener.partition(":")
-        opened = getattr(importlib.import_module(f"skipkernels.app.data.{module}"), function)
+        module, function = opener.split(":")
+        opened = getattr(importlib.import_module(f".{module}", __package__), function)
         return opened(name, templates=templates, **({"root": root} if has_root else {}))
     if kind == IN_PYTHON:
         raise open_error(f"{name} was passed to tune in Python. Pass it again as `dataset=`.")
