@@ -38,7 +38,7 @@ def open_csv(path: str, root: str | Path | None = None, templates: Templates = N
     name, file = f"csv:{path}", absolute_path(path)
     if not file.is_file():
         raise open_error(f"{name}: no file {file}; it must be a table with a line for each image.")
-    base = file.parent if root is None else absolute_path(root)
+    base = Path(os.path.normpath(absolute_path(file.parent if root is None else root)))
     columns, rows = _read(file)
     path_column = _column(file, columns, _PATH_NAMES, "path")
     label_column = _column(file, columns, LABEL_NAMES, "label")
@@ -48,9 +48,10 @@ def open_csv(path: str, root: str | Path | None = None, templates: Templates = N
         where = f"{file}: row {number}"
         if not row[path_column] or not row[label_column]:
             raise InputError(f"{where} needs a {path_column} and a {label_column}. Fill them in, or remove the row.")
-        image = os.path.relpath(os.path.join(base, row[path_column]), base).replace(os.sep, "/")
-        if image.split("/")[0] == "..":
+        path = Path(os.path.normpath(base / row[path_column]))
+        if not path.is_relative_to(base):
             raise InputError(f"{where}: {row[path_column]} is not in {base}. Name a folder of all as `root`.", "root")
+        image = path.relative_to(base).as_posix()
         split = None if split_column is None else SPLIT_NAMES.get(row[split_column].lower())
         if split_column is not None and split is None:
             raise InputError(f"{where}: {split_column} must be train, val or test; got {row[split_column]!a:.80}.")
