@@ -9,12 +9,12 @@ import math
 import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
 from pydantic import ConfigDict, ValidationError, field_validator
 from pydantic.dataclasses import dataclass
-from pydantic_core import to_jsonable_python
+from pydantic_core import PydanticCustomError, to_jsonable_python
 
 from ..formatting import first_line
 from ..options import Precision
@@ -37,34 +37,14 @@ _SOURCES = ("model", "pretrained", "data")
 
 # Types are not converted: `epochs: true` and `seed: "3"` are errors.
 _SCHEMA = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-Config = TypeVar("Config")
 
 
-def _with_input_errors(config: type[Config]) -> type[Config]:
-    """Let the constructor of `TuneConfig` raise its first error as an `InputError`, and check the method."""
-    validate = config.__init__
-
-    @functools.wraps(validate)
-    def init(self: Any, *args: Any, **settings: Any) -> None:
-        try:
-            validate(self, *args, **settings)
-        except ValidationError as error:
-            raise _input_error(error, [field.name for field in dataclasses.fields(self)]) from None
-        if self.method not in (AUTO, *METHODS):  # here, before a command has imported torch
-            raise InputError(
-                f"must be one of {', '.join([AUTO, *METHODS])}; got {self.method!r}.", "method", "TuneConfig"
-            )
-
-    config.__init__ = init  # type: ignore[method-assign]
-    return config
-
-
-def _input_error(error: ValidationError, names: list[str]) -> InputError:
+def _input_error(error: ValidationError) -> InputError:
     """Error of the first invalid setting, in one line."""
     errors = error.errors(include_url=False)
     setting = str(errors[0]["loc"][0])
     if errors[0]["type"] == "unexpected_keyword_argument":
-        close = difflib.get_close_matches(setting, names, 1)
+        close = difflib.get_close_matches(setting, [field.name for field in dataclasses.fields(TuneConfig)], 1)
         hint = f"; did you mean {close[0]}?" if close else "."
         return InputError(f"unknown setting {setting!r}{hint}", function="TuneConfig")
     # a message for each type of a union
@@ -73,7 +53,6 @@ def _input_error(error: ValidationError, names: list[str]) -> InputError:
     return InputError(f"must be {' or '.join(dict.fromkeys(expected))}; got {got}.", setting, "TuneConfig")
 
 
-@_with_input_errors
 @dataclass(frozen=True, config=_SCHEMA)
 class TuneConfig(Settings):
     """Configuration of a run. Its fields are those of `Settings`.
@@ -91,6 +70,14 @@ class TuneConfig(Settings):
     def _path(cls, value: Any) -> Any:
         """Accept a string as a path."""
         return Path(value) if isinstance(value, str) else value
+
+    @field_validator("method")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        """Check the method here, before a command has imported torch."""
+        if value not in (AUTO, *METHODS):
+            raise PydanticCustomError("method", "one of {names}", {"names": ", ".join([AUTO, *METHODS])})
+        return value
 
     @field_validator("template", mode="before")
     @classmethod
@@ -313,6 +300,22 @@ class TuneConfig(Settings):
         for name in (name for name in _SOURCES if name in values and name not in given):
             check_source(path, name, getattr(config, name) or "", trust)
         return config
+
+
+_validate = TuneConfig.__init__
+
+
+@functools.wraps(_validate)
+def _init(self: TuneConfig, *args: Any, **settings: Any) -> None:
+    """Raise the first error of pydantic as an `InputError`."""
+    try:
+        _validate(self, *args, **settings)
+    except ValidationError as error:
+        raise _input_error(error) from None
+
+
+# pydantic's decorator replaces a constructor that is defined in the class.
+TuneConfig.__init__ = _init  # type: ignore[method-assign]
 
 
 def usable_device(device: str, function: str) -> str:
