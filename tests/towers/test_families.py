@@ -84,6 +84,12 @@ PAD_MASK = Family(lambda: tiny_clip(family=open_clip.CustomTextCLIP, text=BIDIRE
 
 # Family, what is done to its model and its prompts, and reductions that are then off, with words of the reason.
 Row = tuple[Family, Callable[[nn.Module, Tensor], object], dict[str, str]]
+
+
+def timm_block(alter: Callable[[nn.Module], object], words: str, number: int = 2) -> Row:
+    return VIT, lambda model, tokens: alter(model.visual.trunk.blocks[number]), {FUSED: words}
+
+
 ALTERED: dict[str, Row] = {
     "openai silu": (FAMILIES["openai"], IN_OPENAI, dict.fromkeys(NOT_FUSED, "SiLU")),
     "hf silu": (FAMILIES["hf"], IN_HUGGING_FACE, dict.fromkeys(NOT_FUSED, "SiLU")),
@@ -100,27 +106,22 @@ ALTERED: dict[str, Row] = {
     "coca_correct padding": (FAMILIES["coca_correct"], padding_inside, dict.fromkeys(LAYOUT, "padding in its middle")),
     "coca full": (FAMILIES["coca"], full_prompt, dict.fromkeys(LAYOUT, "fills the context")),
     "coca_correct full": (FAMILIES["coca_correct"], full_prompt, {}),
+    "timm hook below": timm_block(lambda block: block.register_forward_hook(scaled), "(0): a block has hooks", 0),
+    "timm hook": timm_block(lambda block: block.register_forward_hook(scaled), "(2): a block has hooks"),
+    "timm backward hook": timm_block(lambda block: block.mlp.fc1.register_full_backward_hook(lambda *_: None),
+                                     "a module of a block has hooks"),
+    "timm silu": timm_block(lambda block: put(block.mlp, "act", nn.SiLU()), "a SiLU of torch for its mlp.act"),
+    "timm scale": timm_block(lambda block: put(block, "ls1", nn.Linear(24, 24)), "a Linear of torch for its ls1"),
+    "timm norm": timm_block(lambda block: put(block.attn, "norm", RmsNorm(24)), "LayerNorm and RMSNorm"),
+    "timm gate": timm_block(lambda block: put(block.attn, "gate", nn.Linear(24, 24)), "the submodules of a block"),
+    "timm weight": timm_block(lambda block: put(block.norm1, "weight", None), "a norm of a block has no weight"),
 }  # fmt: skip
-BLOCKS = {
-    "hook": lambda block: block.register_forward_hook(lambda module, arguments, out: out * 1.01),
-    "backward_hook": lambda block: block.mlp.fc1.register_full_backward_hook(lambda mod, d_in, d_out: None),
-    "silu": lambda block: put(block.mlp, "act", nn.SiLU()),
-    "scale": lambda block: put(block, "ls1", nn.Linear(24, 24)),
-    "norm": lambda block: put(block.attn, "norm", RmsNorm(24)),
-    "gate": lambda block: put(block.attn, "gate", nn.Linear(24, 24)),
-    "weight": lambda block: put(block.norm1, "weight", None),
-}
 if "modern_eos" in FAMILIES:  # open_clip 4
     ALTERED |= {f"{name} ends": (FAMILIES[name], unusual_ends, {}) for name in ("modern_eos", "modern_map")}
     ALTERED["open_clip scale"] = (
         OPEN_CLIP, lambda model, tokens: setattr(model.visual.transformer.resblocks[2].attn, "scale", 1.0),
         {FUSED: "a block's attention is scaled"},
     )  # fmt: skip
-for name, change in BLOCKS.items():
-    for number, place in ((0, "below"), (2, "above")):
-        ALTERED[f"timm {name} {place}"] = (
-            VIT, lambda model, tokens, change=change, i=number: change(model.visual.trunk.blocks[i]), {FUSED: ""}
-        )  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore:skipkernels. a block is not fused")
