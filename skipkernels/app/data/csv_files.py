@@ -48,10 +48,10 @@ def open_csv(path: str, root: str | Path | None = None, templates: Templates = N
         where = f"{file}: row {number}"
         if not row[path_column] or not row[label_column]:
             raise InputError(f"{where} needs a {path_column} and a {label_column}. Fill them in, or remove the row.")
-        path = Path(os.path.normpath(base / row[path_column]))
-        if not path.is_relative_to(base):
+        inside = Path(os.path.normpath(base / row[path_column]))
+        if not inside.is_relative_to(base):
             raise InputError(f"{where}: {row[path_column]} is not in {base}. Name a folder of all as `root`.", "root")
-        image = path.relative_to(base).as_posix()
+        image = inside.relative_to(base).as_posix()
         split = None if split_column is None else SPLIT_NAMES.get(row[split_column].lower())
         if split_column is not None and split is None:
             raise InputError(f"{where}: {split_column} must be train, val or test; got {row[split_column]!a:.80}.")

@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from PIL import Image
 
@@ -75,9 +75,9 @@ class _Decoder:
         code = "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); "
         code += f"sys.path[:] = {paths!r}; from {__name__} import answer; answer()"
         try:
-            self.process: Any = subprocess.Popen(
-                [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-            )
+            command = [sys.executable, "-c", code]
+            self.process: Any = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            assert self.process.stdout is not None
             _receive(self.process.stdout)  # it is ready
         except (OSError, EOFError) as error:
             why = str(error) or "its error is on stderr"
@@ -117,13 +117,13 @@ def end_decoders() -> None:
         _decoders.pop().end()
 
 
-def _send(stream: BinaryIO, head: dict[str, Any], data: bytes = b"") -> None:
+def _send(stream: IO[bytes], head: dict[str, Any], data: bytes = b"") -> None:
     stream.write(json.dumps(head | {"bytes": len(data)}).encode() + b"\n")
     stream.write(data)
     stream.flush()
 
 
-def _receive(stream: BinaryIO) -> tuple[dict[str, Any], bytes]:
+def _receive(stream: IO[bytes]) -> tuple[dict[str, Any], bytes]:
     """Read what `_send` wrote. EOFError: the stream has ended."""
     line = stream.readline()
     if not line.endswith(b"\n"):
