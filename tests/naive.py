@@ -28,7 +28,7 @@ def _block(hidden: Tensor, block: torch.nn.Module, causal: bool, quick: bool) ->
     query, key, value = projected.view(n, tokens, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
     weights = query @ key.transpose(-1, -2) / math.sqrt(width // heads)
     if causal:
-        weights = weights.masked_fill(torch.ones(tokens, tokens, dtype=torch.bool).triu(1), -math.inf)
+        weights = weights + torch.full_like(weights, -math.inf).triu(1)
     mixed = (weights.softmax(-1) @ value).transpose(1, 2).reshape(n, tokens, width)
     hidden = hidden + mixed @ block.attn.out_proj.weight.T + block.attn.out_proj.bias
     inner = _gelu(_layer_norm(hidden, block.ln_2) @ block.mlp.c_fc.weight.T + block.mlp.c_fc.bias, quick)
@@ -66,9 +66,9 @@ def class_ranking(model: torch.nn.Module, images: Tensor, labels: Tensor, protot
     """Classes by descending score, with the labels first."""
     image = embed_images(model, images, 0, quick).detach()
     image = image / image.norm(dim=1, keepdim=True)
-    scores = {c: max(float(image[b] @ prototypes[c]) for b in range(len(images))) for c in range(len(prototypes))}
-    scores.update({int(label): math.inf for label in labels})
-    return sorted(scores, key=lambda c: (-scores[c], c))
+    scores = (image @ prototypes.T).amax(dim=0)
+    scores[labels] = math.inf
+    return scores.argsort(descending=True, stable=True).tolist()
 
 
 def class_embeddings(model: torch.nn.Module, tokens: Tensor, skip: int, quick: bool) -> Tensor:
@@ -86,11 +86,3 @@ def cosine_logits(
     image = embed_images(model, images, skip[0], quick)
     image = image / image.norm(dim=1, keepdim=True)
     return model.logit_scale.exp() * image @ class_embeddings(model, tokens, skip[1], quick).T
-
-
-def step_loss(
-    model: torch.nn.Module, images: Tensor, tokens: Tensor, labels: Tensor, skip: tuple[int, int], quick: bool
-) -> Tensor:
-    """Mean cross-entropy over the classes of `tokens`; `labels` are rows of it."""
-    logits = cosine_logits(model, images, tokens, skip, quick)
-    return -(logits.log_softmax(dim=1)[torch.arange(len(labels)), labels]).mean()
