@@ -7,7 +7,6 @@ import warnings
 
 import numpy as np
 import pytest
-import safetensors.torch
 import scipy.optimize
 import scipy.special
 import torch
@@ -238,13 +237,6 @@ def test_heads_of_other_dtypes_and_layouts(layout):
     for name, head in found.items():
         assert head.weight.dtype == torch.float32 and not head.weight.requires_grad
         assert head.weight.equal(expected[name].weight) and head.bias.equal(expected[name].bias), name
-
-
-def test_head_survives_safetensors():
-    image, labels, text = data([3, 4, 2], 7)
-    for head in fitted(image, labels, text).values():
-        again = heads.Head.from_tensors(safetensors.torch.load(safetensors.torch.save(head.tensors())))
-        assert again.logits(image).equal(head.logits(image)) and again.scale == head.scale
 
 
 IMAGE, LABELS, TEXT = data([2, 2, 2], 4)

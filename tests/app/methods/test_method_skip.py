@@ -23,16 +23,11 @@ from tests.app.methods.method_tasks import (
 from tests.models import openai_models
 
 
-def clip_over(model, prompts, **settings) -> sk.SkipCLIP:
-    return sk.SkipCLIP(model, tokenizer(prompts), **{"skip_layers": 0.5} | settings)
-
-
 def test_skip_step_uses_first_template():
     settings = {"keep_ratio": 0.2, "max_keep": 3, "decay": 5.0, "max_tail": 2}
     method = made("skip", **settings, generator=torch.Generator().manual_seed(4))
-    clip = clip_over(
-        tiny_model(), tiny_task().tests[0].prompts[0], **settings, generator=torch.Generator().manual_seed(4)
-    )
+    tokens, generator = tokenizer(tiny_task().tests[0].prompts[0]), torch.Generator().manual_seed(4)
+    clip = sk.SkipCLIP(tiny_model(), tokens, skip_layers=0.5, generator=generator, **settings)
     images, labels = stacked(method.task.train)
     for image, label in zip(images[:6, None], labels[:6, None], strict=True):
         loss, classes = method.step(method.encode_frozen(image), label)

@@ -134,16 +134,6 @@ def test_eval_of_dataset(run, capsys):
     assert "was passed to tune in Python. Pass it again as" in fails(["eval", run[0]], capsys)
 
 
-def test_tune_tensors(tmp_path):
-    parts = {
-        "dataset": in_turn(6, tensors=True),
-        "test": in_turn(3, tensors=True),
-        "validation": in_turn(4, tensors=True),
-    }
-    metrics = tune(TuneConfig(device="cpu", out=tmp_path), **parts, **SETTINGS)
-    assert metrics["status"] == "complete" and metrics["validation"]["images"] == 4
-
-
 def test_identity_of_a_dataset_with_a_lambda(tmp_path):
     """It identifies the images also in a feature cache."""
     parts = {"dataset": in_turn(6, tensors=True), "test": in_turn(3, tensors=True)}

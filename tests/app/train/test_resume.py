@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 
 import skipkernels as sk
 from skipkernels.app.cli.main import main
-from skipkernels.app.data import InputError
 from skipkernels.app.methods import METHODS
 from skipkernels.app.report import run_page
 from skipkernels.app.train import checkpoint, evaluate_run, trainer, tune
@@ -167,11 +166,6 @@ SAME = ["--method", "skip", "--shots", "2", "--max-classes", "24", "--epochs", "
 def test_resume_refuses_other_settings(copy, arguments, message, capsys):
     said = fails(["tune", *(str(copy) if word == "RUN" else word for word in arguments)], capsys)
     assert message in said.replace(str(copy), "RUN")
-
-
-def test_resume_in_python_refuses_a_default_that_the_run_does_not_have(copy):
-    with pytest.raises(InputError, match="method is 'skip' in the run in .*, and 'auto' here"):
-        tune(resume=copy, method="auto")
 
 
 def test_resume_refuses_other_training_images(copy, monkeypatch, capsys):
