@@ -67,17 +67,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = read_chosen(path)  # also those of an earlier run, perhaps of other operators
     end, timed = time.monotonic() + args.seconds, set()
     for op, dtype, case in cases(args.op, args.dtype, args.device):
-        with replaced() as taken:
+        if time.monotonic() > end:
+            break
+        with defaults_but({}) as taken:
             case.runs[OURS]()
-        for place, entry in taken.items():
+        for place, options in taken.items():
             if place in timed or time.monotonic() > end:
                 continue
             timed.add(place)
-            candidates = sound(op, dtype, target, place, neighbours(entry.options), console)
-            chosen[place], report = fastest(case, dtype, args.device, place, [entry.options, *candidates])
+            candidates = sound(op, dtype, target, place, neighbours(options), console)
+            chosen[place], report = fastest(case, dtype, args.device, place, [options, *candidates])
             console.print(f"{_text(place)}, {case.shape} {dtype}: {report}", highlight=False, soft_wrap=True)
             if not args.no_save:
-                path.write_text(text_of(table_with(device, chosen)))
+                path.write_text(json.dumps(table_with(device, chosen), indent=1) + "\n")
     console.print(f"result: {len(timed)} entries timed; the table is {path}", soft_wrap=True)
 
 
@@ -100,16 +102,17 @@ def cases(ops: Sequence[str], dtypes: Sequence[str], device: torch.device) -> It
 
 
 @contextlib.contextmanager
-def replaced(place: Place = (), options: Options | None = None) -> Iterator[dict[Place, launching.Entry]]:
-    """Take the defaults, but `options` in place of those of one entry; the entries that are taken are returned."""
-    taken: dict[Place, launching.Entry] = {}
+def defaults_but(changed: Mapping[Place, Options]) -> Iterator[dict[Place, Options]]:
+    """Take the defaults, but the options of the entries in `changed`; the entries that are taken are returned."""
+    taken: dict[Place, Options] = {}
 
-    def record(kernel: str, device: launching.Target, itemsize: int, **sizes: int) -> launching.Entry:
+    def entry_of(kernel: str, device: launching.Target, itemsize: int, **sizes: int) -> launching.Entry:
         entry = launching.entry_of(kernel, device._replace(name=""), itemsize, **sizes)
-        taken[found := place_of(kernel, entry)] = entry
-        return entry if found != place or options is None else entry._replace(options=options)
+        place = place_of(kernel, entry)
+        taken[place] = changed.get(place, entry.options)
+        return entry._replace(options=taken[place])
 
-    with launching.entries_from(record):
+    with launching.entries_from(entry_of):
         yield taken
 
 
@@ -163,7 +166,7 @@ def jobs_of(op: str, dtype: str, target: str, place: Place, options: Options) ->
     architecture, jobs = ARCHITECTURES[target], {}
     for name in (name for name in CALLS if FAMILIES[name] == op):
         for call in CALLS[name](DTYPES[dtype]):
-            with replaced(place, options) as taken:
+            with defaults_but({place: options}) as taken:
                 launches = launches_of(name, call.arguments, architecture)
             for number, launch in enumerate(launches if place in taken else ()):
                 if launch.kernel.fn.__name__ == f"_{place[0]}_kernel":
@@ -199,7 +202,7 @@ def fastest(
 def _trials(run: Run, place: Place, named: Mapping[str, Options]) -> dict[str, Run]:
     def with_options(options: Options) -> Run:
         def trial() -> list[torch.Tensor]:
-            with replaced(place, options):
+            with defaults_but({place: options}):
                 return run()
 
         return trial
@@ -222,15 +225,6 @@ def table_with(device: launching.Target, chosen: Mapping[Place, Options]) -> dic
                 for entry, own in zip(entries, options, strict=True)
             ]
     return table
-
-
-def text_of(table: Mapping[str, Sequence[Options]]) -> str:
-    """A table in JSON, an entry to a line."""
-    kernels = []
-    for kernel, rows in table.items():
-        lines = ",\n".join(f"    {json.dumps(row)}" for row in rows)
-        kernels.append(f'  "{kernel}": [\n{lines}\n  ]')
-    return "{\n" + ",\n".join(kernels) + "\n}\n"
 
 
 if __name__ == "__main__":

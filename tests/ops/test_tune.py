@@ -66,9 +66,8 @@ def test_other_entries_of_the_table_stay(backend: Backend, small, monkeypatch, t
     """Those of an earlier run; the entry that is timed again may become the default."""
     earlier = tune.table_with(launching.Target("cuda", 90), {("total", None): {"BLOCK": 512, "num_warps": 4}})
     place = "class_scores", 4, ("C", 4095)
-    (tmp_path / "my-gpu.json").write_text(
-        tune.text_of(earlier | tune.table_with(launching.Target("cuda", 90), {place: DEFAULT | {"num_warps": 4}}))
-    )
+    ours = tune.table_with(launching.Target("cuda", 90), {place: DEFAULT | {"num_warps": 4}})
+    (tmp_path / "my-gpu.json").write_text(json.dumps(earlier | ours))
     times(monkeypatch, 1.0)
     tune.main(["--device", "cpu", "--out", str(tmp_path)])
     assert json.loads((tmp_path / "my-gpu.json").read_text()) == earlier
@@ -85,6 +84,8 @@ def test_default_stays(backend: Backend, small, monkeypatch, tmp_path: Path, why
     timed = times(monkeypatch, 1.0, *[0.98 if why == "noise" else 0.5] * 4)
     if why == "wrong results":
         monkeypatch.setattr(Gate, "error_of", lambda gate, name: "" if name == NAME else "wrong")
+    if why == "no time left":
+        monkeypatch.setattr(tune, "defaults_but", None)  # no case is run
     tune.main(["--device", "cpu", "--out", str(tmp_path), "--seconds", "-1" if why == "no time left" else "60"])
     path = tmp_path / "my-gpu.json"
     assert len(timed) == count and (launching.read_table(path) if path.exists() else {}) == {}
@@ -108,12 +109,12 @@ def test_candidates_are_what_runs(backend: Backend, monkeypatch):
     monkeypatch.setattr(
         launching, "_run", lambda kernel, grid, options, *_: launched.append((kernel.fn.__name__, options["num_warps"]))
     )
-    with tune.replaced() as taken:
+    with tune.defaults_but({}) as taken:
         case.runs["skipkernels"]()
     (place,) = [place for place in taken if place[0] == "class_sampled_ce_bwd_logits"]
     before = launched.copy()
     launched.clear()
-    with tune.replaced(place, {**taken[place].options, "num_warps": 2}):
+    with tune.defaults_but({place: {**taken[place], "num_warps": 2}}):
         case.runs["skipkernels"]()
     changed = [(new, old) for new, old in zip(launched, before, strict=True) if new != old]
     assert changed == [(("_class_sampled_ce_bwd_logits_kernel", 2), ("_class_sampled_ce_bwd_logits_kernel", 4))]
