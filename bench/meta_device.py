@@ -8,38 +8,48 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _aten = torch.ops.aten
 PRODUCTS = {_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm}
 _ATTENTION = F.scaled_dot_product_attention
-_CAST = {torch.matmul, torch.mm, Tensor.matmul, Tensor.__matmul__, Tensor.mm, F.linear}  # their inputs, by autocast
+# Matrix products of which autocast casts the inputs.
+_CAST = (torch, "matmul"), (torch, "mm"), (Tensor, "matmul"), (Tensor, "__matmul__"), (Tensor, "mm"), (F, "linear")
+_ABOUT_AUTOCAST = "is_autocast_enabled", "get_autocast_dtype"  # functions of torch
 
 
-def _call_as_on_a_gpu(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call the fused attention of a GPU, and cast the inputs of matrix products under autocast."""
-    if function is _ATTENTION and args[0].is_meta:
-        query, key, value, *mask = args
-        attention = torch.ops.aten._scaled_dot_product_efficient_attention
-        with_lse, causal, scale = torch.is_grad_enabled(), kwargs.get("is_causal", False), kwargs.get("scale")
-        return attention(query, key, value, kwargs.get("attn_mask", *mask[:1]), with_lse, 0.0, causal, scale=scale)[0]
-    if function in _CAST and args[0].is_meta and torch.is_autocast_enabled("meta"):
-        dtype = torch.get_autocast_dtype("meta")
-        args = tuple(x.to(dtype) if isinstance(x, Tensor) else x for x in args)
-    return function(*args, **kwargs)
+def _casting(product: Callable[..., Any]) -> Callable[..., Any]:
+    """A matrix product that casts its inputs under the autocast of the meta device."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if args[0].is_meta and torch.is_autocast_enabled("meta"):
+            dtype = torch.get_autocast_dtype("meta")
+            args = tuple(x.to(dtype) if isinstance(x, Tensor) else x for x in args)
+        return product(*args, **kwargs)
+
+    return call
 
 
-class _AsOnAGpu(TorchFunctionMode):
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _call_as_on_a_gpu(function, *args, **kwargs or {})
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """On the meta device, the fused attention of a GPU."""
+    if not query.is_meta:
+        return _ATTENTION(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
+    attend, keeps_lse = _aten._scaled_dot_product_efficient_attention, torch.is_grad_enabled()
+    return attend(query, key, value, attn_mask, keeps_lse, dropout_p, is_causal, scale=scale)[0]
 
 
 def _as_on_the_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -54,12 +64,12 @@ class _Autocast(torch.autocast):
 @contextlib.contextmanager
 def meta_as_gpu() -> Iterator[None]:
     """Let the meta device follow the autocast settings of the CPU, since it has none, and use a GPU's attention."""
-    names = "is_autocast_enabled", "get_autocast_dtype"
-    patches: dict[str, Any] = {name: _as_on_the_cpu(getattr(torch, name)) for name in names} | {"autocast": _Autocast}
-    # PyTorch's nn.MultiheadAttention calls these within a function of its own, where a mode is off.
-    called: dict[str, Callable[..., Any]] = {"linear": F.linear, "scaled_dot_product_attention": _ATTENTION}
-    within: dict[str, Any] = {name: partial(_call_as_on_a_gpu, function) for name, function in called.items()}
-    with mock.patch.multiple(torch, **patches), mock.patch.multiple(F, **within), _AsOnAGpu():
+    patches: list[tuple[Any, str, Any]] = [(owner, name, _casting(getattr(owner, name))) for owner, name in _CAST]
+    patches += [(torch, name, _as_on_the_cpu(getattr(torch, name))) for name in _ABOUT_AUTOCAST]
+    patches += [(torch, "autocast", _Autocast), (F, "scaled_dot_product_attention", _attention)]
+    with contextlib.ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(mock.patch.object(*patch))
         yield
 
 
