@@ -50,11 +50,12 @@ def compare(
 ) -> Iterator[str]:
     """Yield the differences between new rows and `table`, the selected part of the file at `path`: missing rows, the
     differences of `worse(committed, row)`, and stale rows, which nothing `makes` any more."""
-    committed = {row.key: row for row in table}
-    for row in rows:
-        if row.key not in committed:
+    committed, made = ({row.key: row for row in each} for each in (table, rows))
+    for key, row in made.items():
+        if key not in committed:
             yield f"{row.name} is missing from {path.name}"
         else:
-            yield from worse(committed[row.key], row)
-    for key in committed.keys() - {row.key for row in rows}:
-        yield f"{committed[key].name} is in {path.name} but nothing {makes} it"
+            yield from worse(committed[key], row)
+    for key, row in committed.items():
+        if key not in made:
+            yield f"{row.name} is in {path.name} but nothing {makes} it"

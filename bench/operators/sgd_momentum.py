@@ -37,30 +37,30 @@ def case(shape: str, sizes: list[tuple[int, ...]], dtype: torch.dtype, device: t
     seed = SEED if dtype == torch.bfloat16 else None
     alone = len(sizes) == 1
 
-    def steps() -> dict[str, Step]:
+    def updates() -> dict[str, Update]:
         found = {
-            OURS: Step(start, dtype, functional.sgd_momentum_, seed=seed),
-            "eager": Step(start, torch.float32, torch_sgd, fused=True),
-            "foreach": Step(start, torch.float32, torch_sgd, foreach=True),
+            OURS: Update(start, dtype, functional.sgd_momentum_, seed=seed),
+            "eager": Update(start, torch.float32, torch_sgd, fused=True),
+            "foreach": Update(start, torch.float32, torch_sgd, foreach=True),
         }
         if dtype != torch.float32:
-            found[f"fused {str(dtype)[6:]}"] = Step(start, dtype, torch_sgd, fused=True)
+            found[f"fused {str(dtype)[6:]}"] = Update(start, dtype, torch_sgd, fused=True)
         if alone:
-            found[COMPILED] = Step(start, dtype, compiled(reference.sgd_momentum_), seed=seed)
+            found[COMPILED] = Update(start, dtype, compiled(reference.sgd_momentum_), seed=seed)
         return found
 
     absent = {} if alone else {COMPILED: f"not timed here: {len(sizes)} tensors take minutes to compile"}
-    truth = Step(start, torch.float64, reference.sgd_momentum_)
-    checked = steps()
+    truth = Update(start, torch.float64, reference.sgd_momentum_)
+    checked = updates()
 
     def restart() -> None:
-        for step in (truth, *checked.values()):
-            step.restart()
+        for update in (truth, *checked.values()):
+            update.restart()
 
     return Case(
         shape=shape,
         runs={**checked},
-        copy=lambda: {**steps()},
+        copy=lambda: {**updates()},
         truth=truth,
         work=Work(5 * sum(map(math.prod, sizes)) * dtype.itemsize),
         absent=absent,
@@ -68,7 +68,7 @@ def case(shape: str, sizes: list[tuple[int, ...]], dtype: torch.dtype, device: t
     )
 
 
-class Step:
+class Update:
     """Makes one update per call; the first result after `restart` is that of the initial weights."""
 
     def __init__(
