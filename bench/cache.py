@@ -28,7 +28,7 @@ from .rows import save
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    args = parser(__doc__, batch=32, classes=50).parse_args(arguments)
+    args = parser(__doc__, model="ViT-B-16", batch=32, classes=50, skip_layers=6).parse_args(arguments)
     model, tokens, images, labels = random_inputs(args.model, args.batch, args.classes, args.device)
     clip = sk.SkipCLIP(model, tokens, skip_layers=args.skip_layers)
     dataset = TensorDataset(images.cpu(), labels.cpu())

@@ -66,7 +66,7 @@ def gradients_of(model: Any, loss: Callable[[], Tensor]) -> Tensor:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = parser(__doc__ or "", several=True, model=["ViT-B-32"], batch=[8], precision=["fp32"], rounds=7)
+    options = parser(__doc__ or "", model=["ViT-B-32"], batch=[8], precision=["fp32"], rounds=7)
     names = ("eager", "checkpointing", "compile", "fuse-fast", "fuse-balanced", "fuse-min")
     options.add_argument("--implementations", nargs="+", choices=names, default=names, help="eager must be one of them")
     options.add_argument("--part", nargs="+", choices=PARTS, default=PARTS, help="image tower alone, or both on pairs")

@@ -71,7 +71,7 @@ _BYTES_PER_SECOND, _CORES, _MOST_SCALE = 2.5e12, 8, 4
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = parser(__doc__, batch=4, classes=1000, rounds=20, precision="bf16")
+    options = parser(__doc__, model="ViT-B-16", batch=4, classes=1000, skip_layers=6, precision="bf16", rounds=20)
     options.add_argument("stage", choices=[function.__name__ for function in STAGES])
     options.add_argument("--all-shapes", action="store_true", help="B = 4 and 32, C = 100, 1,000 and 10,000")
     options.add_argument("--seconds", type=float, default=math.inf, help="begin no other shape after this time")

@@ -45,7 +45,7 @@ Evaluation = Callable[[], list[Tensor]]
 
 def main(arguments: Sequence[str] | None = None) -> None:
     cases = {"model": ["ViT-B-16"], "batch": [100], "classes": [10, 100, 1000], "precision": ["fp32"]}
-    options = parser(__doc__, several=True, rounds=3, **cases)
+    options = parser(__doc__, rounds=3, skip_layers=6, **cases)
     options.add_argument("--images", type=int, default=100, help="number of images")
     options.add_argument("--implementation", nargs="+", choices=IMPLEMENTATIONS, default=IMPLEMENTATIONS)
     args = options.parse_args(arguments)

@@ -49,18 +49,23 @@ class Case(NamedTuple):
     skip_layers: int | None = None  # None: half of the blocks of each tower
 
 
-def parser(description: str, *, several: bool = False, **defaults: Any) -> argparse.ArgumentParser:
-    """A parser with the common options; with `several`, the options of cases take lists."""
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "model": {"help": "one of open_clip's; its weights are random"},
+    "batch": {"type": positive, "help": "images in a batch"},
+    "classes": {"type": positive, "help": "of the task"},
+    "skip_layers": {"type": positive, "help": "blocks of each tower below the cut"},
+    "precision": {"choices": PRECISIONS, "help": "bf16 is that of autocast"},
+    "rounds": {"type": positive, "help": "every implementation runs in each"},
+}
+
+
+def parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
+    """A parser with --device and the options of `defaults`; one with a list as its default takes several values."""
     parser = command(description)
-    count: Any = {"nargs": "+"} if several else {}
-    parser.add_argument("--model", default="ViT-B-16", help="one of open_clip's; its weights are random", **count)
-    parser.add_argument("--batch", type=positive, help="images in a batch", **count)
-    parser.add_argument("--classes", type=positive, help="of the task", **count)
-    parser.add_argument("--skip-layers", type=positive, default=6, help="blocks of each tower below the cut")
-    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="bf16 is that of autocast", **count)
-    parser.add_argument("--rounds", type=positive, help="every implementation runs in each")
+    for name, default in defaults.items():
+        count: Any = {"nargs": "+"} if isinstance(default, list) else {}
+        parser.add_argument(f"--{name.replace('_', '-')}", default=default, **_OPTIONS[name], **count)
     parser.add_argument("--device", type=torch.device, default=measure.default_device())
-    parser.set_defaults(**defaults)
     return parser
 
 

@@ -62,7 +62,7 @@ Probe = tuple[float, float]
 
 def main(arguments: Sequence[str] | None = None) -> None:
     cases = {"model": ["ViT-B-16"], "batch": [4], "classes": list(CLASSES), "precision": list(PRECISIONS)}
-    options = parser(__doc__, several=True, rounds=7, skip_layers=None, **cases)
+    options = parser(__doc__, rounds=7, skip_layers=None, **cases)
     options.add_argument("--implementation", nargs="+", choices=list(_NAMES), default=list(_NAMES))
     args = options.parse_args(arguments)
     keys = [(_NAMES[word], precision) for precision in args.precision for word in _NAMES if word in args.implementation]
