@@ -148,7 +148,7 @@ def rows_of(args: argparse.Namespace, case: Case, compiles: bool) -> list[dict[s
     """Rows of our step, of the published one, eager or by torch.compile, and last of ours as a graph."""
     inputs, on_gpu = inputs_of(case), case.device.type == "cuda"
     published = Published(inputs, case.skip_layers)
-    ours = skip_step(inputs, case.skip_layers, "fast", args.precision, None if compiles else published)
+    ours = skip_step(inputs, case.skip_layers, "fast", args.precision, published)
     floor = floor_of(ours, case.device)
     steps: dict[str, Callable[[], Any]] = {OURS: with_update(ours)}
     if compiles:

@@ -10,11 +10,12 @@
     prompt tuning         CoOp: the whole text tower on all classes, the image tower without gradients, from images
     skipkernels           SkipCLIP, from features at the cut, with memory="fast", or "min"
 
-Each is checked against another computation of the same result before it is timed. Then forward and backward run in
-turn, in a new order each round. Time and memory are extrapolated from two small numbers of classes: a step predicted
-not to fit, or to take longer than a minute, is skipped with the reason in its row. Half of the blocks of each tower
-are skipped, and rows are appended to bench/results/DEVICE/step.csv after each number of classes. With --skip-layers
-they are only printed.
+Each is checked against another computation of the same result before it is timed: the gradients of ours against the
+published step in fp32, where that does not fit, with few classes (note). Then forward and backward run in turn, in a
+new order each round. Time and memory are extrapolated from two small numbers of classes: a step predicted not to fit,
+or to take longer than a minute, is skipped with the reason in its row. Half of the blocks of each tower are skipped,
+and rows are appended to bench/results/DEVICE/step.csv after each number of classes. With --skip-layers they are only
+printed.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import itertools
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import open_clip
 import torch
@@ -54,8 +55,16 @@ _LONGEST = 60.0  # seconds of a step
 _PROBED = 4, 12  # classes from which time and memory are extrapolated
 _MANY = 2000  # classes from which text features are kept on disk between steps
 
-Key = tuple[str, str]
-"""Implementation and precision."""
+
+class Variant(NamedTuple):
+    """An implementation in a precision."""
+
+    name: str
+    precision: str
+
+
+_CHECK = Variant(PUBLISHED, "fp32")  # what the gradients of our steps are compared with, in each precision
+
 Probe = tuple[float, float]
 """Seconds of a step, and bytes that it saves for backward."""
 
@@ -65,12 +74,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser(__doc__, rounds=7, skip_layers=None, **cases)
     options.add_argument("--implementation", nargs="+", choices=list(_NAMES), default=list(_NAMES))
     args = options.parse_args(arguments)
-    keys = [(_NAMES[word], precision) for precision in args.precision for word in _NAMES if word in args.implementation]
+    names = [name for word, name in _NAMES.items() if word in args.implementation]
+    variants = [Variant(name, precision) for precision in args.precision for name in names]
     for model, batch in itertools.product(args.model, args.batch):
         case_of = functools.partial(Case, model, batch, device=args.device, skip_layers=args.skip_layers)
-        probes = [probe(case_of(classes), keys) for classes in _PROBED]
+        probes = [probe(case_of(classes), variants) for classes in _PROBED]
         for classes in args.classes:
-            rows = rows_of(args, case_of(classes), keys, probes)
+            rows = rows_of(args, case_of(classes), variants, probes)
             for row in rows:
                 print(f"{row['implementation']:24} {row['precision']}  C = {classes:5}  {measure.shown(row)}")
             if not args.skip_layers:
@@ -85,18 +95,15 @@ def kept(classes: int, batch: int, name: str) -> int:
 # ---- predictions -----------------------------------------------------------------------------------------------------
 
 
-def uncompiled(key: Key) -> Key:
-    """The key of the same step, not compiled: what compiled code saves cannot be counted."""
-    return (PUBLISHED, key[1]) if key[0] == COMPILED else key
-
-
-def probe(case: Case, keys: Sequence[Key]) -> dict[Key, Probe]:
+def probe(case: Case, variants: Sequence[Variant]) -> dict[Variant, Probe]:
     """Measure the steps with few classes."""
+    # The published step in place of the compiled one: what compiled code saves cannot be counted.
+    eager = [variant._replace(name=PUBLISHED) if variant.name == COMPILED else variant for variant in variants]
     found = {}
-    for key, step in build(case, list(dict.fromkeys(map(uncompiled, keys)))).items():
+    for variant, step in build(case, [*dict.fromkeys([_CHECK, *eager])]).items():
         saved = testing.saved_bytes(step.loss)
-        found[key] = measure.time_alternately({key: step}, 1, case.device, warm_up=False)[key][0], saved
-    return found
+        found[variant] = measure.time_alternately({variant: step}, 1, case.device, warm_up=False)[variant][0], saved
+    return found | {Variant(COMPILED, p): found[Variant(PUBLISHED, p)] for name, p in variants if name == COMPILED}
 
 
 def extrapolate(few: Probe, more: Probe, classes: Sequence[int], K: int) -> Probe:
@@ -110,11 +117,10 @@ def extrapolate(few: Probe, more: Probe, classes: Sequence[int], K: int) -> Prob
     return seconds, saved
 
 
-def reason_to_skip(case: Case, key: Key, probes: Sequence[dict[Key, Probe]]) -> str:
+def reason_to_skip(case: Case, variant: Variant, probes: Sequence[dict[Variant, Probe]]) -> str:
     """The reason why a step is not run, or ""."""
-    K, *probed = (kept(classes, case.batch, key[0]) for classes in (case.classes, *_PROBED))
-    few, more = (each[uncompiled(key)] for each in probes)
-    seconds, saved = extrapolate(few, more, probed, K)
+    K, *probed = (kept(classes, case.batch, variant.name) for classes in (case.classes, *_PROBED))
+    seconds, saved = extrapolate(*(each[variant] for each in probes), probed, K)
     free = free_bytes(case.device)
     if 1.25 * saved > 0.9 * free:  # temporaries and gradients are extra
         of = "" if K == case.classes else f"{K} of "
@@ -126,54 +132,58 @@ def reason_to_skip(case: Case, key: Key, probes: Sequence[dict[Key, Probe]]) -> 
 # ---- measurements ----------------------------------------------------------------------------------------------------
 
 
-def build(case: Case, keys: Sequence[Key], folder: Path | None = None) -> dict[Key, Step]:
-    """The steps to time, checked against another computation of the same result; `folder` is for many text features."""
+def build(
+    case: Case, variants: Sequence[Variant], folder: Path | None = None, compare: bool = True
+) -> dict[Variant, Step]:
+    """The steps to time, checked against another computation of the same result: ours against the published step, if
+    `compare`. `folder` is for many text features."""
     inputs = random_inputs(case.model, case.batch, case.classes, case.device)
     skip = case.skip_layers or half_of(inputs.model)
-    published = Published(inputs, skip) if PUBLISHED in {uncompiled(key)[0] for key in keys} else None
+    published = functools.cache(lambda: Published(inputs, skip))
+    check: Callable[[], Published | None] = published if compare else lambda: None
     texts = folder / "texts" if folder and case.classes > _MANY else None
     make: dict[str, Callable[[str], Step]] = {
-        OURS: lambda precision: skip_step(inputs, skip, "fast", precision, published, texts),
-        MIN: lambda precision: skip_step(inputs, skip, "min", precision, published, texts),
+        OURS: lambda precision: skip_step(inputs, skip, "fast", precision, check(), texts),
+        MIN: lambda precision: skip_step(inputs, skip, "min", precision, check(), texts),
+        PUBLISHED: lambda precision: published().step(precision),
+        COMPILED: lambda precision: published().compiled(precision),
         FULL: lambda precision: full_fine_tuning(inputs, precision),
         PROMPTS: lambda precision: prompt_tuning(inputs, precision, open_clip.get_tokenizer(case.model)),
     }
-    if published is not None:
-        make |= {PUBLISHED: published.step, COMPILED: published.compiled}
-    return {(name, precision): make[name](precision) for name, precision in keys}
+    return {variant: make[variant.name](variant.precision) for variant in variants}
 
 
 def rows_of(
-    args: argparse.Namespace, case: Case, keys: Sequence[Key], probes: Sequence[dict[Key, Probe]]
+    args: argparse.Namespace, case: Case, variants: Sequence[Variant], probes: Sequence[dict[Variant, Probe]]
 ) -> list[dict[str, Any]]:
     """A row of each implementation: times and sizes, or the reason why there are none."""
-    reasons = {key: reason_to_skip(case, key, probes) for key in keys}
-    run = [key for key in keys if not reasons[key]]
+    reasons = {variant: reason_to_skip(case, variant, probes) for variant in [_CHECK, *variants]}
+    run, compare = [variant for variant in variants if not reasons[variant]], not reasons[_CHECK]
     gc.collect()  # models of earlier sizes are in reference cycles
     with tempfile.TemporaryDirectory() as folder:
-        found = timed(build(case, run, Path(folder)), args.rounds, case.device) if run else {}
+        found = timed(build(case, run, Path(folder), compare=compare), args.rounds, case.device) if run else {}
     rows = []
-    for key in keys:
-        name, precision = key
+    for variant in variants:
+        name, note = variant.name, reasons[variant]
+        if variant in found and name in (OURS, MIN) and not compare:
+            note = f"gradients compared at {_PROBED[1]} classes: the published step in fp32 is not run here"
         sizes = {"B": case.batch, "C": case.classes, "K": kept(case.classes, case.batch, name)}
-        row = {"implementation": name, "model": case.model, **sizes, "precision": precision, "note": reasons[key]}
-        row = dict.fromkeys(_COLUMNS, "") | row | found.get(key, {})
-        if key in found and name in (OURS, MIN) and not any(other == PUBLISHED for other, _ in run):
-            row["note"] = f"gradients compared at {_PROBED[1]} classes: the published step is not run here"
-        rows.append(row)
+        row = {"implementation": name, "model": case.model, **sizes, "precision": variant.precision, "note": note}
+        rows.append(dict.fromkeys(_COLUMNS, "") | row | found.get(variant, {}))
     return rows
 
 
-def timed(steps: dict[Key, Step], rounds: int, device: torch.device) -> dict[Key, dict[str, Any]]:
+def timed(steps: dict[Variant, Step], rounds: int, device: torch.device) -> dict[Variant, dict[str, Any]]:
     """Columns of the steps: sizes, then times in turn, then peak memory."""
-    saved = {key: testing.saved_bytes(steps.get(uncompiled(key), step).loss) for key, step in steps.items()}
+    saved = {variant: testing.saved_bytes(step.loss) for variant, step in steps.items() if variant.name != COMPILED}
     found = measure.compare(dict(steps), rounds, device)
-    for key, step in steps.items():
+    for variant, step in steps.items():
         step.model.zero_grad()  # free the gradients of the rounds before measuring memory
         peak = testing.peak_bytes(step, device, warm_up=False)
         skip = step.skip_layers if isinstance(step.skip_layers, int) else "+".join(map(str, step.skip_layers))
-        found[key] |= {"skip_layers": skip, "K": step.K}
-        found[key] |= {"saved_mib": round(saved[key] / 2**20, 1), "peak_mib": round(peak / 2**20, 1)}
+        found[variant] |= {"skip_layers": skip, "K": step.K, "peak_mib": round(peak / 2**20, 1)}
+        if variant in saved:
+            found[variant]["saved_mib"] = round(saved[variant] / 2**20, 1)
     return found
 
 
