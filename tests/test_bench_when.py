@@ -17,7 +17,7 @@ from skipkernels.app import heads
 from skipkernels.app.train.evaluation import Evaluator
 
 BY_NAME = {shift.name: shift for shift in tasks.SHIFTS}
-PACKAGED = [shift for shift in tasks.SHIFTS if shift.packaged]
+PACKAGED = [shift for shift in tasks.SHIFTS if shift.tasks]
 SMALL = Shift("small", ("activities",))
 
 
@@ -58,6 +58,7 @@ def test_source_reads_drawings_of_a_file(drawings):
     report, search = (tasks.names(BY_NAME["flags"], phase, drawings) for phase in ("report", "search"))
     assert sorted(source.classes) == report and sorted(report + search) == sorted(f"name {i}" for i in range(40))
     assert len(source.splits["train"]) == 2 * len(report) == 2 * len(source.splits["test"])
+    assert tasks.names(SMALL, "report", drawings) == tasks.names(SMALL, "report")
     for image, label in source.splits["test"]:
         assert (np.asarray(image) == 80 + int(source.classes[label].split()[1])).all()
 

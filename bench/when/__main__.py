@@ -81,7 +81,7 @@ def lacking(shift: Shift, args: argparse.Namespace) -> str | None:
     """Option of the file that a task needs and that was not given, or None."""
     if shift.words != "all" and not args.without_words:
         return "--without-words"
-    return "--drawings" if not shift.packaged and not args.drawings else None
+    return "--drawings" if not shift.tasks and not args.drawings else None
 
 
 def run_study(shifts: Sequence[Shift], args: argparse.Namespace) -> None:
@@ -91,7 +91,7 @@ def run_study(shifts: Sequence[Shift], args: argparse.Namespace) -> None:
     report = []
     for seed, shift in itertools.product(range(1 if measures else args.seeds), shifts):
         files = {} if shift.words == "all" else {"weights": args.without_words}
-        files |= {} if shift.packaged else {"drawings": args.drawings}
+        files |= {"drawings": args.drawings}
         report += reported(shift, seed, rows, args.methods, skip_slow=not args.steps, **files)
     if not measures:
         with_rows_of(report, "when", execute, workers=args.workers, save=save)

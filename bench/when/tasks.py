@@ -28,17 +28,15 @@ class Shift:
 
     Attributes:
         name: Name in the tables.
-        tasks: Tasks of pictograms with the names.
+        tasks: Tasks of pictograms with the names; none if the file of `recipes.pictograms.more` has the task.
         train: Sets of the training images.
-        words: "known" or "unknown": names without or with a word that is held out of pre-training.
-        packaged: The drawings are in the package; else the file of `recipes.pictograms.more` has the task.
+        words: "all" names, or "known" or "unknown": those without or with a word that is held out of pre-training.
     """
 
     name: str
     tasks: tuple[str, ...] = TASKS
     train: tuple[str, ...] = TRAIN
     words: Literal["all", "known", "unknown"] = "all"
-    packaged: bool = True
 
     @property
     def many(self) -> bool:
@@ -52,16 +50,21 @@ SHIFTS = (
     Shift("one designer", train=TRAIN[:1]),
     Shift("known words", words="known"),
     Shift("unknown words", words="unknown"),
-    *(Shift(task, packaged=False) for task in more.TASKS),
+    *(Shift(task, ()) for task in more.TASKS),
 )
 
 
 def names(shift: Shift, phase: Phase, drawings: Path | None = None) -> list[str]:
-    """The names of a task for a phase, sorted; `drawings` is the file with those that are not packaged."""
+    """The names of a task for a phase, sorted; `drawings` is the file for a task without `tasks`."""
+    if shift.tasks:
+        found = names_of(shift.tasks)
+    else:
+        assert drawings is not None, f"{shift.name} needs the file of its drawings"
+        found = more.class_names(drawings, shift.name)
     held_out = held_out_words(names_of(TASKS))
     return [
         name
-        for name in (more.class_names(drawings, shift.name) if drawings else names_of(shift.tasks))
+        for name in found
         if (random.Random(name).random() < _SEARCHED) == (phase == "search")
         and (shift.words == "all" or has_word(name, held_out) == (shift.words == "unknown"))
     ]
@@ -71,8 +74,9 @@ def source(shift: Shift, phase: Phase, seed: int, drawings: Path | None = None) 
     """Images of the classes of a seed, in its order: the first half is base. `drawings` as in `names`."""
     classes = names(shift, phase, drawings)
     random.Random(seed).shuffle(classes)
-    if drawings is None:
+    if shift.tasks:
         train, test = (Images(Drawings(classes, sets)) for sets in (shift.train, TEST))
     else:
+        assert drawings is not None, f"{shift.name} needs the file of its drawings"
         train, test = (Images(more.read(drawings, shift.name, split, classes)) for split in ("train", "test"))
     return Source(shift.name, tuple(classes), (TEMPLATE,), splits={"train": train, "test": test})
