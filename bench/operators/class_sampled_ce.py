@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from skipkernels import functional, reference
-from skipkernels.ops.class_sampled_ce import REDUCTIONS
+from skipkernels.ops.class_sampled_ce import REDUCTIONS, Forward, class_sampled_ce
 
 from .. import peers
 from ..measure import CPU, OURS
@@ -139,29 +139,37 @@ LAUNCHED = (
 )
 
 
-def launch_arguments(
-    dtype: torch.dtype, shapes: Sequence[tuple[Any, ...]] = LAUNCHED
-) -> Iterator[tuple[str, tuple[Tensor, ...], tuple[Any, ...], tuple[int, int, int]]]:
-    """Shape, the four leading tensors of both schemas, the options after them, and B, K, D."""
+def calls(dtype: torch.dtype, shapes: Sequence[tuple[Any, ...]] = LAUNCHED) -> Iterator[tuple[str, Forward]]:
+    """Shapes in the form of test ids, and arguments of the operator."""
     for B, C, K, D, all_options, reduction in shapes:
-        tensors = on_meta(B, D, dtype=dtype), on_meta(C, D, dtype=dtype), ids(B), on_meta(dtype=torch.float32)
-        weight = on_meta(C, dtype=torch.float32) if all_options else None
-        options = ids(K) if K < C else None, weight, 0.1 if all_options else 0.0, -100, REDUCTIONS.index(reduction)
-        yield f"B{B}-C{C}-K{K}-D{D}", tensors, options, (B, K, D)
+        yield (
+            f"B{B}-C{C}-K{K}-D{D}",
+            Forward(
+                image=on_meta(B, D, dtype=dtype),
+                text=on_meta(C, D, dtype=dtype),
+                labels=ids(B),
+                logit_scale=on_meta(dtype=torch.float32),
+                class_ids=ids(K) if K < C else None,
+                class_weight=on_meta(C, dtype=torch.float32) if all_options else None,
+                label_smoothing=0.1 if all_options else 0.0,
+                ignore_index=-100,
+                reduction=REDUCTIONS.index(reduction),
+                keep_image=False,
+                keep_text=False,
+                keep_logit_scale=False,
+            ),
+        )
 
 
 def launches(dtype: torch.dtype) -> Iterator[Call]:
-    for shape, tensors, options, _ in launch_arguments(dtype):
-        yield Call(shape, (*tensors, *options, False, False, False))
+    for shape, call in calls(dtype):
+        yield Call(shape, call)
 
 
 def launches_backward(dtype: torch.dtype) -> Iterator[Call]:
-    for shape, tensors, options, (B, K, D) in launch_arguments(dtype):
-        each = (B,) if REDUCTIONS[options[-1]] == "none" else ()
-        wide, lse = (on_meta(*s, dtype=torch.float32) for s in (each, (B,), (K,), ())), on_meta(B, dtype=torch.float64)
-        d_loss, image_norm, text_norm, denominator = wide
-        kept = *[on_meta(0, D, dtype=torch.float32)] * 2, on_meta(0, dtype=torch.float64)
-        saved = lse, image_norm, text_norm, denominator, *kept
+    for shape, call in calls(dtype):
+        d_loss, *saved = class_sampled_ce(*call)
+        tensors, options = call[:4], call[4:9]
         yield Call(shape, (d_loss, *tensors, *saved, *options, True, True, True))
 
 

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from skipkernels import functional, reference
+from skipkernels.ops.class_sampled_logits import class_sampled_logits
 
 from ..measure import CPU, OURS
 from . import Arguments, Case, Random, Work, case
-from .class_sampled_ce import LAUNCHED, SHAPES, launch_arguments
-from .record import Call, Record, on_meta
+from .class_sampled_ce import LAUNCHED, SHAPES, calls
+from .record import Call, Record
 
 
 def eager(image: Tensor, text: Tensor, scale: Tensor, class_ids: Tensor | None) -> Tensor:
@@ -41,16 +42,16 @@ def cases(dtype: torch.dtype, device: torch.device = CPU) -> Iterator[Case]:
         )
 
 
-def launches(dtype: torch.dtype) -> Iterator[Call]:
+def launches(dtype: torch.dtype, shapes: Sequence[tuple[Any, ...]] = LAUNCHED) -> Iterator[Call]:
     """Calls at evaluation sizes first."""
-    for shape, (image, text, _, scale), (class_ids, *_), _ in reversed(list(launch_arguments(dtype))):
-        yield Call(shape, (image, text, scale, class_ids))
+    for shape, call in reversed(list(calls(dtype, shapes))):
+        yield Call(shape, (call.image, call.text, call.logit_scale, call.class_ids))
 
 
 def launches_backward(dtype: torch.dtype, shapes: Sequence[tuple[Any, ...]] = LAUNCHED) -> Iterator[Call]:
-    for shape, (image, text, _, scale), (class_ids, *_), (B, K, _) in reversed(list(launch_arguments(dtype, shapes))):
-        d_logits, *norms = (on_meta(*s, dtype=torch.float32) for s in ((B, K), (B,), (K,)))
-        yield Call(shape, (d_logits, image, text, scale, *norms, class_ids, True, True, False))
+    for shape, (*tensors, class_ids) in launches(dtype, shapes):
+        d_logits, *norms = class_sampled_logits(*tensors, class_ids)
+        yield Call(shape, (d_logits, *tensors, *norms, class_ids, True, True, False))
 
 
 NARROW = ((4, 100, 50, 256, False, "mean"),)
