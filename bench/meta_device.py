@@ -21,7 +21,7 @@ PRODUCTS = {_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm}
 _ATTENTION = F.scaled_dot_product_attention
 # Matrix products of which autocast casts the inputs.
 _CAST = (torch, "matmul"), (torch, "mm"), (Tensor, "matmul"), (Tensor, "__matmul__"), (Tensor, "mm"), (F, "linear")
-_ABOUT_AUTOCAST = "is_autocast_enabled", "get_autocast_dtype"  # functions of torch
+_AUTOCAST = "autocast", "is_autocast_enabled", "get_autocast_dtype"  # take the type of a device
 
 
 def _casting(product: Callable[..., Any]) -> Callable[..., Any]:
@@ -53,20 +53,15 @@ def _attention(
 
 
 def _as_on_the_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda *args: function(*("cpu" if x == "meta" else x for x in args))
-
-
-class _Autocast(torch.autocast):
-    def __init__(self, device_type: str, *args: Any, **options: Any):
-        super().__init__("cpu" if device_type == "meta" else device_type, *args, **options)
+    return lambda *args, **options: function(*("cpu" if x == "meta" else x for x in args), **options)
 
 
 @contextlib.contextmanager
 def meta_as_gpu() -> Iterator[None]:
     """Let the meta device follow the autocast settings of the CPU, since it has none, and use a GPU's attention."""
     patches: list[tuple[Any, str, Any]] = [(owner, name, _casting(getattr(owner, name))) for owner, name in _CAST]
-    patches += [(torch, name, _as_on_the_cpu(getattr(torch, name))) for name in _ABOUT_AUTOCAST]
-    patches += [(torch, "autocast", _Autocast), (F, "scaled_dot_product_attention", _attention)]
+    patches += [(torch, name, _as_on_the_cpu(getattr(torch, name))) for name in _AUTOCAST]
+    patches.append((F, "scaled_dot_product_attention", _attention))
     with contextlib.ExitStack() as stack:
         for patch in patches:
             stack.enter_context(mock.patch.object(*patch))
