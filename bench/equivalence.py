@@ -97,13 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         case = Case(model, skip, rates, precision)
         row = {"model": model, "skip_layers": "/".join(map(str, skip)), "text_lr": rates[0], "image_lr": rates[1]}
         rows.append(row | {"precision": precision} | compare(case, inputs[model], args.steps))
-        print(shown(rows[-1]), flush=True)
+        print(", ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
     save(args, rows, "equivalence")
-
-
-def shown(row: dict[str, Any]) -> str:
-    """The printed line of a row."""
-    return ", ".join(f"{name} {value}" for name, value in row.items())
 
 
 def pictogram_inputs() -> Inputs:

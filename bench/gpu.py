@@ -53,11 +53,6 @@ from .training import COMPILER_MODES, Published, Step, skip_step, with_update
 
 GRAPHED, PUBLISHED = "skipkernels as a graph", "published"
 COMPILED = {"default": "published, compiled", "reduce-overhead": "published, compiled with CUDA graphs"}  # by mode
-_COLUMNS = (
-    "implementation model B C K skip_layers precision p20_ms p50_ms p80_ms rounds peak_mib floor_ms above_floor faster "
-    "wanted kernels copies eager_difference replay_difference note"
-).split()
-GOALS = {4: 3, 32: 2}  # on an H100: times as fast as the compiled published step, by batch
 _LISTED = 40  # kernels
 _CALLS = 10  # steps between two events, as in training: the host does not wait between them
 # Least number of times that a step with its update reads or writes its weights: read in forward and in backward, and
@@ -171,23 +166,17 @@ def rows_of(args: argparse.Namespace, case: Case, compiles: bool) -> list[dict[s
     of_case = {"model": case.model, "B": case.batch, "C": case.classes, "K": ours.K, "skip_layers": case.skip_layers}
     rows = []
     for name, times in seconds.items():
-        row = dict.fromkeys(_COLUMNS, "") | {"implementation": name, **of_case, "precision": args.precision}
+        row = {"implementation": name, **of_case, "precision": args.precision}
         row |= measure.milliseconds(times, 3) | {"rounds": args.rounds}
         row["peak_mib"] = round(testing.peak_bytes(steps[name], case.device, warm_up=False) / 2**20)
         row |= {"floor_ms": round(1000 * floor, 3), "above_floor": round(measure.quantile(times, 0.5) / floor, 2)}
         if name not in (OURS, GRAPHED):
-            row |= {"faster": round(measure.median_ratio(times, best), 2), "wanted": goal_of(case, name)}
+            row["faster"] = round(measure.median_ratio(times, best), 2)
         rows.append(row)
     if GRAPHED in steps:
         rows[-1] |= launches_of(steps[GRAPHED], case.device)
     rows[0]["note"] = note
     return rows
-
-
-def goal_of(case: Case, name: str) -> str:
-    """The goal of our speed-up, which is one of an H100 over the compiled step, or ""."""
-    is_h100 = case.device.type == "cuda" and "H100" in torch.cuda.get_device_name(case.device)
-    return f"≥ {GOALS[case.batch]}" if is_h100 and name in COMPILED.values() and case.batch in GOALS else ""
 
 
 def full(args: argparse.Namespace) -> None:

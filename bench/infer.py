@@ -64,9 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             floor = 1000 * measure.floor(flops[name, precision], measure.DTYPES[precision], weights, args.device)
             row = {"implementation": name, "model": model, "images": args.images, "B": batch, "C": classes}
             row |= {"skip_layers": args.skip_layers, "precision": precision} | times
-            row |= {"floor_ms": round(floor, 3), "above_floor": round(times["p50_ms"] / floor, 3)}
-            row |= {"images_s": round(1000 * args.images / times["p50_ms"], 2)}
-            rows.append(row | {"gflop": round(flops[name, precision] / 1e9, 3), "note": ""})
+            rows.append(row | {"floor_ms": round(floor, 3), "above_floor": round(times["p50_ms"] / floor, 3)})
             print(f"{name:20} {precision}  C = {classes:5}  {measure.shown(rows[-1])}")
         save(args, rows, "infer")
 

@@ -70,18 +70,13 @@ def parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
 
 
 def random_inputs(model: str, images: int, classes: int, device: torch.device) -> Inputs:
-    """Random inputs, the same on each call. Where the tokenizer would be downloaded, random tokens of full length."""
-    text = (open_clip.get_model_config(model) or {}).get("text_cfg", {})
+    """Random inputs, the same on each call."""
     torch.manual_seed(0)
-    if "hf_tokenizer_name" in text:
-        clip = open_clip.create_model(model, device=device)
-        tokens = torch.randint(1, text["vocab_size"], (classes, text["context_length"]), device=device)
-    else:
-        try:
-            clip, _, tokenizer = load_model(model, RANDOM, device)
-        except InputError as error:
-            raise SystemExit(str(error)) from None
-        tokens = tokenizer([f"a photo of a {name}." for name in class_names(classes)]).to(device)
+    try:
+        clip, _, tokenizer = load_model(model, RANDOM, device)
+    except InputError as error:
+        raise SystemExit(str(error)) from None
+    tokens = tokenizer([f"a photo of a {name}." for name in class_names(classes)]).to(device)
     torch.manual_seed(0)
     pixels = torch.randn(images, 3, *clip.visual.image_size, device=device)
     return Inputs(clip, tokens, pixels, torch.randint(classes, (1,), device=device).expand(images))

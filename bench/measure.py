@@ -22,7 +22,6 @@ _SHOWN = {
     "peak_mib": "{} MiB at the peak",
     "above_floor": "{:.2f} times the floor",
     "faster": "skipkernels is {:.2f} times as fast",
-    "wanted": "goal: {}",
     "kernels": "{} kernels",
     "copies": "{} copies or fills",
     "eager_difference": "weights differ by {} between eager runs",

@@ -14,8 +14,7 @@ Each is checked against another computation of the same result before it is time
 published step in fp32, where that does not fit, with few classes (note). Then forward and backward run in turn, in a
 new order each round. Time and memory are extrapolated from two small numbers of classes: a step predicted not to fit,
 or to take longer than a minute, is skipped with the reason in its row. Half of the blocks of each tower are skipped,
-and rows are appended to bench/results/DEVICE/step.csv after each number of classes. With --skip-layers they are only
-printed.
+and rows are appended to bench/results/DEVICE/step.csv after each number of classes.
 """
 
 from __future__ import annotations
@@ -71,20 +70,19 @@ Probe = tuple[float, float]
 
 def main(arguments: Sequence[str] | None = None) -> None:
     cases = {"model": ["ViT-B-16"], "batch": [4], "classes": list(CLASSES), "precision": list(PRECISIONS)}
-    options = parser(__doc__, rounds=7, skip_layers=None, **cases)
+    options = parser(__doc__, rounds=7, **cases)
     options.add_argument("--implementation", nargs="+", choices=list(_NAMES), default=list(_NAMES))
     args = options.parse_args(arguments)
     names = [name for word, name in _NAMES.items() if word in args.implementation]
     variants = [Variant(name, precision) for precision in args.precision for name in names]
     for model, batch in itertools.product(args.model, args.batch):
-        case_of = functools.partial(Case, model, batch, device=args.device, skip_layers=args.skip_layers)
+        case_of = functools.partial(Case, model, batch, device=args.device)
         probes = [probe(case_of(classes), variants) for classes in _PROBED]
         for classes in args.classes:
             rows = rows_of(args, case_of(classes), variants, probes)
             for row in rows:
                 print(f"{row['implementation']:24} {row['precision']}  C = {classes:5}  {measure.shown(row)}")
-            if not args.skip_layers:
-                save(args, rows, "step")
+            save(args, rows, "step")
 
 
 def kept(classes: int, batch: int, name: str) -> int:
@@ -138,7 +136,7 @@ def build(
     """The steps to time, checked against another computation of the same result: ours against the published step, if
     `compare`. `folder` is for many text features."""
     inputs = random_inputs(case.model, case.batch, case.classes, case.device)
-    skip = case.skip_layers or half_of(inputs.model)
+    skip = tuple(len(tower.transformer.resblocks) // 2 for tower in (inputs.model.visual, inputs.model))
     published = functools.cache(lambda: Published(inputs, skip))
     check: Callable[[], Published | None] = published if compare else lambda: None
     texts = folder / "texts" if folder and case.classes > _MANY else None
@@ -181,15 +179,10 @@ def timed(steps: dict[Variant, Step], rounds: int, device: torch.device) -> dict
         step.model.zero_grad()  # free the gradients of the rounds before measuring memory
         peak = testing.peak_bytes(step, device, warm_up=False)
         skip = step.skip_layers if isinstance(step.skip_layers, int) else "+".join(map(str, step.skip_layers))
-        found[variant] |= {"skip_layers": skip, "K": step.K, "peak_mib": round(peak / 2**20, 1)}
+        found[variant] |= {"skip_layers": skip, "peak_mib": round(peak / 2**20, 1)}
         if variant in saved:
             found[variant]["saved_mib"] = round(saved[variant] / 2**20, 1)
     return found
-
-
-def half_of(model: Any) -> tuple[int, int]:
-    """Skipped blocks of the image and the text tower."""
-    return len(model.visual.transformer.resblocks) // 2, len(model.transformer.resblocks) // 2
 
 
 if __name__ == "__main__":

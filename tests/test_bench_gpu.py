@@ -152,7 +152,6 @@ def as_on_a_gpu(monkeypatch) -> None:
 def test_step_on_a_gpu(as_on_a_gpu, monkeypatch, capsys, tmp_path, captured):
     """Rows have what is printed; eager steps are not called a graph."""
     monkeypatch.setattr(graphed_step.GraphedStep, "is_captured", captured)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 PCIe")
     monkeypatch.setattr(gpu, "floor_of", lambda step, device: 0.005)
     options = [option for option in CUT if option != "--no-save"]
     gpu.main(["step", *options, "--precision", "bf16", "--device", "cuda", "--out", str(tmp_path)])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +19,7 @@ from bench.rows import KINDS, MACHINE
 from skipkernels import testing
 
 SMALL = "--model vit-tiny --classes 20 --device cpu --rounds 1".split()
-CUT = [*SMALL, "--skip-layers", "3"]
-INFER = [*CUT, "--images", "4", "--batch", "2"]
+INFER = [*SMALL, *"--skip-layers 3 --images 4 --batch 2".split()]
 FEW = "--precision fp32 --implementation skipkernels".split()
 
 
@@ -97,16 +95,10 @@ def test_prompts_have_the_lengths_of_imagenet():
     assert len(set(inputs.class_names(30_000))) == 30_000
 
 
-def test_random_inputs_are_the_same_on_each_call(tmp_path):
-    """Also with a tokenizer that would be downloaded."""
-    config = json.loads(Path(inputs.__file__).with_name("vit-tiny.json").read_text())
-    config["text_cfg"]["hf_tokenizer_name"] = "not/downloaded"
-    (tmp_path / "vit-tiny-of-hf.json").write_text(json.dumps(config))
-    open_clip.add_model_config(tmp_path)
-    for model in ("vit-tiny", "vit-tiny-of-hf"):
-        (one, *tensors), (other, *others) = (inputs.random_inputs(model, 2, 3, measure.CPU) for _ in range(2))
-        pairs = zip([*one.parameters(), *tensors], [*other.parameters(), *others], strict=True)
-        assert all(torch.equal(x, y) for x, y in pairs)
+def test_random_inputs_are_the_same_on_each_call():
+    (one, *tensors), (other, *others) = (inputs.random_inputs("vit-tiny", 2, 3, measure.CPU) for _ in range(2))
+    pairs = zip([*one.parameters(), *tensors], [*other.parameters(), *others], strict=True)
+    assert all(torch.equal(x, y) for x, y in pairs)
 
 
 @pytest.mark.parametrize(("flops", "moved", "seconds"), [(3e11, 1e10, 3.0), (1e11, 2e10, 2.0), (0, 2e10, 2.0)])
@@ -154,7 +146,7 @@ WRONG = {
     "prompts": (training.CoOp, "step", scaled(1.01), prompts, "prompt tuning has another loss"),
     "classes": (
         published, "choose_classes", lambda right: lambda *of: torch.arange(len(right(*of))),
-        lambda _: step.main([*CUT, *FEW]), "two steps choose other classes",
+        lambda _: step.main([*SMALL, *FEW]), "two steps choose other classes",
     ),
     "logits": (
         sk.SkipCLIP, "predict", lambda right: lambda self, x: right(self, x).roll(1, dims=1),
@@ -180,5 +172,4 @@ def test_infer_writes_a_row_per_implementation(results):
     found = {row["implementation"]: row for row in rows_of(results, "infer")}
     assert len(found) == len(infer.IMPLEMENTATIONS)
     for implementation, row in found.items():
-        assert float(row["images_s"]) == pytest.approx(4000 / float(row["p50_ms"]), rel=0.01)
         assert (row["faster"] == "") == (implementation == "skipkernels") and float(row["above_floor"]) > 0

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from skipkernels.formatting import first_line
 from skipkernels.testing import SLACK, relative_error
 
 from .. import measure
@@ -50,8 +51,7 @@ class Gate:
         except torch.AcceleratorError:  # the device is lost: later results would be meaningless
             raise
         except Exception as error:
-            lines = str(error).strip().splitlines() or [""]
-            return f"failed: {type(error).__name__}: {lines[0]}"
+            return f"failed: {type(error).__name__}: {first_line(error)}"
         return results
 
 

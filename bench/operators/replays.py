@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from skipkernels.formatting import first_line
+
 from .. import measure
 from . import Case, Run
 
@@ -40,7 +42,7 @@ def in_turn(case: Case, names: Sequence[str], device: torch.device) -> Times:
         except torch.AcceleratorError:
             raise
         except RuntimeError as error:
-            failed[name] = f"no CUDA graph: {str(error).splitlines()[0]}"
+            failed[name] = f"no CUDA graph: {first_line(error)}"
     times = measure.time_alternately(replays, rounds, device, before=cache.zero_)
     return {**failed, **{name: [each / calls for each in seconds] for name, seconds in times.items()}}
 

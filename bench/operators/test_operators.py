@@ -113,12 +113,9 @@ def columns(
     case: Case, implementation: str, seconds: list[float], peak: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Any]:
     """Measurements, in the columns of a row."""
-    median = measure.quantile(seconds, 0.5)
     least = measure.floor(case.work.flops, dtype, case.work.moved, device)
     return measure.milliseconds(seconds, 4) | {
         "peak_mib": round(peak / 2**20, 1),
-        "gbytes_s": round(case.work.moved / median / 1e9, 3),
-        "gflops_s": round(case.work.flops / median / 1e9, 2) if case.work.flops else "",
-        "of_ceiling": round(least / median, 4),
+        "of_ceiling": round(least / measure.quantile(seconds, 0.5), 4),
         "note": case.versions.get(implementation, ""),
     }
