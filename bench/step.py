@@ -104,21 +104,12 @@ def probe(case: Case, variants: Sequence[Variant]) -> dict[Variant, Probe]:
     return found | {Variant(COMPILED, p): found[Variant(PUBLISHED, p)] for name, p in variants if name == COMPILED}
 
 
-def extrapolate(few: Probe, more: Probe, classes: Sequence[int], K: int) -> Probe:
-    """Time and bytes with K classes, linear in the number of classes and never falling with it.
-
-    >>> extrapolate((2.0, 100), (4.0, 500), (10, 30), 50)
-    (6.0, 900.0)
-    """
-    share = (K - classes[0]) / (classes[1] - classes[0])
-    seconds, saved = (a + share * max(0.0, b - a) for a, b in zip(few, more, strict=True))
-    return seconds, saved
-
-
 def reason_to_skip(case: Case, variant: Variant, probes: Sequence[dict[Variant, Probe]]) -> str:
     """The reason why a step is not run, or ""."""
-    K, *probed = (kept(classes, case.batch, variant.name) for classes in (case.classes, *_PROBED))
-    seconds, saved = extrapolate(*(each[variant] for each in probes), probed, K)
+    K, few, more = (kept(classes, case.batch, variant.name) for classes in (case.classes, *_PROBED))
+    share = (K - few) / (more - few)
+    # Linear in the number of classes, and never falling with it.
+    seconds, saved = (a + share * max(0.0, b - a) for a, b in zip(*(each[variant] for each in probes), strict=True))
     free = free_bytes(case.device)
     if 1.25 * saved > 0.9 * free:  # temporaries and gradients are extra
         of = "" if K == case.classes else f"{K} of "
