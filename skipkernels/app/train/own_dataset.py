@@ -70,6 +70,5 @@ class OwnData:
             for part in named.splits.values():
                 part.identity = config.dataset_identity
         if test is None and validation is None:
-            images: Any = named.images("train")
-            return listed_source(name, images, named.classes, None, templates)
-        return replace(named, notes=notes) if notes else named
+            return listed_source(name, named.images("train"), named.classes, None, templates)
+        return replace(named, notes=notes)

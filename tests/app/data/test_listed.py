@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import sys
 from pathlib import Path
@@ -10,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import EpsImagePlugin, Image
+from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from skipkernels.app.data import InputError, TaskOptions, few_shot, load_task, open_source
 from skipkernels.app.data.shots import hold_out
 from skipkernels.features.identity import dataset_identity
-from tests.app.data.pictures import RED, class_of, draw_image
+from tests.app.data.pictures import RED, class_of, draw_image, encoded
 
 CLASSES = ["cat", "dog", "owl"]
 
@@ -149,15 +148,13 @@ def test_hf_single_dataset_with_text_labels(hub, tmp_path):
     assert "no test images, so the images of each class are split by a hash" in source.notes[0]
 
 
-def test_hf_uses_own_decoder(hub, tmp_path, monkeypatch):
-    """No Ghostscript; 16 bits as in files."""
-    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("Ghostscript"))
-    buffers = {kind: io.BytesIO() for kind in ("eps", "png")}
-    Image.new("RGB", (5, 4)).save(buffers["eps"], "eps")
-    Image.fromarray(np.full((4, 5), 40_000, dtype=np.uint16)).save(buffers["png"], "png")
+def test_hf_uses_own_decoder(hub, tmp_path):
+    """16 bits as in files."""
+    deep = {"bytes": encoded(Image.fromarray(np.full((4, 5), 40_000, dtype=np.uint16))), "path": None}
     features = hub.Features({"image": hub.Image(), "label": hub.ClassLabel(names=["a", "b"])})
-    found = [{"bytes": buffer.getvalue(), "path": None} for buffer in buffers.values()]
-    rows = hub.Dataset.from_dict({"image": found, "label": [0, 1]}, features=features)
+    rows = hub.Dataset.from_dict(
+        {"image": [{"bytes": b"none", "path": None}, deep], "label": [0, 1]}, features=features
+    )
     hub.DatasetDict({"train": rows, "test": rows}).save_to_disk(tmp_path / "set")
     images = open_source(f"hf:{tmp_path / 'set'}").images("train")
     assert images[1][0].getpixel((0, 0)) == (156, 156, 156)

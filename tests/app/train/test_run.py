@@ -12,7 +12,6 @@ from unittest.mock import Mock
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
 
 from skipkernels.app.cli.main import main
 from skipkernels.app.config import TuneConfig
@@ -24,10 +23,6 @@ from tests.app.runs import files, losses, results, rows, small, without_cost
 
 FILES = {"config.yaml", "metrics.json", "metrics.jsonl", "model.safetensors", "report.html", "predictions.csv"}
 FILES |= {"classifier.json", "open_clip_config.json", "README.md", "predictions.safetensors"}
-
-
-def first_weights() -> dict[str, torch.Tensor]:
-    return load_model("pictogram-tiny", None, torch.device("cpu"))[0].state_dict()
 
 
 def test_tune_files_and_metrics(run):
@@ -96,12 +91,6 @@ def test_eval_reproduces_accuracy(run, capsys):
     assert all(printed[printed.index(name) + 2] == f"{value:.2f}" for name, value in metrics["tuned"].items())
 
 
-def test_eval_on_other_data(run, capsys):
-    assert main(["eval", str(run[0]), "--data", "pictograms:food", "--protocol", "few-shot"]) == 0
-    printed = capsys.readouterr().out
-    assert "all" in printed and "base" not in printed
-
-
 def test_tune_is_deterministic(run, tmp_path):
     folder, metrics = run
     torch.manual_seed(7)  # the caller's generator has no effect
@@ -112,17 +101,6 @@ def test_tune_is_deterministic(run, tmp_path):
     assert without_cost(again) == without_cost(metrics) and losses(tmp_path / "again") == losses(folder)
     tune(small(tmp_path / "other", seed=1, epochs=1))
     assert losses(tmp_path / "other")[0] != losses(folder)[0]
-
-
-def test_tune_changes_weights_above_cut_only(run):
-    folder, _ = run
-    before, after = first_weights(), load_file(folder / "model.safetensors")
-    moved = {name for name in before if not before[name].equal(after[name])}
-    assert not any(
-        name.startswith(("visual.trunk.patch_embed", "token_embedding", "visual.trunk.blocks.1")) for name in moved
-    )
-    assert "visual.trunk.blocks.2.mlp.fc1.weight" in moved and "text_projection" in moved
-    assert "logit_scale" not in moved
 
 
 @pytest.mark.parametrize(
