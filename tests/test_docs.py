@@ -145,7 +145,7 @@ def reader(tmp_path, monkeypatch) -> Iterator[dict[str, Any]]:
     skipkernels.backends()  # registers the operators of the package
     library = torch.library.Library(registration.NAMESPACE, "FRAGMENT")
     monkeypatch.setattr(registration, "_library", library)
-    monkeypatch.setattr(registration, "_definitions", dict(registration.definitions))
+    monkeypatch.setattr(registration, "definitions", dict(registration.definitions))
     for create in (open_clip.create_model, open_clip.create_model_and_transforms):
         monkeypatch.setattr(open_clip, create.__name__, without_downloads(create))
     monkeypatch.setattr(plots, "plot_svg", lambda name, *_, **__: f"<svg>{name}</svg>")
