@@ -49,7 +49,7 @@ from .inputs import Case, Inputs, parser, random_inputs
 from .measure import OURS
 from .operators.record import small_call
 from .rows import machine_columns, save
-from .training import COMPILER_MODES, Published, Step, skip_step, with_update
+from .training import Published, Step, skip_step, with_update
 
 GRAPHED, PUBLISHED = "skipkernels as a graph", "published"
 COMPILED = {"default": "published, compiled", "reduce-overhead": "published, compiled with CUDA graphs"}  # by mode
@@ -145,10 +145,10 @@ def rows_of(args: argparse.Namespace, case: Case, compiles: bool) -> list[dict[s
     published = Published(inputs, case.skip_layers)
     ours = skip_step(inputs, case.skip_layers, "fast", args.precision, published)
     floor = floor_of(ours, case.device)
-    steps: dict[str, Callable[[], Any]] = {OURS: with_update(ours)}
+    steps: dict[str, Callable[[], Any]] = {OURS: with_update(ours, sk.FusedSGD)}
     if compiles:
-        for mode in COMPILER_MODES:
-            steps[COMPILED[mode]] = with_update(published.compiled(args.precision, mode))
+        for mode, name in COMPILED.items():
+            steps[name] = with_update(published.compiled(args.precision, mode))
     else:
         steps[PUBLISHED] = with_update(published.step(args.precision))
     graph = graphed_step(case, args.precision) if on_gpu else None

@@ -30,7 +30,6 @@ SLACK = {"fp32": 1e-3, "bf16": 0.05}
 # logits: the same operations except a logit bias, which softmax ignores, and unit norms; another order if compiled.
 _LOSS = {"fp32": 1e-4, "bf16": 0.05}
 _CONTEXT = "a photo of a"
-COMPILER_MODES = ("default", "reduce-overhead")  # of torch.compile; the second captures CUDA graphs
 
 Skip = int | tuple[int, int]
 """Blocks skipped in each tower, or in image and text."""
@@ -39,7 +38,6 @@ Skip = int | tuple[int, int]
 class Step(NamedTuple):
     """Forward and backward of a batch: `loss` is the forward pass, `model` receives the gradients."""
 
-    name: str
     K: int
     skip_layers: Skip
     precision: str
@@ -51,12 +49,9 @@ class Step(NamedTuple):
         self.loss().backward()
 
 
-def with_update(step: Step) -> Callable[[], None]:
-    """A step with its update by SGD, ours as in `tune`, others as in a plain loop."""
-    weights = [weight for weight in step.model.parameters() if weight.requires_grad]
-    optimizer = (sk.FusedSGD if step.name.startswith("skipkernels") else torch.optim.SGD)(
-        weights, lr=1e-5, momentum=0.9
-    )
+def with_update(step: Step, sgd: type[torch.optim.Optimizer] = torch.optim.SGD) -> Callable[[], None]:
+    """A step with its update."""
+    optimizer: Any = sgd([weight for weight in step.model.parameters() if weight.requires_grad], lr=1e-5, momentum=0.9)
 
     def train() -> None:
         step.loss().backward()
@@ -89,7 +84,7 @@ class Published:
     def step(self, precision: str, loss: Callable[[], Tensor] | None = None) -> Step:
         """The step to time."""
         loss = loss or (lambda: self.loss(precision))
-        return Step("published", len(self.chosen), self._skip_layers, precision, self._model, loss)
+        return Step(len(self.chosen), self._skip_layers, precision, self._model, loss)
 
     def compiled(self, precision: str, mode: str = "default") -> Step:
         """The step under torch.compile, already compiled and compared; it keeps as many classes in each step."""
@@ -102,7 +97,7 @@ class Published:
 
         with torch.no_grad():
             _refuse_another(loss(self.chosen), self.loss(precision, self.chosen), precision, "the compiled step")
-        step = self.step(precision, loss)._replace(name="published, compiled")
+        step = self.step(precision, loss)
         step()
         return step
 
@@ -123,10 +118,10 @@ def skip_step(
     skip_layers: Skip,
     memory: str,
     precision: str,
-    against: Published | None = None,
+    against: Published | None,
     text_cache: Path | None = None,
 ) -> Step:
-    """SkipCLIP's training step from features at the cut, checked against the published step.
+    """SkipCLIP's training step from features at the cut, checked against the published step if it is given.
 
     Both must select the same classes in fp32 (in bf16 close scores may change their order). Over the classes that
     SkipCLIP selects in `precision`, the error of its gradients may not exceed that of the published step.
@@ -134,7 +129,11 @@ def skip_step(
     model, tokens, images, labels = inputs
     clip = sk.SkipCLIP(model, tokens, skip_layers=skip_layers, memory=memory, text_cache=text_cache)
     features = clip.encode_lower(images)
-    step = step_of(clip, features, labels, skip_layers, precision)
+
+    def loss() -> Tensor:
+        with autocast(precision, images.device):
+            return clip(features, labels).loss
+
     if against is not None:
         with torch.no_grad():
             if not clip(features, labels).class_ids.equal(against.chosen):
@@ -143,20 +142,8 @@ def skip_step(
             out = clip(features, labels)
         found = gradients(model, out.loss)
         _refuse_wrong(found, *(against.gradients(p, out.class_ids) for p in (precision, "fp32")), precision)
-    return step if memory == "fast" else step._replace(name=f"{step.name}, memory={memory}")
-
-
-def step_of(clip: sk.SkipCLIP, features: Tensor, labels: Tensor, skip_layers: Skip, precision: str) -> Step:
-    """The step of a SkipCLIP from features at the cut."""
-    C, B = len(clip.prototypes), len(labels)
-    with torch.no_grad():
-        K = clip.sampler.expected_keep(C, B)  # each step draws another tail, rounded down or up
-
-    def loss() -> Tensor:
-        with autocast(precision, features.device):
-            return clip(features, labels).loss
-
-    return Step("skipkernels", K, skip_layers, precision, clip.model, loss)
+    K = clip.sampler.expected_keep(len(tokens), len(labels))  # each step draws another tail, rounded down or up
+    return Step(K, skip_layers, precision, model, loss)
 
 
 def _refuse_wrong(ours: dict[str, Tensor], theirs: dict[str, Tensor], truth: dict[str, Tensor], precision: str) -> None:
@@ -212,7 +199,7 @@ def full_fine_tuning(inputs: Inputs, precision: str) -> Step:
 
     with torch.no_grad():
         _refuse_another(loss(), _own_loss(inputs, precision), precision, "full fine-tuning")
-    return Step("full fine-tuning", len(tokens), 0, precision, model, loss)
+    return Step(len(tokens), 0, precision, model, loss)
 
 
 def prompt_tuning(inputs: Inputs, precision: str, tokenizer: Callable[[list[str]], Tensor]) -> Step:
@@ -235,4 +222,4 @@ def prompt_tuning(inputs: Inputs, precision: str, tokenizer: Callable[[list[str]
 
     with torch.no_grad():
         _refuse_another(loss(), _own_loss(inputs, precision), precision, "prompt tuning")
-    return Step("prompt tuning", len(tokens), 0, precision, torch.nn.ParameterList([coop.context]), loss)
+    return Step(len(tokens), 0, precision, torch.nn.ParameterList([coop.context]), loss)
