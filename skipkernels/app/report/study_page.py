@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple
-
-from pydantic import Field
+from typing import Any, NamedTuple
 
 from . import page
 from .formats import MISSING, joined, number, plural
@@ -27,24 +25,20 @@ class MeanAndDeviation(NamedTuple):
     deviation: float | None
 
 
-Columns = Annotated[dict[str, MeanAndDeviation | None], Field(min_length=1)]
-"""Values of a method by column of a table."""
-
-
 @dataclass(frozen=True)
 class Study:
     """Contents of compare.json."""
 
     title: str
     command: str
-    seeds: Annotated[list[int], Field(min_length=1)]
+    seeds: list[int]
     finished: str
     versions: dict[str, str]
     machine: str
     threads: int
-    summary: Annotated[dict[str, dict[str, Columns]], Field(min_length=1)]  # by method, and by title of a table
+    summary: dict[str, dict[str, dict[str, MeanAndDeviation | None]]]  # by method, title of a table and column
     comparison: dict[str, Any] | None  # of the best method with the others
-    runs: Annotated[list[dict[str, Any]], Field(min_length=1)]  # fields of `Result`
+    runs: list[dict[str, Any]]  # fields of `Result`
 
     @property
     def images(self) -> dict[str, int]:

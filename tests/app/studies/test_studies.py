@@ -156,15 +156,7 @@ def test_compare_command(tmp_path, capsys, in_process):
     assert "skipkernels compare --shots 2 --max-classes 6 --device cpu" in page
     assert "--methods zero-shot linear-probe --seeds 1" in page
     assert main(["report", str(tmp_path)]) == 0 and (tmp_path / "report.html").read_text() == page
-    no_columns = found["summary"] | {"zero-shot": {"accuracy, %": {}}}
-    for text, reason in (
-        ("{", "not JSON"),
-        ("{}", "title: Field required"),
-        (json.dumps(found | {"summary": {}}), "summary: Dictionary should have at least 1 item"),
-        (json.dumps(found | {"summary": no_columns}), "summary.zero-shot.accuracy, %: Dictionary should have"),
-        (json.dumps(found | {"seeds": []}), "seeds: List should have at least 1 item"),
-        (json.dumps(found | {"runs": []}), "runs: List should have at least 1 item"),
-    ):
+    for text, reason in (("{", "not JSON"), ("{}", "title: Field required")):
         (tmp_path / "compare.json").write_text(text)
         assert main(["report", str(tmp_path)]) == 2
         assert f"compare.json: damaged, or of another version ({reason}" in " ".join(capsys.readouterr().err.split())
