@@ -50,12 +50,12 @@ class Case(NamedTuple):
 
 
 _OPTIONS: dict[str, dict[str, Any]] = {
-    "model": {"help": "one of open_clip's; its weights are random"},
-    "batch": {"type": positive, "help": "images in a batch"},
-    "classes": {"type": positive, "help": "of the task"},
-    "skip_layers": {"type": positive, "help": "blocks of each tower below the cut"},
-    "precision": {"choices": PRECISIONS, "help": "bf16 is that of autocast"},
-    "rounds": {"type": positive, "help": "every implementation runs in each"},
+    "--model": {"help": "one of open_clip's; its weights are random"},
+    "--batch": {"type": positive, "help": "images in a batch"},
+    "--classes": {"type": positive, "help": "of the task"},
+    "--skip-layers": {"type": positive, "help": "blocks of each tower below the cut"},
+    "--precision": {"choices": PRECISIONS, "help": "bf16 is that of autocast"},
+    "--rounds": {"type": positive, "help": "every implementation runs in each"},
 }
 
 
@@ -64,7 +64,8 @@ def parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
     parser = command(description)
     for name, default in defaults.items():
         count: Any = {"nargs": "+"} if isinstance(default, list) else {}
-        parser.add_argument(f"--{name.replace('_', '-')}", default=default, **_OPTIONS[name], **count)
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(option, default=default, **_OPTIONS[option], **count)
     parser.add_argument("--device", type=torch.device, default=measure.default_device())
     return parser
 
