@@ -38,6 +38,7 @@ if ! output=$("$python" -m bench.gpu check --device cuda $STEP 2>&1); then
   cat >&2 <<END
 bench/gpu.sh: $python cannot run the stages: $reason
   a package is absent: $python -m pip install -e ".[cli,test]"
+  a PyTorch without CUDA on a machine with a GPU: install torch and torchvision for its CUDA, see pytorch.org
   another Python: PYTHON=.venv/bin/python bench/gpu.sh
   without a GPU: STEP="--device cpu --model vit-tiny --skip-layers 3 --classes 20 --rounds 1" bench/gpu.sh
 END
@@ -46,7 +47,7 @@ fi
 mkdir -p "$out"
 
 # Lines of an output that are results: ours; gradients, failures and counts of pytest; counts of compute-sanitizer.
-results='^result: |^worst gradient|: no timing$|(^|\] )(FAILED|ERROR) |[0-9]+ (passed|failed|error)|SUMMARY: '
+results='^result: |^worst gradient|: no timing$|(^|\] )(FAILED|ERROR) |[0-9]+ (passed|failed|error|skipped)|SUMMARY: '
 scaled() { # SECONDS
   local percent
   percent=$(sed -n 's/^limits of time: \([0-9]*\) %$/\1/p' "$out/machine.txt" 2>/dev/null)
