@@ -31,7 +31,6 @@ WARMUP = 3  # steps before a capture, which compile kernels and create the state
 class _Key(NamedTuple):
     """Batches that one graph serves."""
 
-    device: torch.device
     shape: torch.Size
     dtype: torch.dtype
     autocast: torch.dtype | None
@@ -183,7 +182,8 @@ class GraphedStep:
         with torch.cuda.device(device):
             if self._streams is None or self._streams.device != device:
                 self._streams = _Streams(device, torch.cuda.Stream(device), torch.cuda.Stream(device))
-            steps = self._begin(_Key(device, pixel_values.shape, pixel_values.dtype, autocast))
+                self._steps = None
+            steps = self._begin(_Key(pixel_values.shape, pixel_values.dtype, autocast))
             if steps is None:
                 return self._run_eagerly(pixel_values, labels, Casts())
             pixel_values, labels = steps.copied(pixel_values, labels)
@@ -205,7 +205,8 @@ class GraphedStep:
         if graph is None:
             self._check_optimizer()
         # After the checks: a step that is refused leaves the generator as it was.
-        self._ranks.draw(key.device, len(self._clip.prototypes), key.shape[0])
+        prototypes = self._clip.prototypes
+        self._ranks.draw(prototypes.device, len(prototypes), key.shape[0])
         if graph is not None and graph.ranks is not self._ranks.ranks:  # K has changed
             steps = None
         if served:
