@@ -86,8 +86,8 @@ def test_decoder_that_was_ended_is_replaced(monkeypatch):
     decode(PICTURE, "a")
     pipes = [pipe for each in decoder._decoders for pipe in (each.process.stdin, each.process.stdout)]
     kill_decoders()
-    while decoders():
-        time.sleep(0.01)
+    for each in decoder._decoders:
+        each.process.wait(10)
     assert decode(PICTURE, "a").size == (3, 2)
     assert pipes and all(pipe.closed for pipe in pipes)
 
