@@ -41,6 +41,7 @@ KINDS = {
     "infer": Kind("bench.infer", "model images B C skip_layers precision implementation", "p50_ms"),
     "operators": Kind("pytest bench/operators", "op shape dtype implementation", "p50_ms"),
     "fuse": Kind("bench.fuse", "model B precision part implementation", "p50_ms"),
+    "default": Kind("bench.default", "name", "p50_s"),
     "when": Kind("bench.when", "task method phase seed setting blended head", "base"),
     "when_cost": Kind("bench.when --cost", "task method epoch", "train_s"),
     "when_steps": Kind("bench.when --steps", "task method", "step_s"),
