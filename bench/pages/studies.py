@@ -5,7 +5,7 @@ from __future__ import annotations
 from .. import gpu_model, tables
 from ..rows import grouped, latest_rows
 from ..when import summary
-from .cells import origin, table
+from .cells import MACHINE_SHOWN, origin, table
 
 PARTS = {"image": "image tower", "pairs": "both towers on pairs"}
 FUSED = {"checkpointing": "gradient checkpointing", "compile": "torch.compile"}
@@ -23,6 +23,13 @@ def fused() -> str:
         ]
         lines.append([f"{model}, batch {batch}, {PARTS[part]}", *cells])
     return table(["bytes, time", *FUSED.values()], lines) + origin("fuse", rows)
+
+
+def default_cost() -> str:
+    """Time and memory of `skipkernels tune`, with and without its comparison."""
+    rows = latest_rows("default", **MACHINE_SHOWN)
+    lines = [[row["name"], f"{float(row['p50_s']):.0f} s", f"{int(row['peak_mib']):,} MiB"] for row in rows]
+    return table(["", "time", "peak memory"], lines) + origin("default", rows)
 
 
 def when(name: str) -> str:
