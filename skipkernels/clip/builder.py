@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from ..options import AttentionName, Memory
 from ..towers import registry, xformers
-from ..towers.attention import SDPA
 from ..towers.base import Cut, ImageTower
 from ..towers.block import FusedBlock, fuse_blocks
+from ..towers.rows import SDPA
 from ..towers.text import TextTower
 from .checks import as_pair, blocks_to_skip, check_vocabulary
 from .containers import Containers

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..clip import SkipCLIP
 from ..optimizer import FusedSGD, world_size
 from ..towers.alterations import HOOKS, global_hooks
-from ..towers.attention import SDPA
+from ..towers.rows import SDPA
 
 
 def why_not_capturable(clip: SkipCLIP, optimizer: torch.optim.Optimizer) -> str | None:

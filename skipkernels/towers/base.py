@@ -21,10 +21,19 @@ from torch.utils.checkpoint import checkpoint
 from ..boundary import DEFAULT_CHUNK, LSkipBoundary
 from ..digests import digest_tensors
 from ..options import FusedMemory, Memory
-from .attention import SDPA, AttentionBackend, BlockAttention, Pooled, Sequences
 from .block import fuse_blocks, why_takes_no_rows
-from .fused import Hidden, Rotary, RowsOptions, most_saved_bytes
 from .modes import evaluating, updates_statistics
+from .rows import (
+    SDPA,
+    AttentionBackend,
+    BlockAttention,
+    Hidden,
+    Pooled,
+    Rotary,
+    RowsOptions,
+    Sequences,
+    most_saved_bytes,
+)
 
 if TYPE_CHECKING:
     from ..memory import FreeMemory
@@ -111,7 +120,8 @@ class Tower(ABC):
         """Run the blocks below the cut over sequences [n, tokens, W]. They save nothing for backward."""
         blocks = self.lower_blocks
         if self.why_no_rows(blocks) is None:
-            return self._run_rows(hidden.flatten(0, 1), blocks, self._of_sequences(hidden, mask)).view(hidden.shape)
+            rows = _run_rows(blocks, Hidden(hidden.flatten(0, 1)), self._of_sequences(hidden, mask))
+            return rows.sum().view(hidden.shape)
         for block in blocks:
             hidden = self.call_block(block, hidden, mask)
         return hidden
@@ -130,17 +140,9 @@ class Tower(ABC):
     def _run_upper_rows(self, rows: Tensor, options: RowsOptions, pooled: BlockAttention | None = None) -> Tensor:
         """Run the blocks above the cut over rows [R, W]; the last one with the attention `pooled`, if there is one."""
         options = options._replace(memory=self.block_memory(rows, fused=True))
-        return self._run_rows(rows, self.upper_blocks, options, pooled)
-
-    def _run_rows(
-        self, rows: Tensor, blocks: Sequence[Any], options: RowsOptions, pooled: BlockAttention | None = None
-    ) -> Tensor:
-        hidden = Hidden(rows)
-        for number, block in enumerate(blocks, start=1):
-            if number == len(blocks) and pooled is not None:
-                options = options._replace(attention=pooled)
-            hidden = block(hidden, options)
-        return hidden.sum()
+        *blocks, last = self.upper_blocks
+        hidden = _run_rows(blocks, Hidden(rows), options)
+        return last(hidden, options if pooled is None else options._replace(attention=pooled)).sum()
 
     def _of_sequences(self, hidden: Tensor, mask: Tensor | None = None) -> RowsOptions:
         """Options of blocks over the rows of sequences [n, tokens, W]."""
@@ -274,6 +276,12 @@ class ImageTower(Tower):
 
     def reference_forward(self, inputs: Tensor) -> Tensor:
         return self.model.encode_image(inputs)
+
+
+def _run_rows(blocks: Iterable[Any], hidden: Hidden, options: RowsOptions) -> Hidden:
+    for block in blocks:
+        hidden = block(hidden, options)
+    return hidden
 
 
 def _present(parts: Iterable[Part | None]) -> tuple[Part, ...]:

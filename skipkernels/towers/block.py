@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from ..checks import warn_caller
 from ..options import FusedMemory
 from .alterations import Submodules, has_hooks, original_method, why_altered
-from .attention import Sequences
 from .families import BLOCKS, type_name
-from .fused import Hidden, Rotary, RowsOptions
+from .rows import Hidden, Rotary, RowsOptions, Sequences
 
 if TYPE_CHECKING:
     from .fused.weights import BlockSettings, GivenWeights

@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from ..ops.packed_layout import packed_layout
-from .attention import Pooled, Suffixes
 from .base import Tower
-from .fused import RowsOptions
+from .rows import Pooled, RowsOptions, Suffixes
 
 # ---- prompts ---------------------------------------------------------------------------------------------------------
 

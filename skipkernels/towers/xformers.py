@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .attention import AttentionBackend
+from .rows import AttentionBackend
 
 
 def _full(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

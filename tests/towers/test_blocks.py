@@ -12,12 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import skipkernels as sk
 from skipkernels.ops import row_sums
 from skipkernels.testing import relative_error, saved_bytes
-from skipkernels.towers import fused as fused_package
-from skipkernels.towers.attention import SDPA, Pooled, Sequences
+from skipkernels.towers import rows as rows_module
 from skipkernels.towers.block import FusedBlock
 from skipkernels.towers.families.timm_blocks import rotary_of_tokens
-from skipkernels.towers.fused import Hidden, RowsOptions, node
-from skipkernels.towers.fused import gradients as gradients_module
+from skipkernels.towers.fused import node
+from skipkernels.towers.fused import weights as weights_module
+from skipkernels.towers.rows import SDPA, Hidden, Pooled, RowsOptions, Sequences
 from tests.ops.backends import INTERPRETED
 from tests.towers.blocks import (
     BLOCKS,
@@ -77,7 +77,7 @@ def test_saved_bytes_that_auto_counts(autocast):
     """With norms of heads, up to statistics of rows, which are about a tenth at this width."""
     block, hidden = fused("qk_norm", dtype=torch.float32), hidden_states(torch.float32)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        counted = fused_package.most_saved_bytes(hidden, fused=True)
+        counted = rows_module.most_saved_bytes(hidden, fused=True)
         assert counted <= saved_bytes(lambda: block(hidden)) < 1.15 * counted
 
 
@@ -243,7 +243,7 @@ def test_block_completes_its_sums_by_one_call(backend, name, query_rows, monkeyp
         calls.append(arguments)
         return row_sums.column_sums(*arguments)
 
-    monkeypatch.setattr(gradients_module, "column_sums", column_sums)
+    monkeypatch.setattr(weights_module, "column_sums", column_sums)
     hidden = hidden_states(torch.float32)
     expected = gradients(block, hidden, run_rows, query_rows=query_rows)
     assert not calls

@@ -8,7 +8,8 @@ import torch
 import skipkernels as sk
 from skipkernels.towers import comparison
 from skipkernels.towers.block import FusedBlock
-from skipkernels.towers.fused import Hidden, node
+from skipkernels.towers.fused import node
+from skipkernels.towers.rows import Hidden
 from tests.models import tiny_clip
 from tests.towers.blocks import FAMILIES, make_block
 

@@ -12,7 +12,7 @@ from timm.layers import RmsNorm
 from torch import Tensor, nn
 
 import skipkernels as sk
-from skipkernels.towers import attention
+from skipkernels.towers import rows as rows_module
 from tests.hugging_face_models import patches_of, siglip, siglip_2
 from tests.models import TEXT, VISION, openai_clip, openai_models, tiny_batch, tiny_clip, tiny_tokens
 from tests.reference_step import assert_matches_reference_step
@@ -143,7 +143,7 @@ SIGLIP_TEXT = {"pool_type": "last", "no_causal_mask": True}
     "make", [siglip, siglip_2, lambda: tiny_clip(family=open_clip.CustomTextCLIP, text=SIGLIP_TEXT)]
 )
 def test_siglip_text_last_block_computes_one_query(make, monkeypatch):
-    calls, pooled = [], attention.Pooled.__call__
+    calls, pooled = [], rows_module.Pooled.__call__
 
     def recorded(self, query, key_value, **options):
         calls.append((len(query), len(key_value)))
@@ -151,7 +151,7 @@ def test_siglip_text_last_block_computes_one_query(make, monkeypatch):
 
     clip = sk.SkipCLIP(make(), tiny_tokens(CLASSES), skip_layers=1, keep_ratio=1.0)
     assert clip.reductions["text.pooled_last_block"].enabled
-    monkeypatch.setattr(attention.Pooled, "__call__", recorded)
+    monkeypatch.setattr(rows_module.Pooled, "__call__", recorded)
     clip.encode_classes(torch.arange(CLASSES))
     assert calls == [(CLASSES, CLASSES * 77)]
 

@@ -23,7 +23,7 @@ from timm.models.vitamin import MbConvStages
 from torch import Tensor, nn
 
 from ..base import ImageTower, Part, UnsupportedModel
-from ..fused import Rotary
+from ..rows import Rotary
 from .convnets import NOT_FUSED, chain_stages, convnext_tower, fastvit_tower, swin_tower
 from .timm_blocks import rotary_of_tokens
 

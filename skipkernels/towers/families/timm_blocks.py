@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from ..alterations import Submodules, submodules
 from ..block import BlockInput, FusedBlock
-from ..fused import Rotary
 from ..fused.weights import BlockSettings, GivenWeights, activation, layer_scale, weights_of, weights_of_parts
+from ..rows import Rotary
 
 _ACTIVATIONS = {nn.GELU: "gelu", GELU: "gelu", GELUTanh: "gelu_tanh", QuickGELU: "quick_gelu"}
 _NORM = (nn.LayerNorm, LayerNorm, RmsNorm)

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ...ops.launching import launches_on
 from ...reference import autocast_dtype, without_autocast
-from . import Hidden, RowsOptions, stages
-from .gradients import Gradients
+from ..rows import Hidden, RowsOptions
+from . import stages
 from .stages import BlockCall
-from .weights import PARTS, BlockSettings, GivenWeights, field_of, prepare
+from .weights import BlockSettings, GivenWeights, Gradients, prepare
 
 
 def fused_block(given: GivenWeights, settings: BlockSettings, hidden: Hidden, options: RowsOptions) -> Hidden:
@@ -62,7 +62,7 @@ class _BlockFunction(torch.autograd.Function):
         # 2. The gradients that are needed
         _, _, needs_stream, needs_branch, *needs = ctx.needs_input_grad
         gradients = Gradients(
-            [field_of(name) for name, need in zip(ctx.names, needs, strict=True) if need],
+            dict(zip(ctx.names, needs, strict=True)),
             hidden=needs_stream or needs_branch,
             dtype=ctx.weight_dtype,
             # Norms may be fp32 beside fp16 matrices
@@ -74,11 +74,7 @@ class _BlockFunction(torch.autograd.Function):
             # 3. What was not saved, computed again; then the stages from the last to the first
             saved = stages.restore(call, tensors[count:], graph)
             d_hidden = stages.backward(call, saved, Hidden(d_stream, d_branch), gradients)
-            found = gradients.complete()
+            d_given = gradients.complete()
         # 4. The gradients in the order of the inputs. Autograd casts each to the dtype of its input.
-        for name, parts in PARTS.items():
-            if name in found and parts[0] in ctx.names:
-                found |= zip(parts, found[name].chunk(len(parts)), strict=True)
-        d_given = (found[name] if need else None for name, need in zip(ctx.names, needs, strict=True))
         d_stream_in, d_branch_in = (None, None) if d_hidden is None else d_hidden
         return None, None, d_stream_in, d_branch_in if needs_branch else None, *d_given

@@ -44,9 +44,8 @@ from ...ops.add_layer_norm import NormArguments, NormResults, add_layer_norm, ad
 from ...ops.mlp_activation import KINDS, mlp_activation, mlp_activation_backward
 from ...ops.mlp_activation import Needs as ActivationNeeds
 from ...ops.rotary_embedding import rotary_embedding
-from . import Hidden, RowsOptions
-from .gradients import Gradients
-from .weights import ATTENTION_NORMS, BlockSettings, BlockWeights
+from ..rows import Hidden, RowsOptions
+from .weights import ATTENTION_NORMS, BlockSettings, BlockWeights, Gradients
 
 # ---- a call, and what backward reads besides the weights -------------------------------------------------------------
 

@@ -1,7 +1,8 @@
-"""Attention over rows of tokens: full sequences, one pooled query per sequence, or suffixes behind a prefix.
+"""Rows of tokens: the hidden states, attention and options with which a tower calls its blocks.
 
-Rows are packed projections: query, key and value of a token side by side, [R, 3W], W = H · E. The classes are what a
-fused block calls as its `BlockAttention`. In the last block of a tower they return Q of the R rows:
+Rows are the tokens of any number of sequences, packed. Only the attention of a block knows where a sequence ends, and
+what a token sees. It takes packed projections: query, key and value of a token side by side, [R, 3W], W = H · E. In the
+last block of a tower it returns Q of the R rows:
 
     class       query_rows               separate_queries   takes             returns
     Sequences   None                     False              [R, 3W]           [R, W]
@@ -15,10 +16,70 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import functional
+from ..options import FusedMemory
+from ..reference import autocast_dtype
+
+# ---- hidden states and options ---------------------------------------------------------------------------------------
+
+
+class Hidden(NamedTuple):
+    """Hidden states [R, W] as a sum that is not computed yet. (A NamedTuple, in which hooks of FSDP2 find tensors.)
+
+    The reader uses the sum of both terms, so that both have the same gradient up to rounding.
+    """
+
+    stream: Tensor
+    branch: Tensor | None = None  # in the dtype of products; None in front of the first block
+
+    def sum(self) -> Tensor:
+        """Compute the sum in the dtype of the stream."""
+        return self.stream if self.branch is None else (self.stream + self.branch).to(self.stream.dtype)
+
+
+class Rotary(NamedTuple):
+    """Rotary position embeddings of the tokens of a sequence, see `functional.rotary_embedding`."""
+
+    cos: Tensor  # [tokens, E/2]; 1 for a token without a position, such as the class token
+    sin: Tensor  # [tokens, E/2]
+    interleaved: bool
+
+
+class RowsOptions(NamedTuple):
+    """Second argument of a fused block that is called with rows, `block(hidden, options)`; the first is a `Hidden`."""
+
+    attention: BlockAttention
+    memory: FusedMemory = "fast"  # What is saved for backward; table in `fused/stages.py`
+    rotary: Rotary | None = None  # Of sequences of equal length
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+# Values per token that `memory="auto"` counts, in multiples of W. A fused block saves 2 in the dtype of the stream and
+# 8 in that of the products (table in `fused/stages.py`), and 3 more with norms of heads: attention reads and saves
+# normed copies of query, key and value. SwiGLU with M = 4·W adds 4, which are not counted: half of the free memory is
+# left.
+STREAM_WIDTHS, PRODUCT_WIDTHS = 2, 8 + 3
+OWN_FORWARD_WIDTHS = 20  # saved by PyTorch for a block's own forward: 16, or 20 with QuickGELU
+
+
+def most_saved_bytes(hidden: Tensor, *, fused: bool) -> int:
+    """Bytes that a block over hidden states [..., W] saves for backward at most, with memory="fast" if it is fused."""
+    stream = hidden.element_size()
+    if not fused:
+        return hidden.numel() * OWN_FORWARD_WIDTHS * stream
+    autocast = autocast_dtype(hidden.device)
+    if autocast is None or hidden.dtype == torch.float64:  # which autocast leaves as it is
+        return hidden.numel() * (STREAM_WIDTHS + PRODUCT_WIDTHS) * stream
+    casts = 12 * hidden.shape[-1] ** 2  # of the weights: (3 + 1 + 4 + 4) · W²
+    return hidden.numel() * STREAM_WIDTHS * stream + (hidden.numel() * PRODUCT_WIDTHS + casts) * autocast.itemsize
+
+
+# ---- attention -------------------------------------------------------------------------------------------------------
 
 
 class BlockAttention(Protocol):
