@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..towers.base import ImageTower
 from ..towers.modes import evaluating
-from ..towers.watch import Watched
+from ..towers.watch import Watch
 from . import checks
 
 
@@ -20,12 +20,12 @@ class ImageEncoder:
 
     Attributes:
         feature_shape: [N, W], shape of the features at the cut of one image.
-        watched: Modules and weights that computed features at the cut; None before any were computed or used.
+        below: Watch of what computes features at the cut, from their first use on.
     """
 
     def __init__(self, tower: ImageTower):
         self.tower = tower
-        self.watched: Watched | None = None
+        self.below = Watch(tower.lower_parts)
         image = torch.zeros(1, 3, *tower.image_size, device=tower.model.logit_scale.device)
         with evaluating([tower.model]), torch.no_grad():
             features = self.compute_features(image)
@@ -40,12 +40,17 @@ class ImageEncoder:
     def encode_features(self, features: Tensor) -> Tensor:
         """Features that the caller kept [B, N, W] to embeddings [B, D]; an error if modules below the cut changed."""
         self.watch()
-        if self.is_stale():
+        if self.below.is_stale():
             raise RuntimeError(
                 "SkipCLIP: modules or weights below the cut have changed since features at the cut were first computed "
                 "or used, so these do not match the model. Compute them again, then call clip.refresh()."
             )
         return self.tower.upper(features)
+
+    def watch(self) -> None:
+        """Detect changes below the cut from now on: features are computed or used that the caller keeps."""
+        if not self.below.started:
+            self.below.start()
 
     def compute_features(self, images: Tensor) -> Tensor:
         """Images [B, 3, height, width] to features at the cut [B, N, W]; `watch` first if the caller keeps them."""
@@ -89,22 +94,6 @@ class ImageEncoder:
             if isinstance(part, nn.Module):
                 part.eval()
         return copied.compute_features
-
-    # ---- changes of the modules below the cut ------------------------------------------------------------------------
-
-    def watch(self) -> None:
-        """Record what computes features at the cut, at its first use."""
-        if self.watched is None:
-            self.watched = Watched(self.tower.lower_parts)
-
-    def is_stale(self) -> bool:
-        """Return True if features at the cut were computed with other modules or weights."""
-        return self.watched is not None and self.watched.is_stale()
-
-    def check_contents(self) -> None:
-        """Compare contents and settings below the cut; the next use of features raises an error if they differ."""
-        if self.watched is not None:
-            self.watched.compare()  # `is_stale` returns the result until the next change
 
 
 def sharing_weights(part: Any, model: nn.Module) -> Any:

@@ -16,7 +16,6 @@ from ..options import AttentionName, Memory, Tail, Trainable
 from ..selection import RankSampler
 from ..towers.block import fuse_blocks
 from ..towers.modes import evaluating
-from ..towers.watch import Watched
 from . import checks
 from .classifier import AffineHead, ImageClassifier
 from .images import sharing_weights
@@ -386,20 +385,21 @@ class SkipCLIP(nn.Module):
         """
         self._containers.check_unchanged()
         fuse_blocks([*self.images.tower.blocks, *self.texts.tower.blocks])  # which replaced others
-        self.images.check_contents()
+        self.images.below.compare()  # then calls with features computed before raise
         self.texts.check_contents()
         check_trained(self.images.tower, self.texts.tower, self.train_options)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Convert or move everything; prototypes and class weights stay at least fp32."""
-        encoders = self.images, self.texts
-        watching = [encoder for encoder in encoders if encoder.watched is not None and not encoder.is_stale()]
+        features = self.texts.features
+        watches = [self.images.below, *([] if features is None else [features.below])]
+        valid = [below for below in watches if below.started and not below.is_stale()]
         super()._apply(fn, recurse)
-        for encoder in encoders:
+        for encoder in (self.images, self.texts):
             encoder.tower.move_lower()
         self.texts.convert(fn)
-        for encoder in watching:  # its features stay valid; the converted weights have other digests
-            encoder.watched = Watched(encoder.tower.lower_parts)
+        for below in valid:  # the features stay valid; the converted weights have other digests
+            below.start()
         if self.class_weight is not None:
             self.class_weight = in_same_dtype(fn, self.class_weight)
         return self

@@ -15,6 +15,7 @@ from ..towers.block import unfused
 from ..towers.modes import deterministic_training, evaluating
 from ..towers.text import representative_classes
 from .images import ImageEncoder
+from .text_features import compute_features
 from .texts import ClassTexts
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -63,7 +64,7 @@ def _of_texts(texts: ClassTexts, template: int) -> _Comparison:
         if table_is_fp32:
             return texts.encode_templates(class_ids, [template])[0]
         selected = prompts.select(class_ids)
-        return tower.upper([texts.compute_features(selected)], [selected])[0]
+        return tower.upper([compute_features(tower, selected)], [selected])[0]
 
     return _Comparison("texts", lambda: tower.reference_forward(rows), actual, parameters)
 

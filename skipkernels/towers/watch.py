@@ -19,12 +19,13 @@ _NOT_SETTINGS = {
 }
 
 
-class Watched:
-    """Modules and tensors that computed something that is kept.
+class Watch:
+    """Detects changes of modules and tensors that computed something that is kept.
 
-    `compare` compares contents and settings with those at construction, and remembers the result. `is_stale`, in each
+    `compare` compares contents and settings with those at the start, and remembers the result. `is_stale`, in each
     step, looks only at identities of modules and tensors and at versions of tensors: if they are those of the last
-    comparison its result holds, else it compares again. Values that change back are valid again.
+    comparison its result holds, else it compares again. Values that change back are valid again. Before the start
+    nothing is kept, and nothing is stale.
 
     Args:
         parts: Returns the modules and parameters, as they are now.
@@ -32,9 +33,17 @@ class Watched:
 
     def __init__(self, parts: Callable[[], Sequence[Part]]):
         self._parts = parts
-        self._stale = False
+        self.started = False
+
+    def start(self) -> None:
+        """Begin, with the modules and tensors of now; also anew."""
+        self.started, self._stale = True, False
         self._record()
         self._digests, self._settings = self._digest(), self._read_settings()
+
+    def stop(self) -> None:
+        """Nothing is kept any more."""
+        self.started = False
 
     def _record(self) -> None:
         """Record identities of modules, and identities and versions of tensors."""
@@ -67,10 +76,14 @@ class Watched:
 
     def is_stale(self) -> bool:
         """Return True if the kept values were computed with other tensors, as far as versions show."""
+        if not self.started:
+            return False
         return self.compare() if self._touched() else self._stale
 
     def compare(self) -> bool:
-        """Return True if contents or settings differ from those at construction, and remember it for `is_stale`."""
+        """Return True if contents or settings differ from those at the start, and remember it for `is_stale`."""
+        if not self.started:
+            return False
         self._record()
         digests_now = self._digest()
         values_differ = len(digests_now) != len(self._digests) or any(

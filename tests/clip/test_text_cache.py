@@ -10,7 +10,7 @@ import torch
 from open_clip.transformer import QuickGELU
 
 import skipkernels as sk
-from skipkernels.clip.texts import ClassTexts
+from skipkernels.clip import text_features
 from skipkernels.features.writer import TableWriter
 from skipkernels.folders import locked
 from tests.clip.clips import three_templates
@@ -68,12 +68,20 @@ def test_text_cache_with_class_token_behind_padding(tmp_path):
     assert same(step(make_clip(tmp_path, model=tiny_coca().float(), tokens=tokens)), theirs)
 
 
+def texts_that_run(monkeypatch) -> list[int]:
+    """Numbers of texts that run below the cut, call by call."""
+    ran, compute = [], text_features.compute_features
+
+    def counted(tower, selected):
+        ran.append(len(selected.class_ids))
+        return compute(tower, selected)
+
+    monkeypatch.setattr(text_features, "compute_features", counted)
+    return ran
+
+
 def test_text_cache_opened_runs_one_text_below_cut(tmp_path, monkeypatch):
-    ran = []
-    compute = ClassTexts.compute_features
-    monkeypatch.setattr(
-        ClassTexts, "compute_features", lambda self, chosen: ran.append(len(chosen.class_ids)) or compute(self, chosen)
-    )
+    ran = texts_that_run(monkeypatch)
     make_clip(tmp_path)
     assert sum(ran) == CLASSES + 1
     ran.clear()
@@ -92,10 +100,7 @@ def test_text_cache_interrupted_build_resumes(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(TableWriter, "write", interrupted)
         make_clip(tmp_path)
-    ran, compute = [], ClassTexts.compute_features
-    monkeypatch.setattr(
-        ClassTexts, "compute_features", lambda self, chosen: ran.append(len(chosen.class_ids)) or compute(self, chosen)
-    )
+    ran = texts_that_run(monkeypatch)
     assert same(step(make_clip(tmp_path)), theirs)
     assert ran == [1, 4, 1], "of nine classes in chunks of four, those of the first chunk were written"
 

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 
 import skipkernels as sk
+from skipkernels.clip.text_features import TextFeatures
 from skipkernels.testing import allocated_bytes, saved_bytes
-from skipkernels.towers import fused
+from skipkernels.towers import rows as rows_module
 from tests.clip.clips import IMAGES, LABELS, C, class_weights, make_clip, three_templates
 from tests.models import tiny_batch, tiny_clip, tiny_tokens
 from tests.naive_step import assert_step_equals_naive
@@ -25,12 +26,12 @@ def test_text_features_are_packed_by_chunks(shared):
         tokens[1, 0] = 58
     clip = sk.SkipCLIP(tiny_clip(), tokens, skip_layers=1, chunk=7)
     texts, prompts = clip.texts, clip.texts.templates[0]
-    before, whole = texts.table().features, texts.tower.lower(prompts.tokens, prompts)
+    before, whole = texts.features.table().features, texts.tower.lower(prompts.tokens, prompts)
     assert (prompts.prefix_length > 0) == shared
     assert before.equal(prompts.select(torch.arange(600), exact_rows=True).pack(whole))
     texts.drop()
-    peak = allocated_bytes(texts.table)
-    assert texts.table().features.equal(before) and before.nbytes <= peak < before.nbytes + whole.nbytes / 2
+    peak = allocated_bytes(texts.features.table)
+    assert texts.features.table().features.equal(before) and before.nbytes <= peak < before.nbytes + whole.nbytes / 2
 
 
 # ---- replacement -----------------------------------------------------------------------------------------------------
@@ -87,7 +88,11 @@ def test_predict_other_classes_leaves_the_task(templates, skip):
     clip(IMAGES, LABELS).loss.backward()
     optimizer.step()  # zero-shot embeddings would be wrong now
     tokens = torch.stack([tiny_tokens(23, seed=4 + t) for t in range(templates)], dim=1).squeeze(1)
-    own, state, table = clip.texts.kept_embeddings(), clip.get_extra_state(), clip.texts.table() if skip else None
+    own, state, table = (
+        clip.texts.kept_embeddings(),
+        clip.get_extra_state(),
+        clip.texts.features.table() if skip else None,
+    )
 
     classes = clip.class_embeddings(tokens)
     logits = clip.predict(IMAGES, class_embeddings=classes)
@@ -100,7 +105,7 @@ def test_predict_other_classes_leaves_the_task(templates, skip):
 
     assert clip.training and all(module.training for module in clip.model.modules())
     assert clip.texts.kept_embeddings() is own and clip.get_extra_state().equal(state)
-    assert (not skip or clip.texts.table() is table) and clip.predict(IMAGES).shape == (4, C)
+    assert (not skip or clip.texts.features.table() is table) and clip.predict(IMAGES).shape == (4, C)
     twin = copy.deepcopy(clip)
     twin.set_classes(tokens)
     assert twin.class_embeddings().equal(classes)
@@ -177,7 +182,7 @@ def test_templates_share_the_free_memory(monkeypatch):
     clip = sk.SkipCLIP(tiny_clip(), three_templates(C), skip_layers=1)
     clip(*tiny_batch(3, C))
     rows = torch.zeros(20_000, 16, dtype=torch.float64)
-    saved = fused.most_saved_bytes(rows, fused=True) * 2  # two blocks
+    saved = rows_module.most_saved_bytes(rows, fused=True) * 2  # two blocks
     monkeypatch.setattr("skipkernels.memory.free_bytes", lambda device: 2 * saved + 2)
     assert clip.texts.tower.block_memory(rows, fused=True) == "min"
     clip.set_classes(tiny_tokens(C))
@@ -224,7 +229,7 @@ def test_a_step_reads_and_saves_nothing_of_the_texts(monkeypatch):
     whole, alone = sk.SkipCLIP(tiny_clip(), tiny_tokens(C), skip_layers=1, keep_ratio=1.0), image_only(tiny_clip())
     assert saved_bytes(lambda: alone(IMAGES, LABELS).loss) < saved_bytes(lambda: whole(IMAGES, LABELS).loss)
     alone.set_classes(tiny_tokens(C + 3, seed=5))
-    monkeypatch.setattr(type(alone.texts), "table", lambda texts: pytest.fail("features of the texts were read"))
+    monkeypatch.setattr(TextFeatures, "table", lambda features: pytest.fail("features of the texts were read"))
     alone(IMAGES, LABELS).loss.backward()
     alone.predict(IMAGES)
 

@@ -131,9 +131,9 @@ def test_move_carries_tensors_of_no_module():
     clip = skip_clip(torch.float32)
     x, labels = batches(clip, 1)[0]
     clip(x, labels)
-    rows = clip.texts.table().features
+    rows = clip.texts.features.table().features
     clip.to("meta")
     prompts, head = clip.texts.templates[0].tensors().values(), clip.images.tower.head
-    for tensor in (clip.prototypes, clip.texts.table().features, *prompts, *head[1].parameters(), head[2]):
+    for tensor in (clip.prototypes, clip.texts.features.table().features, *prompts, *head[1].parameters(), head[2]):
         assert tensor.device.type == "meta"
-    assert clip.texts.table().shape == rows.shape[1:] and not clip.images.is_stale()
+    assert clip.texts.features.table().shape == rows.shape[1:] and not clip.images.below.is_stale()

@@ -1,0 +1,116 @@
+"""Features of prompts at the cut: computed once for all prompts of a task, and again after a change of the weights."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..features.table import FeatureTable, MemoryTable
+from ..towers.text import Prompts, SelectedPrompts, TextTower
+from ..towers.watch import Watch
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+# Largest features of a folder that are read into the memory of a GPU: those of about 40,000 classes of ViT-B.
+_BYTES_ON_GPU = 256 << 20
+
+
+def compute_features(tower: TextTower, selected: SelectedPrompts) -> Tensor:
+    """Compute the features [R, W] of some prompts at the cut."""
+    # Below a cut as kept features are: without autocast.
+    autocast = torch.autocast(selected.class_ids.device.type, enabled=False) if tower.skip > 0 else nullcontext()
+    with autocast:
+        return selected.pack(tower.lower(selected.tokens, selected.prompts))
+
+
+class TextFeatures:
+    """Features at the cut [R, W] of all prompts, in a table: the rows of one template after the other.
+
+    Args:
+        tower: Text tower with blocks below the cut.
+        templates: The prompts of each template.
+        folder: Folder of the table; by default it is in memory.
+
+    Attributes:
+        below: Watch of the modules and weights that computed the table.
+        row_count: R.
+    """
+
+    def __init__(self, tower: TextTower, templates: Sequence[Prompts], folder: Path | None = None):
+        self.tower, self.templates, self._folder = tower, templates, folder
+        self.below = Watch(tower.lower_parts)
+        self._table: FeatureTable | None = None
+        *self._starts, self.row_count = itertools.accumulate([0, *(prompts.row_count for prompts in templates)])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_table": None}  # not shared with other processes or copies
+
+    def rows(self, selected: Mapping[int, SelectedPrompts]) -> list[Tensor]:
+        """Features [R, W] of some prompts of each template, by its number."""
+        table, found = self.table(), []
+        for number, prompts in selected.items():
+            start, row_numbers = self._starts[number], prompts.row_numbers
+            found.append(table.rows(row_numbers + start if start else row_numbers).to(row_numbers.device))
+        return found
+
+    def table(self) -> FeatureTable:
+        """Features of all prompts; computed again if weights below the cut changed, as far as versions show."""
+        if self._table is None or self.below.is_stale():
+            with torch.inference_mode(False):  # later steps use them, and these may train
+                self._table = self._compute() if self._folder is None else self._open(self._folder)
+            self.below.start()
+        return self._table
+
+    def _compute(self) -> FeatureTable:
+        features: Tensor | None = None
+        for first, rows, _ in self.chunks():
+            if features is None:
+                features = rows.new_empty(self.row_count, rows.shape[1])
+            features[first : first + len(rows)] = rows
+        assert features is not None
+        return MemoryTable(features)
+
+    def _open(self, folder: Path) -> FeatureTable:
+        """Open the features in a folder; a small table is read into the memory of a GPU, so that no step waits."""
+        from .text_cache import features_in_folder
+
+        prompts, device = self.templates[0], self.templates[0].tokens.device
+        first = prompts.select(torch.zeros(1, dtype=torch.int64, device=device), exact_rows=True)
+        table = features_in_folder(folder / "features", self, probe=compute_features(self.tower, first))
+        if device.type == "cpu" or len(table) * table.layout.row_bytes > _BYTES_ON_GPU:
+            return table
+        return MemoryTable(table.rows(torch.arange(len(table))).to(device))
+
+    def chunks(self, missing: NDArray[np.bool_] | None = None) -> Iterator[tuple[int, Tensor, int]]:
+        """Yield (first row, features [n, W], number of prompts) of each chunk, or of those with `missing` rows, [R].
+
+        Packed by chunks: hidden states [C, L, W] of whole prompts would take several times as much memory.
+        """
+        for start, prompts in zip(self._starts, self.templates, strict=True):
+            first, ends = start, (start + prompts.starts + prompts.suffix_lengths).tolist()
+            for class_ids in torch.arange(len(ends), device=prompts.starts.device).split(self.tower.cut.chunk):
+                end = ends[int(class_ids[-1])]  # the row behind the last suffix
+                if missing is None or missing[first:end].any():
+                    rows = compute_features(self.tower, prompts.select(class_ids, exact_rows=True))
+                    # Each chunk begins with the shared prefix, which is stored once, with the first of them.
+                    yield first, rows if first == start else rows[prompts.prefix_length :], len(class_ids)
+                first = end
+
+    def drop(self) -> None:
+        """Drop the table; the next use computes it."""
+        self._table = None
+        self.below.stop()
+
+    def convert(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Move or convert a table in memory by `fn`; drop it if its dtype changes, or if it is in a folder."""
+        table, self._table = self._table, None
+        if isinstance(table, MemoryTable) and (features := fn(table.features)).dtype == table.dtype:
+            self._table = MemoryTable(features)
