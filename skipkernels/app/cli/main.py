@@ -81,9 +81,6 @@ def _run(arguments: list[str], out: Terminal, err: Terminal) -> int:
         code, kind, message = expected
         _print_error(err, kind, message)
         return code
-    finally:  # or the exit waits for threads that decode an image
-        if decoder := sys.modules.get("skipkernels.app.data.decoder"):
-            decoder.end_decoders()
 
 
 def _parse(arguments: list[str], err: Terminal) -> Any:

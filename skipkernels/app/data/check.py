@@ -10,7 +10,6 @@ from PIL import Image
 
 from ...digests import digest_bytes
 from .base import InputError
-from .decoder import DecoderError
 from .files import format_names
 from .images import ImageFiles, Images
 from .reading import read_ahead
@@ -23,8 +22,6 @@ def _read(images: Images, use: Callable[[Any], Any]) -> Iterator[Any]:
     used = images.with_transform(use)
     workers = None if isinstance(images.dataset, ImageFiles) else 1
     for index, result in enumerate(read_ahead(lambda n: used[n][0], len(images), workers=workers)):
-        if isinstance(result, DecoderError):
-            raise result
         if isinstance(result, InputError):
             if result.argument is not None:  # about the label, not about the image
                 raise result

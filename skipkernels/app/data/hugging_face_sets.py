@@ -8,16 +8,16 @@ after the "?": `config=NAME` and `revision=TAG` of a dataset by name.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
 from .base import open_error
-from .decoder import decode
 from .files import absolute_path, format_names
 from .images import Images
-from .reading import read_image
+from .reading import decode, read_image
 from .source import Source, Split, class_names
 from .splits import LABEL_NAMES, SPLIT_NAMES, labels_by_name, listed_source
 from .templates import Templates
@@ -50,7 +50,7 @@ class RowDataset:
         image, name = self._rows[index][self._column] or {}, self._names[index]
         if image.get("bytes") is None and image.get("path"):
             return read_image(image["path"]), self.labels[index]
-        return decode(image.get("bytes") or b"", name), self.labels[index]
+        return decode(io.BytesIO(image.get("bytes") or b""), name), self.labels[index]
 
 
 def open_hugging_face(spec: str, templates: Templates = None) -> Source:

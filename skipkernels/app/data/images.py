@@ -13,9 +13,8 @@ from PIL import Image
 
 from ...labels import whole_number
 from .base import InputError, SizedDataset
-from .decoding import to_rgb
 from .files import absolute_path
-from .reading import from_pixels, read_image
+from .reading import from_pixels, read_image, to_rgb
 
 Transform = Callable[[Any], Any]
 

@@ -17,9 +17,8 @@ from torch import Tensor
 from ...options import Precision
 from ..data import InputError
 from ..data.base import check_choice
-from ..data.decoding import to_rgb
 from ..data.files import find_images
-from ..data.reading import from_pixels, read_ahead, read_image
+from ..data.reading import from_pixels, read_ahead, read_image, to_rgb
 from ..results.files import existing_run
 from ..train.calibration import class_probabilities
 from ..train.precision import autocast

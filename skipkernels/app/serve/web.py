@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import io
-import time
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -29,8 +28,7 @@ import skipkernels
 
 from ...formatting import decimal, escaped
 from ..data import InputError
-from ..data.decoder import decode
-from ..data.decoding import TooLarge, UnknownFormat
+from ..data.reading import TooLarge, UnknownFormat, decode
 from ..report.page import render
 from ..train.description import CALIBRATED, NOT_CALIBRATED
 from .classifier import Classifier, check_counts, check_threshold
@@ -57,13 +55,11 @@ class Limits:
         image_bytes: Size of an image file.
         pixels: Pixels of an image.
         images: Images in a request.
-        decoding: Time in seconds to decode the images of a request.
     """
 
     image_bytes: int = 20_000_000
     pixels: int = 50_000_000
     images: int = 16
-    decoding: float = 30.0
 
 
 class Service:
@@ -145,12 +141,11 @@ class Service:
 
     def _answer(self, uploads: list[Upload]) -> tuple[int, dict[str, Any]]:
         """Return the HTTP status and the results, with an error in place of those of an image that can't be read."""
-        deadline = time.monotonic() + self.limits.decoding
         items: list[dict[str, Any]] = [{"name": name} for name, _, _ in uploads]
         read, tensors, errors = [], [], []
         for item, (name, file, size) in zip(items, uploads, strict=True):
             try:
-                image = self._decoded(name, file, size, deadline)
+                image = self._decoded(name, file, size)
             except InputError as error:
                 item["error"] = str(error)
                 errors.append(error)
@@ -164,13 +159,11 @@ class Service:
             item["predictions"] = json_predictions(found)
         return 200, {"images": items}
 
-    def _decoded(self, name: str, file: BinaryIO, size: int, deadline: float) -> Image.Image:
-        limits, left = self.limits, deadline - time.monotonic()
+    def _decoded(self, name: str, file: BinaryIO, size: int) -> Image.Image:
+        limits = self.limits
         if size > limits.image_bytes:
             raise TooLarge(f"{name}: must have at most {decimal(limits.image_bytes)}; got {decimal(size)}.")
-        if left <= 0:
-            raise InputError(f"{name}: images of a request must take at most {limits.decoding:g} s to decode.")
-        return decode(file.read(), name, max_pixels=limits.pixels, seconds=left)
+        return decode(file, name, max_pixels=limits.pixels)
 
 
 def _is_form(request: Request) -> bool:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import csv
-import os
 import shutil
-import signal
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +12,10 @@ from PIL import Image
 
 from skipkernels.app.cli.main import main
 from skipkernels.app.config import TuneConfig
-from skipkernels.app.data import InputError, TaskOptions, decoder, load_task
+from skipkernels.app.data import InputError, TaskOptions, load_task
 from skipkernels.app.data.check import without_unreadable
 from skipkernels.app.train import tune
 from skipkernels.app.train.setup import build_task
-from tests.app.data.pictures import decoders, slow_picture
 
 SETTINGS = {"method": "zero-shot", "device": "cpu", "shots": "all"}
 
@@ -130,30 +126,3 @@ def test_unreadable_images_do_not_count_as_held_out(data):
     (data / task.train.names[-1]).write_text("no image")
     readable = without_unreadable(task)
     assert (len(readable.train), readable.held_out) == (len(task.train) - 1, task.held_out - 1)
-
-
-@pytest.mark.parametrize("program", ["nowhere", shutil.which("false")], ids=["no process", "ends"])
-def test_without_decoder_no_image_is_left_out(data, monkeypatch, program):
-    task = load_task(f"imagefolder:{data}", TaskOptions(protocol="few-shot", shots="all"))
-    decoder.end_decoders()
-    monkeypatch.setattr(sys, "executable", program)
-    with pytest.raises(decoder.DecoderError, match=f"'{program}' can't start a process that decodes images: "):
-        without_unreadable(task)
-
-
-def test_check_is_interrupted_while_an_image_is_decoded(data, capsys, monkeypatch):
-    """The decoder is ended: the threads that wait for it would delay the exit."""
-
-    def send_and_interrupt(stream, request, data=b""):
-        send(stream, request, data)
-        if request["name"].endswith("slow.ppm"):
-            assert decoders()
-            os.kill(os.getpid(), signal.SIGINT)
-
-    send = decoder._send
-    monkeypatch.setattr(decoder, "_send", send_and_interrupt)
-    (data / "train" / "cat" / "slow.ppm").write_bytes(slow_picture())
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # may be ignored, in a process in the background
-    assert main(["check", f"imagefolder:{data}"]) == 130
-    assert capsys.readouterr().err.endswith("interrupted\n") and not decoders()
-    signal.signal(signal.SIGINT, before)

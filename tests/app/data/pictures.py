@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,28 +42,11 @@ class Listed(Dataset):
         return self._make(self._own[item]), self._own[item]
 
 
-def decoders(parent: int | None = None) -> list[int]:
-    """Return the processes that decode images for a process, by default for this one."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            state, parent_of_it = path.read_text().rpartition(")")[2].split()[:2]
-            command = path.with_name("cmdline").read_bytes()
-            if int(parent_of_it) == (parent or os.getpid()) and state != "Z" and b".decoder import answer" in command:
-                found.append(int(path.parent.name))
-    return found
-
-
 def encoded(image: Image.Image, kind: str = "png", **options: Any) -> bytes:
     """Return an image as the bytes of a file."""
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
-
-
-def slow_picture() -> bytes:
-    """Return a pixmap that Pillow decodes in a loop of Python, for several seconds."""
-    return b"P6\n2500 2500\n254\n" + bytes(3 * 2500 * 2500)
 
 
 def class_of(image: Image.Image) -> int:

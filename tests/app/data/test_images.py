@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import struct
+import threading
+import time
 import warnings
 from pathlib import Path
 
@@ -13,9 +17,8 @@ import torch
 from PIL import EpsImagePlugin, ExifTags, Image
 from torch.utils.data import Subset, TensorDataset
 
-from skipkernels.app.data.decoding import open_image, to_rgb
 from skipkernels.app.data.images import Images, read_labels
-from skipkernels.app.data.reading import read_image
+from skipkernels.app.data.reading import PIXELS, decode, read_ahead, read_image, to_rgb
 from tests.app.data.pictures import Listed, class_of, draw_image, encoded, raises_input_error
 
 
@@ -111,8 +114,44 @@ def test_read_image_invalid_files(tmp_path):
 def test_read_image_does_not_run_ghostscript(tmp_path, monkeypatch):
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("Ghostscript"))
     Image.new("RGB", (3, 2)).save(tmp_path / "a.eps")
-    with raises_input_error("0.png: can't be read as an image"), open(tmp_path / "a.eps", "rb") as file:
-        open_image(file, "0.png", 100)
+    (tmp_path / "a.eps").rename(tmp_path / "a.png")
+    with raises_input_error("a.png: can't be read as an image"):
+        read_image(tmp_path / "a.png")
+
+
+def tiff_in_a_tile(side: int) -> bytes:
+    """Header of a TIFF of 64 x 64 pixels in a larger tile."""
+    tags = {256: 64, 257: 64, 258: 8, 259: 8, 262: 1, 277: 1, 322: side, 323: side, 324: 8, 325: 1}
+    fields = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + fields + bytes(4)
+
+
+def test_limit_of_pixels_is_that_of_the_header():
+    """Decoding the tile takes 2.3 GiB."""
+    six = encoded(Image.new("RGB", (3, 2)))
+    assert decode(io.BytesIO(six), "a", max_pixels=6).size == (3, 2)
+    for content, most in ((six, 5), (tiff_in_a_tile(46_000), PIXELS)):
+        with raises_input_error(f"a: must have at most {most:,} pixels. Make it smaller."):
+            decode(io.BytesIO(content), "a", max_pixels=most)
+
+
+def test_read_ahead_ends_with_its_consumer():
+    """Images of which the reading has not begun are not read."""
+    done, closed, before = [], threading.Event(), threading.active_count()
+
+    def read(index: int) -> int:
+        if index > 1:
+            closed.wait()
+        done.append(index)
+        return index
+
+    found = read_ahead(read, 100, workers=2)
+    assert [next(found), next(found)] == [0, 1]
+    found.close()
+    closed.set()
+    while threading.active_count() > before:
+        time.sleep(0.01)
+    assert set(done) <= {0, 1, 2, 3}
 
 
 def test_read_image_extreme_ratio(tmp_path):

@@ -18,7 +18,7 @@ from PIL import Image
 import skipkernels as sk
 from skipkernels.app.cli.main import main
 from skipkernels.app.serve.output import NONE
-from tests.app.data.pictures import decoders, encoded, slow_picture
+from tests.app.data.pictures import encoded
 from tests.app.runs import fails
 
 pytest.importorskip("starlette", reason="serve needs the extra web")
@@ -112,16 +112,6 @@ def test_one_request_at_a_time_is_classified(classifier, monkeypatch):
     assert most == [1, 1, 1]
 
 
-def test_limit_of_the_time_to_decode(classifier):
-    limits = Limits(decoding=0.3)
-    files = [("x", ("slow", slow_picture())), ("x", ("black", BLACK))]
-    answer = client(classifier, limits).post("/predict", files=files)
-    slow, black = (each["error"] for each in answer.json()["images"])
-    assert answer.status_code == 400 and slow.startswith("slow: can't be read as an image (decoding takes more than 0.")
-    assert black == "black: images of a request must take at most 0.3 s to decode."
-    assert client(classifier, limits).post("/predict", content=BLACK).status_code == 200
-
-
 @pytest.mark.parametrize("path", ["/classes", "/health", "/predict"])
 def test_requests_of_pages_of_other_sites(web, path):
     method = "POST" if path == "/predict" else "GET"
@@ -195,19 +185,16 @@ def test_server_in_the_network_says_so(run, loaded, capsys, monkeypatch):
     assert "everyone" not in printed.err and "is served at http://127.0.0.1:" in printed.out
 
 
-@pytest.mark.parametrize("picture", [BLACK, slow_picture()], ids=["answered", "while an image is decoded"])
-def test_ctrl_c_ends_the_server(run, loaded, capsys, monkeypatch, picture):
+def test_ctrl_c_ends_the_server(run, loaded, capsys, monkeypatch):
     """A request over the network to a real server, then SIGINT."""
-    answers, original, seconds = [], uvicorn.Server.run, 30 if picture is BLACK else 1
+    answers, original = [], uvicorn.Server.run
 
     def used(self, sockets):
         def use() -> None:
             try:
                 url = f"http://127.0.0.1:{sockets[0].getsockname()[1]}/predict"
-                with urllib.request.urlopen(urllib.request.Request(url, picture), timeout=seconds) as answer:
+                with urllib.request.urlopen(urllib.request.Request(url, BLACK), timeout=30) as answer:
                     answers.append(answer.read())
-            except TimeoutError:
-                answers.append(None)
             finally:
                 os.kill(os.getpid(), signal.SIGINT)
 
@@ -222,9 +209,4 @@ def test_ctrl_c_ends_the_server(run, loaded, capsys, monkeypatch, picture):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # may be ignored, in a process in the background
     code = main(["serve", str(run.folder), "--port", "0", "--device", "cpu"])
     signal.signal(signal.SIGINT, before)
-    error = capsys.readouterr().err
-    assert code == 130 and error.endswith("interrupted\n") and not decoders()
-    if picture is BLACK:
-        assert b"predictions" in answers[0] and error == "interrupted\n"
-    else:
-        assert answers == [None]
+    assert (code, capsys.readouterr().err) == (130, "interrupted\n") and b"predictions" in answers[0]
