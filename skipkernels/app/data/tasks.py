@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
@@ -162,45 +162,24 @@ def load_task(
     """
     options.check()
     source = data if isinstance(data, Source) else open_source(data, options.root, options.templates)
-    if len(source.classes) < 2:
+    notes: list[str] = []
+    count, limit = len(source.classes), options.max_classes
+    if count < 2:
         raise InputError(f"{source.name} has fewer than two classes. Add some.", "data", "load_task")
-    chosen = _sampled(source, options.max_classes)
-    parts = _parts(chosen, options.protocol)
+    if limit is not None and limit < count:
+        source = source.subset_classes([position * count // limit for position in range(limit)])
+        notes.append(f"{limit} of {count} classes, evenly spaced.")
+    parts = _parts(source, options.protocol)
     tests = tuple(_test_set(name, part, transform, options.test) for name, part in parts.items())
-    notes = list(source.notes)
-    if not options.train:
-        return Task(source.name, options.protocol, Images([]), tests, notes=_shown(notes))
-    if len(chosen.classes) < len(source.classes):
-        notes.append(f"{source.name}: {len(chosen.classes)} of {len(source.classes)} classes, evenly spaced.")
-    trained, joined_note = _with_unused(next(iter(parts.values())), options)
-    train, validation, held_note = _train_and_validation(trained, options, transform, train_transform or transform)
-    few = None
-    if options.shots != "all":
-        few = few_shot_note(trained.images("train").labels, trained.classes, options.shots)
-    held_out = 0
-    if options.train_on_validation and validation is not None:
-        train, held_out = joined([train, validation.images]), len(validation.images)
-        validation = held_note = None
-    sizes = _sizes_note(trained.classes, train, tests[0].images)
-    notes += [f"{source.name}: {note}" for note in (few, sizes, joined_note, held_note) if note is not None]
-    notes += [
-        f"{source.name}: {test.name} has only the class {test.classes[0]}, so all of its images count as correct."
-        for test in tests
-        if len(test.classes) == 1
-    ]
-    return Task(source.name, options.protocol, train, tests, validation, _shown(notes), held_out)
-
-
-def _shown(notes: Sequence[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(map(escaped, notes)))
-
-
-def _sampled(source: Source, limit: int | None) -> Source:
-    """Return a source with at most `limit` classes, evenly spaced."""
-    count = len(source.classes)
-    if limit is None or limit >= count:
-        return source
-    return source.subset_classes([position * count // limit for position in range(limit)])
+    task = Task(source.name, options.protocol, Images([]), tests)
+    if options.train:
+        trained = next(iter(parts.values()))
+        task = _with_training_images(task, trained, options, notes, transform, train_transform or transform)
+    for test in tests:
+        if len(test.classes) == 1:
+            notes.append(f"{test.name} has only the class {test.classes[0]}, so all of its images count as correct.")
+    shown = (*source.notes, *(f"{source.name}: {note}" for note in notes))
+    return replace(task, notes=tuple(dict.fromkeys(map(escaped, shown))))
 
 
 def _parts(source: Source, protocol: Protocol) -> dict[str, Source]:
@@ -212,61 +191,68 @@ def _parts(source: Source, protocol: Protocol) -> dict[str, Source]:
     return {"base": source.subset_classes(classes[:middle]), "new": source.subset_classes(classes[middle:])}
 
 
-def _sizes_note(classes: Sequence[str], train: Images, test: Images) -> str | None:
-    kinds = {"training": train, "test": test}
-    found = class_sizes_note({kind: [classes[label] for label in images.labels] for kind, images in kinds.items()})
-    if found is None:
-        return None
-    return f"{found} Read the balanced accuracy; --class-weight balanced lets each class count the same."
+def _test_set(name: str, source: Source, transform: Callable | None, test: Test) -> TestSet:
+    images = Images([]) if test == "none" else source.images("test", transform)
+    if test != "none" and not len(images):
+        raise InputError(f"{source.name} has no test images of {format_names(source.classes)}. Add some.", "data")
+    return TestSet(name, list(source.classes), source.templates, images)
 
 
-def _validates_on_split(source: Source, validation: Validation) -> bool:
-    return validation == "split" or (validation == "auto" and source.has_split("val"))
+def _with_training_images(
+    task: Task,
+    source: Source,
+    options: TaskOptions,
+    notes: list[str],
+    transform: Callable | None,
+    train_transform: Callable | None,
+) -> Task:
+    """Return a task with the training images of a source, and with validation images or those appended; add notes."""
+    train, held_out = _train_and_held_out(source, options, notes)
+    train, held_out = train.with_transform(train_transform), held_out.with_transform(transform)
+    validation, appended = None, 0
+    if len(held_out) and options.train_on_validation:
+        train, appended = joined([train, held_out]), len(held_out)
+    elif len(held_out):
+        validation = TestSet(VALIDATION, list(source.classes), source.templates, held_out)
+    kinds = {"training": train, "test": task.tests[0].images}
+    sizes = class_sizes_note({kind: [source.classes[label] for label in part.labels] for kind, part in kinds.items()})
+    if sizes is not None:
+        notes.append(f"{sizes} Read the balanced accuracy; --class-weight balanced lets each class count the same.")
+    return replace(task, train=train, validation=validation, held_out=appended)
 
 
-def _with_unused(source: Source, options: TaskOptions) -> tuple[Source, str | None]:
-    """Let images that neither validate nor test train; see `TaskOptions`. Returns the source, and a note on them."""
-    used = {"val": _validates_on_split(source, options.validation), "test": options.test == "split"}
-    unused: list[Split] = [split for split in ("val", "test") if not used[split] and source.has_split(split)]
-    if not unused or not (source.hashed or options.test == "none"):
-        return source, None
-    counts = " and ".join(f"{len(source.images(split))} {split}" for split in unused)
-    return source.train_on(unused), f"the {counts} images train too, as they are not used otherwise."
+def _train_and_held_out(source: Source, options: TaskOptions, notes: list[str]) -> tuple[Images, Images]:
+    """Choose the training images, and the images that are held out for validation; add notes on the choice."""
+    validation = options.validation
+    on_split = validation == "split" or (validation == "auto" and source.has_split("val"))
+    used: dict[Split, bool] = {"val": on_split, "test": options.test == "split"}
+    unused = [split for split in used if source.has_split(split) and not used[split]]
+    if unused and (source.hashed or options.test == "none"):
+        counts = " and ".join(f"{len(source.images(split))} {split}" for split in unused)
+        notes.append(f"the {counts} images train too, as they are not used otherwise.")
+        source = source.train_on(unused)
 
-
-def _train_and_validation(
-    source: Source, options: TaskOptions, transform: Callable | None, train_transform: Callable | None
-) -> tuple[Images, TestSet | None, str | None]:
-    """Return training images, validation images, and a note on the latter; see `TaskOptions`."""
-    images, validation = source.images("train", train_transform), options.validation
+    images = source.images("train")
     sizes = Counter(images.labels)
     without = [name for label, name in enumerate(source.classes) if not sizes[label]]
     if without:
         raise InputError(f"{source.name} has no training images of {format_names(without)}. Add some.", "data")
+    if options.shots != "all":
+        notes += filter(None, [few_shot_note(images.labels, source.classes, options.shots)])
+
     shots = max(sizes.values()) if options.shots == "all" else options.shots
-    train = images.subset(few_shot(images.labels, images.names, shots, options.seed))
-    if validation == "none":
-        return train, None, None
-    if _validates_on_split(source, validation):
-        held = source.images("val", transform)
-        note = f"validation on the {len(held)} images of its val split."
-        if not len(held):
+    if validation == "none" or on_split:
+        train = images.subset(few_shot(images.labels, images.names, shots, options.seed))
+        held_out = source.images("val") if on_split else Images([])
+        where = "of its val split."
+        if on_split and not len(held_out):
             raise InputError(f"{source.name} has no val images. Use `validation=auto`, or add some.", "validation")
     else:
         share = VALIDATION_SHARE if isinstance(validation, str) else validation
-        chosen, held_out = hold_out(images.labels, images.names, shots, options.seed, share)
-        train, held = images.subset(chosen), images.subset(held_out).with_transform(transform)
-        if not len(held):
-            return train, None, "no validation: no class has a second training image."
-        note = f"validation on {len(held)} images of its train split, which don't train."
-    return train, TestSet(VALIDATION, list(source.classes), source.templates, held), note
-
-
-def _test_set(name: str, source: Source, transform: Callable | None, test: Test) -> TestSet:
-    if test == "none":
-        images = Images([])
-    else:
-        images = source.images("test", transform)
-        if not len(images):
-            raise InputError(f"{source.name} has no test images of {format_names(source.classes)}. Add some.", "data")
-    return TestSet(name, list(source.classes), source.templates, images)
+        train, held_out = map(images.subset, hold_out(images.labels, images.names, shots, options.seed, share))
+        where = "of its train split, which don't train."
+        if not len(held_out):
+            notes.append("no validation: no class has a second training image.")
+    if len(held_out) and not options.train_on_validation:
+        notes.append(f"validation on {len(held_out)} images {where}")
+    return train, held_out

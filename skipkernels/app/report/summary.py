@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..config import TuneConfig
@@ -82,50 +82,46 @@ def title(config: TuneConfig, metrics: Metrics) -> str:
 
 def headline(metrics: Metrics) -> str:
     """Return the change of the accuracy on the trained classes, and on the new ones."""
-    rows = {(each.test, each.kind): each for each in accuracy_rows(metrics)}
-    first, *others = metrics["classes"]
-    if not images_of(metrics, first):
-        return _without_test(metrics, rows)
-    if not rows[first, ""].known:
-        before = percent(rows[first, ""].before)
-        return f"No accuracy after tuning; zero-shot {before} on the {counted(metrics, first)}."
+    trained, *others = metrics["classes"]
+    if not images_of(metrics, trained):
+        return _without_test(metrics)
+    found = _of_test(metrics, trained)
+    if not found[-1].known:
+        return f"No accuracy after tuning; zero-shot {percent(found[-1].before)} on the {counted(metrics, trained)}."
     tuning = "Tuning and blending" if "alpha" in metrics else "Tuning"
     subject = classifier(metrics) if metrics["candidates"] else tuning
-    leading, rest = _leading(metrics, rows, first)
-    verb = _verb(leading, "raised", "kept", "lowered")
-    text = f"{subject} {verb} the {leading.measure} on the {counted(metrics, first)} {_from_to(leading)}{rest}."
-    if len(others) == 1 and (other := rows[others[0], ""]).known:
+    verb = _verb(found[0], "raised", "kept", "lowered")
+    text = f"{subject} {verb} the {found[0].measure} on the {counted(metrics, trained)} {_change(metrics, found)}."
+    if len(others) == 1 and (other := _of_test(metrics, others[0])[-1]).known:
         verb = _verb(other, "rose", "stayed", "fell")
         text += f" On the {counted(metrics, other.test)} it {verb} {_from_to(other)}{_interval(metrics, other)}."
     return text
 
 
-def _without_test(metrics: Metrics, rows: Mapping[tuple[str, str], AccuracyRow]) -> str:
-    held = rows.get((VALIDATION, ""))
-    if held is None or not held.known:
+def _without_test(metrics: Metrics) -> str:
+    found = _of_test(metrics, VALIDATION)
+    if not found or not found[-1].known:
         return "All images trained, none were kept for a test: there is no accuracy."
-    leading, rest = _leading(metrics, rows, VALIDATION)
     what = "the candidate" if metrics["candidates"] else "the epoch"
     images = plural(metrics["validation"]["images"], "validation image")
     return (
-        f"No images were kept for a test. On {images}, which choose {what}, the {leading.measure} went "
-        f"{_from_to(leading)}{rest}; expect less on other images."
+        f"No images were kept for a test. On {images}, which choose {what}, the {found[0].measure} went "
+        f"{_change(metrics, found)}; expect less on other images."
     )
 
 
-def _leading(metrics: Metrics, rows: Mapping[tuple[str, str], AccuracyRow], test: str) -> tuple[AccuracyRow, str]:
-    """Row of the accuracy that leads, and the rest of the sentence: the interval of the accuracy.
+def _of_test(metrics: Metrics, test: str) -> list[AccuracyRow]:
+    """Rows of a test: the accuracy, and before it two more if its classes differ in size; see `accuracy_rows`."""
+    return [each for each in accuracy_rows(metrics) if each.test == test]
 
-    If classes differ in size, the balanced accuracy leads, and the rest has the accuracy.
-    """
-    accuracy, balanced = rows[test, ""], rows.get((test, "balanced"))
-    interval = _interval(metrics, accuracy, "95 % interval ")
-    largest = _largest_class(metrics["zero_shot_by_class"].get(test))
-    if largest is None or balanced is None or not balanced.known:
-        return accuracy, interval
-    name, share = largest
-    rest = f". The accuracy, which is {percent(share)} if the answer is always {name}, went"
-    return balanced, f"{rest} {_from_to(accuracy)}{interval}"
+
+def _change(metrics: Metrics, found: Sequence[AccuracyRow]) -> str:
+    """Change of the first accuracy of a test, and that of the last with its interval."""
+    first, *always, last = found[0], *found[1:-1], found[-1]
+    text = _from_to(first)
+    for each in always:
+        text += f". The accuracy, which is {percent(each.before)} if the answer is {each.kind}, went {_from_to(last)}"
+    return text + _interval(metrics, last, "95 % interval ")
 
 
 def _verb(of: AccuracyRow, more: str, equal: str, less: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,14 +23,14 @@ from ..train.description import describe, write_open_clip_config
 from ..train.evaluation import Evaluation, Evaluator
 from ..train.metrics import Trained, metrics_of
 from ..train.reading import read_model
-from ..train.setup import RunSetup, build_run
+from ..train.setup import build_run
 from ..train.weights import Interpolation
 from ..train.writing import RunFolder
 
 ALPHAS = tuple(n / 10 for n in range(11))
 """Weights of the tuned model in the curve."""
-# What metrics.json says of the training, which a blend does not repeat.
-_OF_RUN = ("classifier", "candidates", "chosen_because", "epochs", "best_epoch", "steps", "kept_classes")
+# Entries of metrics.json about the training, which a blend does not repeat.
+_OF_TRAINING = ("classifier", "candidates", "chosen_because", "epochs", "best_epoch", "steps", "kept_classes")
 
 
 def blend(
@@ -77,38 +77,29 @@ def blend(
         >>> blended["blend"]["chosen"], blended["blend"]["accuracy"]["base"][10] == tuned["tuned"]["base"]
         (0.3, True)
     """
-    number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
-    if alpha != "auto" and not (number and 0 <= alpha <= 1):
+    if alpha != "auto" and not (type(alpha) in (int, float) and 0 <= alpha <= 1):
         raise InputError(f'must be from 0 to 1, or "auto"; got {alpha!r}.', "alpha", "blend")
+    folder, target = _folders(run, out)
+    config = _config_of_run(folder, device, trust=trust)
+    written = replace(config, out=target, overwrite=overwrite, resume=False).resolved()
+    new_folder = RunFolder(written)  # refuses a folder that can't be written
+    blends = _Blends(folder, replace(config, trust=trust, refresh="never", workers=0).resolved())
+    curve = blends.curve(sorted({*ALPHAS, *([] if alpha == "auto" else [float(alpha)])}))
+    chosen = choose(curve["accuracy"]) if alpha == "auto" else float(alpha)
+    trained = blends.trained(chosen, written)
+    metrics = blends.metrics(trained, curve, chosen, out)
+    metrics["notes"] = result_notes(written, metrics)
+    _write(new_folder, trained, metrics)
+    return metrics
+
+
+def _folders(run: str | Path, out: str | Path | None) -> tuple[Path, Path]:
+    """Return the folder of the run, and that of its blend."""
     folder = existing_run(run, "blend")
     target = blended_folder(folder) if out is None else Path(out).expanduser()
     if target.resolve() == folder.resolve():
         raise InputError(f"must not be the folder of the run; got {target}. Choose another.", "out", "blend")
-    before, (_, file) = read_metrics(folder), read_model(folder)
-    of_run = _config_of_run(folder, trust=trust)
-    if device is not None:
-        of_run = replace(of_run, device=device)
-    if of_run.cache is not None and not of_run.cache.is_dir():
-        of_run = replace(of_run, cache=None)
-    written = replace(of_run, out=target, overwrite=overwrite, resume=False)
-    written = written.resolved()
-    new_folder = RunFolder(written)  # refuses a folder that can't be written
-
-    setup = build_run(replace(of_run, trust=trust, refresh="never", workers=0).resolved())
-    blends = _Blends(setup, file, before["l2"])
-    evaluations = {each: blends.at(each) for each in sorted({*ALPHAS, *([] if alpha == "auto" else [float(alpha)])})}
-    curve = _curve(evaluations, blends.evaluator)
-    chosen = choose(curve["accuracy"]) if alpha == "auto" else float(alpha)
-    blends.set(chosen)
-    trained = blends.trained(evaluations[chosen], written)
-    words = ["skipkernels", "blend", str(folder), "--alpha", str(chosen)]
-    words += [] if out is None else ["--out", str(target)]
-    metrics = metrics_of(trained, f"{before['command']}\n{shlex.join(words)}", before["cost"])
-    metrics |= {name: before[name] for name in _OF_RUN}
-    metrics |= {"blend": curve | {"chosen": chosen, "run": str(folder.resolve())}, "alpha": chosen}
-    metrics["notes"] = result_notes(written, metrics)
-    _write(new_folder, trained, metrics)
-    return metrics
+    return folder, target
 
 
 def blended_folder(run: Path) -> Path:
@@ -116,59 +107,8 @@ def blended_folder(run: Path) -> Path:
     return run.with_name(f"{run.resolve().name}-blend")
 
 
-class _Blends:
-    """Blends of a run: its method with weights between zero-shot and tuned, and its head fitted to each."""
-
-    def __init__(self, setup: RunSetup, file: Path, l2: float):
-        self._setup, self._l2 = setup, l2
-        self.evaluator = Evaluator(setup, setup.test_features(), setup.validation_features())
-        self.zero_shot = self.evaluator.evaluate(setup.method)
-        self._features = None if setup.config.head == "none" else setup.train_features()
-        self._weights = Interpolation(setup.method.state_dict())
-        weights.load_into(setup.method, file)
-        self._weights.end()
-
-    def set(self, alpha: float) -> None:
-        """Set the weights to a blend, and fit the head to it."""
-        self._weights.set(alpha)
-        if self._features is not None:
-            self._setup.fit_head(self._features, self._l2)
-
-    def at(self, alpha: float) -> Evaluation:
-        """Evaluate a blend."""
-        self.set(alpha)
-        return self.evaluator.evaluate(self._setup.method)
-
-    def trained(self, evaluation: Evaluation, config: TuneConfig) -> Trained:
-        """Return the blend that is set with its results, as those of a run; calibrates the probabilities."""
-        held = self.evaluator.validation_logits(self._setup.method)
-        calibration, thresholds = ({}, []) if held is None else calibrate(*held)
-        return Trained(
-            setup=replace(self._setup, config=config),
-            choice=None,
-            rows=[],
-            evaluator=self.evaluator,
-            zero_shot=self.zero_shot,
-            tuned=evaluation,
-            l2=self._l2,
-            calibration=calibration,
-            thresholds=thresholds,
-        )
-
-
-def _curve(evaluations: dict[float, Evaluation], evaluator: Evaluator) -> dict[str, Any]:
-    """Return the accuracy in per cent by test for each alpha."""
-    accuracy: dict[str, list[float]] = {}
-    for found in evaluations.values():
-        held = {VALIDATION: found.validation, BALANCED: evaluator.balanced(found)}
-        for name, value in (found.accuracies | held).items():
-            if value is not None:  # None without images
-                accuracy.setdefault(name, []).append(value)
-    return {"alphas": list(evaluations), "accuracy": accuracy}
-
-
-def _config_of_run(folder: Path, *, trust: bool) -> TuneConfig:
-    """Return the configuration of a run that can be blended."""
+def _config_of_run(folder: Path, device: str | None, *, trust: bool) -> TuneConfig:
+    """Return the configuration of a run that can be blended, without a cache that is not there any more."""
     config = TuneConfig.from_yaml(folder / CONFIG, trust=trust)
     if not config.method_class().trains_model:
         raise InputError(
@@ -186,7 +126,64 @@ def _config_of_run(folder: Path, *, trust: bool) -> TuneConfig:
         )
     if config.data.partition(":")[0] == IN_PYTHON:
         raise InputError(f"{config.data} was passed to tune in Python. Tune it with `blend=0.5`.", function="blend")
-    return config
+    cache = config.cache if config.cache is not None and config.cache.is_dir() else None
+    return replace(config, cache=cache, device=device or config.device)
+
+
+class _Blends:
+    """Blends of a run: its method with weights between zero-shot and tuned, and its head fitted to each."""
+
+    def __init__(self, run: Path, config: TuneConfig):
+        self._run, self._of_run, (_, file) = run, read_metrics(run), read_model(run)
+        self._setup = setup = build_run(config)
+        self._evaluator = Evaluator(setup, setup.test_features(), setup.validation_features())
+        self._zero_shot = self._evaluator.evaluate(setup.method)
+        self._features = None if config.head == "none" else setup.train_features()
+        self._weights = Interpolation(setup.method.state_dict())
+        weights.load_into(setup.method, file)
+        self._weights.end()
+
+    def _evaluate(self, alpha: float) -> Evaluation:
+        """Set the weights to a blend, fit the head to it, and evaluate it."""
+        self._weights.set(alpha)
+        if self._features is not None:
+            self._setup.fit_head(self._features, self._of_run["l2"])
+        return self._evaluator.evaluate(self._setup.method)
+
+    def curve(self, alphas: Sequence[float]) -> dict[str, Any]:
+        """Return the accuracies of blends in per cent, by test; also on validation images, and their mean by class."""
+        accuracy: dict[str, list[float]] = {}
+        for found in map(self._evaluate, alphas):
+            held_out = {VALIDATION: found.validation, BALANCED: self._evaluator.balanced(found)}
+            for name, value in (found.accuracies | held_out).items():
+                if value is not None:  # None without images
+                    accuracy.setdefault(name, []).append(value)
+        return {"alphas": list(alphas), "accuracy": accuracy}
+
+    def trained(self, alpha: float, config: TuneConfig) -> Trained:
+        """Return a blend with its results, as those of a run; calibrates the probabilities."""
+        tuned = self._evaluate(alpha)
+        held_out = self._evaluator.validation_logits(self._setup.method)
+        calibration, thresholds = ({}, []) if held_out is None else calibrate(*held_out)
+        return Trained(
+            setup=replace(self._setup, config=config),
+            choice=None,
+            rows=[],
+            evaluator=self._evaluator,
+            zero_shot=self._zero_shot,
+            tuned=tuned,
+            l2=self._of_run["l2"],
+            calibration=calibration,
+            thresholds=thresholds,
+        )
+
+    def metrics(self, trained: Trained, curve: dict[str, Any], alpha: float, out: str | Path | None) -> dict[str, Any]:
+        """Return the metrics.json of a blend; what it says of the training, and its cost, is that of the run."""
+        words = ["skipkernels", "blend", str(self._run), "--alpha", str(alpha)]
+        words += [] if out is None else ["--out", str(Path(out).expanduser())]
+        metrics = metrics_of(trained, f"{self._of_run['command']}\n{shlex.join(words)}", self._of_run["cost"])
+        metrics |= {name: self._of_run[name] for name in _OF_TRAINING}
+        return metrics | {"blend": curve | {"chosen": alpha, "run": str(self._run.resolve())}, "alpha": alpha}
 
 
 def choose(accuracy: Mapping[str, list[float]]) -> float:

@@ -223,15 +223,8 @@ class Classifier:
             InputError: If an image can't be read, or an argument can't be used.
             FloatingPointError: If a logit is not finite.
         """
-        found = self.predict_batches(
-            images,
-            top=top,
-            threshold=threshold,
-            batch_size=batch_size,
-            workers=workers,
-            unreadable=unreadable,
-        )
-        parts = list(found) or [self._nothing(top, threshold, {})]
+        how: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "unreadable": unreadable}
+        parts = list(self.predict_batches(images, top=top, threshold=threshold, **how))
         return Predictions(
             [name for part in parts for name in part.names],
             torch.cat([part.ids for part in parts]),
@@ -252,7 +245,7 @@ class Classifier:
         workers: int | None = None,
         unreadable: Unreadable = "raise",
     ) -> Iterator[Predictions]:
-        """Classify images batch by batch, with the arguments and errors of `predict`; those of arguments come first."""
+        """Classify images batch by batch, with the arguments and errors of `predict`; no images are an empty batch."""
         check_counts(top=top, batch_size=batch_size, workers=workers)
         check_threshold(threshold)
         check_choice(unreadable, Unreadable, "unreadable", "Classifier.predict")
@@ -260,7 +253,7 @@ class Classifier:
 
         def batches() -> Iterator[Predictions]:
             loaded = read_ahead(load, len(names), workers=workers, ahead=2 * batch_size)
-            for start in range(0, len(names), batch_size):
+            for start in range(0, max(len(names), 1), batch_size):
                 batch = zip(names[start : start + batch_size], loaded, strict=False)
                 yield self._classified(batch, top, threshold, unreadable)
 
@@ -317,9 +310,7 @@ class Classifier:
                 raise image
             else:
                 reasons[name] = str(image).removeprefix(f"{name}: ")
-        if not images:
-            return self._nothing(top, threshold, reasons)
-        embeddings = self._embed(torch.stack(images))  # [B, D]
+        embeddings = self._embed(torch.stack(images)) if images else self.class_embeddings()[:0]  # [B, D]
         none_logit = None if threshold is None else self.none_logit
         scores = class_probabilities(self._logits_of(embeddings), self.temperature, none_logit)  # [B, C]
         probabilities, ids = (found.cpu() for found in scores.topk(min(top, len(self.classes)), dim=1))
@@ -331,12 +322,6 @@ class Classifier:
             )
         embeddings = F.normalize(embeddings.float(), dim=1).cpu()
         return Predictions(names, ids, probabilities, embeddings, self.classes, reasons, threshold)
-
-    def _nothing(self, top: int, threshold: float | None, unreadable: dict[str, str]) -> Predictions:
-        """Predictions for no image."""
-        empty = torch.empty(0, min(top, len(self.classes)))
-        embeddings = self.class_embeddings()[:0].float().cpu()  # [0, D]
-        return Predictions([], empty.long(), empty, embeddings, self.classes, unreadable, threshold)
 
 
 def check_counts(**counts: int | None) -> None:

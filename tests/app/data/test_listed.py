@@ -198,7 +198,7 @@ def test_hold_out_keeps_the_choice_of_few_shot():
 
 @pytest.mark.parametrize(
     ("validation", "count", "note"),
-    [("none", None, None), ("auto", 6, "validation on the 6 images of its val split."), ("split", 6, "its val split"),
+    [("none", None, None), ("auto", 6, "validation on 6 images of its val split."), ("split", 6, "its val split"),
      (0.4, 9, "validation on 9 images of its train split, which don't train")],  # of seven of each class
 )  # fmt: skip
 def test_task_validation(images, validation, count, note):
