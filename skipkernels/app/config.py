@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import math
 import sys
 from collections.abc import Callable, Collection
@@ -22,7 +21,7 @@ from .data.base import InputError
 from .data.files import file_name
 from .data.registry import is_own
 from .methods.registry import AUTO, METHODS
-from .settings import Settings
+from .settings import Settings, option
 from .untrusted import check_source
 
 if TYPE_CHECKING:
@@ -34,13 +33,15 @@ _SHOTS = 16
 CONFIG = "config.yaml"
 """Name of the file of a run with its configuration."""
 _SOURCES = ("model", "pretrained", "data")
+RATES = ("text_lr", "image_lr")
+"""Settings that are learning rates."""
 
 # Types are not converted: `epochs: true` and `seed: "3"` are errors.
 _SCHEMA = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
-def _input_error(error: ValidationError) -> InputError:
-    """Error of the first invalid setting, in one line."""
+def setting_error(error: ValidationError) -> InputError:
+    """Return the error of the first invalid setting, in one line."""
     errors = error.errors(include_url=False)
     setting = str(errors[0]["loc"][0])
     if errors[0]["type"] == "unexpected_keyword_argument":
@@ -55,17 +56,18 @@ def _input_error(error: ValidationError) -> InputError:
 
 @dataclass(frozen=True, config=_SCHEMA)
 class TuneConfig(Settings):
-    """Configuration of a run. Its fields are those of `Settings`.
+    """Configuration of a run. Its fields are those of `Settings`; `tune` and the command take `resume=RUN` too.
 
     Example:
         >>> TuneConfig(data="imagefolder:photos", epochs=3, out="runs/photos").out
         PosixPath('runs/photos')
     """
 
+    resume: bool = option(False, results=False)
     dataset_identity: str | None = None
     """Digest of a dataset that was passed to `tune`, which sets it."""
 
-    @field_validator("root", "cache", "out", "resume", mode="before")
+    @field_validator("root", "cache", "out", mode="before")
     @classmethod
     def _path(cls, value: Any) -> Any:
         """Accept a string as a path."""
@@ -84,23 +86,6 @@ class TuneConfig(Settings):
     def _tuple(cls, value: Any) -> Any:
         """Accept a list as a tuple."""
         return tuple(value) if isinstance(value, list) else value
-
-    def continued(self, given: Collection[str] = ()) -> TuneConfig:
-        """Return the configuration of the run in the folder `resume`, with the settings of this one that replace its.
-
-        These are those named by `given`, and those that are not the default. Without such a folder, the configuration
-        is returned as it is.
-        """
-        if isinstance(self.resume, bool):
-            return self
-        if self.out is not None:
-            raise InputError("the run is continued in its folder; leave out `out`.", "resume", "tune")
-        names = [field.name for field in dataclasses.fields(TuneConfig)]
-        replaced = [name for name in names if name in given or getattr(self, name) != getattr(TuneConfig, name)]
-        settings = {name: getattr(self, name) for name in replaced}
-        settings |= {"out": self.resume, "resume": True, "overwrite": self.overwrite}
-        earlier = TuneConfig.from_yaml(self.resume / CONFIG, trust=self.trust, given=settings)
-        return dataclasses.replace(earlier, **settings)
 
     def resolved(self, open_data: Callable[[], Source] | None = None) -> TuneConfig:
         """Return the configuration with all defaults filled in, some of which depend on the number of classes.
@@ -157,15 +142,13 @@ class TuneConfig(Settings):
             settings["epochs"] //= 4
         if (reference and self.method == "skip" and shots < 4) or self.class_weight is not None:
             settings["sampler"] = "random"
-        if "tail" in method.options():
+        if "tail" in method.settings:
             settings["tail"] = "fixed" if reference else "resample"
         return settings
 
     @property
     def folder(self) -> Path:
         """Folder of the results. Default: in runs/, named after the data and the method."""
-        if isinstance(self.resume, Path):
-            return self.resume
         return self.out or Path("runs", file_name(f"{self.data}-{self._resolved_method}"))
 
     @property
@@ -198,24 +181,19 @@ class TuneConfig(Settings):
         return dataclasses.replace(config, **{name: getattr(TuneConfig, name) for name in config._unused()})
 
     def _unused(self) -> list[str]:
-        """Names of settings that differ from their default and that the method does not use."""
+        """Names of settings that the method does not use, and that have another value than without them."""
         method = self.method_class()
-        options, recipe = method.options(), dataclasses.asdict(method.recipe(self.model, "few-shot", _SHOTS))
-
-        def used(field: dataclasses.Field) -> bool:
-            name, methods, value = field.name, field.metadata.get("methods", "all"), getattr(self, field.name)
-            if methods == "heads":
-                return method.takes_head or value == "none"
-            if methods == "blends":
-                return method.trains_model
-            if methods == "constructor" and name not in options:
-                return False
-            if not self.has_steps:
-                return value == recipe.get(name, value)
-            return methods != "rates" or recipe[name] is not None
-
-        fields = dataclasses.fields(TuneConfig)
-        return [f.name for f in fields if not used(f) and getattr(self, f.name) != getattr(TuneConfig, f.name)]
+        recipe = dataclasses.asdict(method.recipe(self.model, "few-shot", _SHOTS))
+        unused = {name for other in METHODS.values() for name in other.settings} - {*method.settings}
+        unused |= recipe.keys() if not self.has_steps else {name for name in RATES if recipe[name] is None}
+        unused |= set() if method.takes_head else {"head", "prior"}
+        unused |= set() if method.trains_model else {"blend"}
+        without = recipe | {"head": "none"}
+        return [
+            field.name
+            for field in dataclasses.fields(TuneConfig)
+            if field.name in unused and getattr(self, field.name) not in (field.default, without.get(field.name))
+        ]
 
     def _check(self) -> None:
         for name in self._unused():
@@ -295,27 +273,12 @@ class TuneConfig(Settings):
             raise InputError(f"{path}: trust is not taken from a file; remove it.")
         try:
             config = cls(**{str(name): value for name, value in values.items()})
-        except InputError as error:
-            raise InputError(f"{path}: {error.about(error.argument)}") from None
+        except ValidationError as error:
+            wrong = setting_error(error)
+            raise InputError(f"{path}: {wrong.about(wrong.argument)}") from None
         for name in (name for name in _SOURCES if name in values and name not in given):
             check_source(path, name, getattr(config, name) or "", trust)
         return config
-
-
-_validate = TuneConfig.__init__
-
-
-@functools.wraps(_validate)
-def _init(self: TuneConfig, *args: Any, **settings: Any) -> None:
-    """Raise the first error of pydantic as an `InputError`."""
-    try:
-        _validate(self, *args, **settings)
-    except ValidationError as error:
-        raise _input_error(error) from None
-
-
-# pydantic's decorator replaces a constructor that is defined in the class.
-TuneConfig.__init__ = _init  # type: ignore[method-assign]
 
 
 def usable_device(device: str, function: str) -> str:

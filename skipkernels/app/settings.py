@@ -31,25 +31,16 @@ from ..options import (
 from .methods.registry import AUTO, METHOD_HELP
 
 
-def option(
-    default: Any,
-    *,
-    methods: Literal["all", "constructor", "rates", "heads", "blends"] = "all",
-    results: bool = True,
-    help: str | None = None,
-    **bounds: float,
-) -> Any:
+def option(default: Any, *, results: bool = True, help: str | None = None, **bounds: float) -> Any:
     """Field of `Settings`.
 
     Args:
         default: Default value.
-        methods: Methods that use it: all, those with a constructor argument of this name, those with this rate in their
-            recipe, those that take a head, or those that train the weights of the model.
         results: False if it changes the results by rounding at most, so that a resumed run may have another value.
         help: Help text; by default the text below the field.
         bounds: Bounds of a number as for `pydantic.Field`: ge, gt, le, lt.
     """
-    return dataclasses.field(default=default, metadata={"methods": methods, "results": results, "help": help, **bounds})
+    return dataclasses.field(default=default, metadata={"results": results, "help": help, **bounds})
 
 
 @dataclass(frozen=True)
@@ -113,38 +104,38 @@ class Settings:
     preset: Preset = "default"
     """reference: settings of the published code, such as --tail fixed and the paper's schedule. --decay is 0.3 in each
     protocol, as in its configuration; the memory that the paper reports for ImageNet follows from 0.1."""
-    tail: Tail | None = option(None, methods="constructor")
+    tail: Tail | None = None
     """Each step compares its images with the classes most similar to them and, at random, a few of the others, the
     tail. resample: draw other ranks of the tail in every step, the default. fixed: draw them once, as published."""
 
     # Classifier of the embeddings, fitted to the training images after training
 
-    head: HeadChoice | None = option(None, methods="heads")
+    head: HeadChoice | None = None
     """none: the texts of the classes. anchored: a logistic regression that is drawn to the texts. gaussian: a Gaussian
     for each class, and the texts. probe: a logistic regression without texts, for trained classes alone. auto: one of
     these, by held-out images. By default auto for --method auto, else none."""
-    prior: Prior = option("images", methods="heads")
+    prior: Prior = "images"
     """Frequencies of the classes that a head expects. images: those of the training images. balanced: equal ones, which
     raises the accuracy on rare classes."""
-    blend: float = option(1.0, gt=0, le=1, methods="blends")
+    blend: float = option(1.0, gt=0, le=1)
     """Weight of the tuned model in the mean of the weights before and after training, before a head is fitted."""
 
     # Settings of Skip Tuning
 
-    skip_layers: int | float = option(0.5, methods="constructor")
+    skip_layers: int | float = 0.5
     """Blocks that each tower skips (LSkip): a number, or a fraction of its blocks such as 0.5."""
-    keep_ratio: float = option(0.5, methods="constructor")
+    keep_ratio: float = 0.5
     """Most similar classes that each step compares its images with (CSkip): a share of all if below 1, all classes if
     1, a number of classes if above 1."""
-    max_keep: int = option(50, methods="constructor")
+    max_keep: int = 50
     """Upper limit of the number of classes kept in every step; it does not apply to --keep-ratio 1."""
-    decay: float = option(0.3, methods="constructor")
+    decay: float = 0.3
     """Decay of the probability that a less similar class, of the tail, is drawn in a step: larger values draw more.
     With 0.3 they are about 57 of 1,000 classes, beside 50 similar ones."""
-    max_tail: int | None = option(None, ge=0, methods="constructor")
+    max_tail: int | None = option(None, ge=0)
     """Upper limit of the expected number of classes of the tail, for very many classes. By default none, as published:
     the tail then grows with the number of classes."""
-    train_text: bool = option(True, methods="constructor")
+    train_text: bool = True
     """Also train the text tower. False: the embeddings of classes are constant, and every step compares all classes."""
 
     # Schedule and optimizer, by default those of the method
@@ -156,15 +147,15 @@ class Settings:
     sampler: SamplerKind | None = None
     """class_pure: batches of a single class if it has enough images. random: mixed batches. balanced: images drawn with
     replacement, each class equally often. sequential: in order."""
-    class_weight: ClassWeight | None = option(None, methods="constructor")
+    class_weight: ClassWeight | None = None
     """Images of rare classes weigh more in the loss: by n to the power of minus this number, for n training images of
     their class. balanced is 1, all classes the same in total; 0.5 is halfway. By default every image weighs the same.
     Batches are then random."""
     optimizer: OptimizerName | None = None
     """sgd: fused SGD with momentum. adamw: that of PyTorch. By default sgd for skip; adamw for pictogram-tiny."""
-    text_lr: float | None = option(None, ge=0, methods="rates")
+    text_lr: float | None = option(None, ge=0)
     """Learning rate of the text tower. For skip 2e-5; for pictogram-tiny 3e-4."""
-    image_lr: float | None = option(None, ge=0, methods="rates")
+    image_lr: float | None = option(None, ge=0)
     """Learning rate of the image tower. For skip 5e-6; for pictogram-tiny 3e-4."""
     warmup_epochs: int | None = option(None, ge=0)
     """Epochs at the warm-up rate, before the cosine schedule."""
@@ -180,7 +171,7 @@ class Settings:
     precision: Precision = "auto"
     """bf16: bf16 arithmetic, fp32 weights. fp16: the same in fp16, with a gradient scaler. auto: bf16 on a GPU that
     supports it, else fp32."""
-    memory: Memory = option("auto", methods="constructor", results=False)
+    memory: Memory = option("auto", results=False)
     """Memory of a training step. fast: each block saves what its backward pass needs. min: it saves its input alone and
     computes the rest again, with less memory and more time. auto: fast if it fits in memory."""
     graph: bool = option(True, results=False)

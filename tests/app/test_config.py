@@ -32,8 +32,8 @@ def test_file_round_trip(tmp_path, changes, form):
 
 
 def test_strings_are_paths_and_lists_tuples(tmp_path):
-    given = small(str(tmp_path), cache=str(tmp_path / "cache"), resume=str(tmp_path), template=["a {}."])
-    assert given == small(tmp_path, cache=tmp_path / "cache", resume=tmp_path, template=("a {}.",))
+    given = small(str(tmp_path), cache=str(tmp_path / "cache"), template=["a {}."])
+    assert given == small(tmp_path, cache=tmp_path / "cache", template=("a {}.",))
 
 
 @pytest.mark.parametrize("protocol", get_args(Protocol))
@@ -86,7 +86,6 @@ def test_resolved_epochs_depend_on_classes():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "skipp"}, "method must be one of auto, skip, zero-shot, full, .*lora; got 'skipp'"),
         ({"epochs": 0}, "epochs must be at least 1"),
         ({"method": "zero-shot", "epochs": 3}, "epochs: 3 has no effect with `method=zero-shot`"),
         ({"method": "zero-shot", "epochs": None, "text_lr": 1.0}, "text_lr: 1.0 has no effect"),
@@ -109,7 +108,6 @@ def test_resolved_epochs_depend_on_classes():
         ({"prior": "balanced"}, "prior: balanced is that of a head; add `head=anchored`"),
         ({"method": "lora", "blend": 0.5}, "blend: 0.5 has no effect with `method"),
         ({"epochs": 0, "head": "anchored", "blend": 0.5}, "blend: 0.5 has no effect without epochs"),
-        ({"optimizer": "adamv"}, "optimizer must be 'sgd' or 'adamw'; got 'adamv'"),
         ({"resume": True, "overwrite": True}, "resume must be left out with `overwrite`"),
         ({"device": "cuda:99"}, "can't be used"),
         ({"device": "meta"}, "device 'meta' can't be used: Cannot copy"),
@@ -127,16 +125,16 @@ WRONG = {
     "text_lr: .nan": "text_lr must be a finite number; got nan.",
     "shots: many": "shots must be a valid integer or 'all'; got 'many'.",
     "template: 'a {}.'": "template must be a valid tuple; got 'a {}.'.",
-    "resume: 1": "resume must be a valid boolean or an instance of Path; got 1.",
+    "resume: 1": "resume must be a valid boolean; got 1.",
+    "method: skipp": f"method must be one of auto, {', '.join(METHODS)}; got 'skipp'.",
+    "optimizer: adamv": "optimizer must be 'sgd' or 'adamw'; got 'adamv'.",
     "epoch: 3": "unknown setting 'epoch'; did you mean epochs?",
 }
 
 
 @pytest.mark.parametrize(("text", "message"), WRONG.items(), ids=WRONG)
 def test_wrong_setting_is_one_line(tmp_path, text, message, capsys):
-    """The same in Python, as an option, in the folder of a run and in a file of --config."""
-    with pytest.raises(InputError, match=f"^TuneConfig: {re.escape(message)}$"):
-        TuneConfig(**yaml.safe_load(text))
+    """In the folder of a run and in a file of --config."""
     (tmp_path / "config.yaml").write_text(text)
     for arguments in (["eval", tmp_path], ["tune", "--config", tmp_path / "config.yaml"]):
         assert fails(arguments, capsys) == f"error {tmp_path / 'config.yaml'}: {message}"

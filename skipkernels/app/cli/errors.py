@@ -50,8 +50,14 @@ def termination_as_interrupt() -> Iterator[None]:
 
 def failure(error: Exception) -> tuple[int, str, str] | None:
     """Return exit code, kind and message of an expected error; None if it is a bug, to be shown with its traceback."""
+    from pydantic import ValidationError
+
     from skipkernels.app.data import InputError
 
+    if isinstance(error, ValidationError):  # of a `TuneConfig`
+        from skipkernels.app.config import setting_error
+
+        error = setting_error(error)
     if isinstance(error, (InputError, MemoryError)):
         return 2, "error", with_flags(error) or "out of memory"
     from skipkernels.features import CacheError  # these import torch, which a command with invalid input does without

@@ -31,25 +31,30 @@ class TuneCommand(Settings):
 
     def execute(self, out: Terminal, err: Terminal) -> int:
         """Tune, and print accuracy and cost. Returns 0."""
-        from skipkernels.app.config import CONFIG
-        from skipkernels.app.results.files import existing_run
-
-        config = tune_config(self)
-        if isinstance(config.resume, Path):
-            existing_run(config.resume, "tune", "resume")
+        config = self._settings()
         if self.print_config:
-            config = config.continued(SETTINGS)
             as_given = {name: getattr(config, name) for name in _AS_GIVEN}
             out.print(dataclasses.replace(config.resolved(), **as_given).to_yaml().rstrip(), soft_wrap=True)
             return 0
         import_torch(err)
+        from skipkernels.app.config import CONFIG
         from skipkernels.app.train import tune
 
-        settings = {name: getattr(self, name) for name in SETTINGS}  # with --resume RUN, as in its file unless given
-        metrics = tune(console=err, **settings)
-        of_run = type(config).from_yaml(config.folder / CONFIG, trust=True)  # nothing is loaded
-        _show(of_run, metrics, out)
+        metrics = tune(config, err)
+        _show(config.from_yaml(config.folder / CONFIG, trust=True), metrics, out)  # nothing is loaded
         return 0
+
+    def _settings(self) -> TuneConfig:
+        """Return the settings of the options; those of the run of --resume RUN are the defaults of the options."""
+        from skipkernels.app.data import InputError
+        from skipkernels.app.results.files import existing_run
+
+        if isinstance(self.resume, bool):
+            return tune_config(self)
+        run = existing_run(self.resume, "tune", "resume")
+        if self.out is not None:
+            raise InputError("the run is continued in its folder; leave out `out`.", "resume", "tune")
+        return tune_config(self, out=run, resume=True)
 
 
 def _show(config: TuneConfig, metrics: dict[str, Any], out: Terminal) -> None:
@@ -85,7 +90,7 @@ def command_with_file(arguments: list[str], err: Terminal) -> TuneCommand:
     from skipkernels.app.config import CONFIG, TuneConfig
 
     file = Path(named.resume, CONFIG) if named.config is None else Path(named.config)
-    if named.config is None and not file.exists():  # `TuneCommand.execute` refuses the folder
+    if named.config is None and not file.exists():  # `TuneCommand` refuses the folder
         return TuneCommand()
 
     given = {word.partition("=")[0].removeprefix("--") for word in arguments if word.startswith("--")}

@@ -5,7 +5,6 @@ Shapes: B images in a batch, n images, C classes of a test, D width of the joint
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
@@ -66,6 +65,7 @@ class Method:
 
     Attributes:
         name: Name of the method in `METHODS`.
+        settings: Settings of a run that its constructor takes.
         takes_head: A head can classify its embeddings; False for a method that is a head itself, or adapts them.
         trains_model: It trains weights of the model itself, so that its state is a whole model, which can be blended
             with the model before.
@@ -90,6 +90,7 @@ class Method:
     """
 
     name: ClassVar[str]
+    settings: ClassVar[tuple[str, ...]] = ()
     takes_head: ClassVar[bool] = True
     trains_model: ClassVar[bool] = False
     head_code: str = ""
@@ -168,11 +169,6 @@ class Method:
     # ---- settings ----------------------------------------------------------------------------------------------------
 
     @classmethod
-    def options(cls) -> set[str]:
-        """Names of the options of the constructor."""
-        return set(inspect.signature(cls).parameters)
-
-    @classmethod
     def recipe(cls, model_name: str, protocol: Protocol, shots: int) -> Recipe:
         """Return the default recipe: the published one, with the changes of the packaged model."""
         changes = packaged().RECIPES.get(cls.name, {}) if model_name == PACKAGED else {}
@@ -187,7 +183,7 @@ class Method:
 
     def _encoded_texts(self) -> Tensor:
         """Unit-norm class embeddings [C, D] of the training classes, with gradient."""
-        return unit_norm(self.encode_texts(self._test_tokens(self._train_test)[0]))
+        return unit_norm(self.encode_texts(self._tokens[self._train_test][0]))
 
     def _cross_entropy_step(self, image: Tensor, text: Tensor, labels: Tensor) -> StepOutput:
         """Mean cross-entropy over all classes, of image embeddings and unit-norm class embeddings."""
@@ -206,18 +202,11 @@ class Method:
         They are the normalized mean over the templates of the embeddings of each (Radford et al., CLIP, ICML 2021,
         arXiv 2103.00020, section 3.1.4), and kept until `train` or `load_state_dict` is called.
         """
-        tokens = self._test_tokens(test)
         if test not in self._embeddings:
-            embeddings = [self._embedded(prompts) for prompts in tokens]
+            embeddings = [self._embedded(prompts) for prompts in self._tokens[test]]
             mean = embeddings[0] if len(embeddings) == 1 else unit_norm(torch.stack(embeddings).mean(dim=0))
             self._embeddings[test] = mean
         return self._embeddings[test]
-
-    def _test_tokens(self, test: str) -> list[Tensor]:
-        """Tokens [C, L] of a test in each template."""
-        if test not in self._tokens:
-            raise InputError(f"{self.name}: test must be one of the task's, {', '.join(self._tokens)}; got {test!r}.")
-        return self._tokens[test]
 
     def use_head(self, head: Head | None, classes: Sequence[str]) -> None:
         """Classify by a head of embeddings over `classes`, instead of their texts; None: by the texts again.
@@ -230,7 +219,6 @@ class Method:
     def _head_of(self, test: str) -> Head | None:
         """Return the rows of `fitted` for the classes of a test; None if it has no logits for some of them."""
         assert self.fitted is not None
-        self._test_tokens(test)  # raises for an unknown test
         names = next(each.classes for each in self.task.tests if each.name == test)
         whole, rows = self.fitted, rows_of(names, self._head_classes)
         if None in rows:

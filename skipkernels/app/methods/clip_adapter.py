@@ -67,7 +67,7 @@ image = {_RATIO} * F.relu(hidden @ head["up"].T) + {1 - _RATIO} * image
     @cached_property
     def _text(self) -> Tensor:
         """Unit-norm class embeddings [C, D] of the training classes."""
-        return self._embedded(self._test_tokens(self._train_test)[0])
+        return self._embedded(self._tokens[self._train_test][0])
 
     def _initial(self, embedding: Tensor, width_out: int, width_in: int) -> nn.Parameter:
         """Return a weight [width_out, width_in], initialised like that of `nn.Linear`."""

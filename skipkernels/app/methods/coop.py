@@ -51,8 +51,6 @@ class CoOp(FrozenModel):
         vectors: int = 16,
         generator: torch.Generator | None = None,
     ):
-        if vectors < 1:
-            raise InputError(f"{self.name}: vectors must be at least 1; got {vectors}.")
         self._text = _text_tower(model)
         super().__init__(model, tokenizer, task, generator=generator)
         names = [name for test in task.tests for name in test.classes]

@@ -32,5 +32,5 @@ class FrozenModel(Method):
     def _empty_embedding(self) -> Tensor:
         """Uninitialised tensor [D], on the device of the embeddings, in the dtype of the logits."""
         with torch.no_grad():
-            first = self.model.encode_text(self._test_tokens(self._train_test)[0][:1], normalize=False)
+            first = self.model.encode_text(self._tokens[self._train_test][0][:1], normalize=False)
         return torch.empty_like(first[0], dtype=at_least_fp32(first.dtype))

@@ -41,7 +41,7 @@ class LoRA(ClipMethod):
         super().__init__(model, tokenizer, task, generator=generator)
         try:
             # over the trained classes, with nothing skipped
-            self.clip = SkipCLIP(model, self._test_tokens(self._train_test)[0], skip_layers=0, keep_ratio=1)
+            self.clip = SkipCLIP(model, self._tokens[self._train_test][0], skip_layers=0, keep_ratio=1)
             add_lora(self.clip, _RANK, ("q", "k", "v"), alpha=_RANK**0.5, generator=self._generator)
         except ValueError as error:
             raise InputError(f"{self.name}: {error}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from ... import published
-from ...clip import SkipCLIP
 from ...graphs import graphed
 from ...options import Protocol
 from ..data import Task
@@ -24,13 +22,17 @@ class Skip(TunedModel):
         loss = mean over b of −log softmax_k(exp(logit_scale) · ⟨x̂_b, t̂_k⟩)[label_b],   k over the kept classes
 
     Trains the blocks above the cut and the heads of both towers, from features at the cut that are computed once.
-    `text_cache` has a folder per test. Before training the logits are the zero-shot ones.
+    `cache` has a folder of texts for each test. Before training the logits are the zero-shot ones.
 
     Source: Wu et al., "Skip Tuning: Pre-trained Vision-Language Models are Effective and Efficient Adapters
     Themselves", CVPR 2025, arXiv 2412.11509.
     """
 
     name = "skip"
+    settings = (
+        *("skip_layers", "keep_ratio", "max_keep", "decay", "tail", "max_tail", "train_text"),
+        *("class_weight", "memory", "cache"),
+    )
     published_quarter = ("coop:imagenet", "coop:sun397", "coop:food101")
 
     def __init__(
@@ -38,11 +40,6 @@ class Skip(TunedModel):
     ):
         super().__init__(model, tokenizer, task, skip_layers=skip_layers, **options)
         self.caches = self.clip if self.clip.skip_layers[0] > 0 else None
-
-    @classmethod
-    def options(cls) -> set[str]:
-        """Names of the options of the constructor: those of `SkipCLIP`."""
-        return super().options() | set(inspect.signature(SkipCLIP).parameters)
 
     @classmethod
     def _published(cls, protocol: Protocol, shots: int) -> Recipe:

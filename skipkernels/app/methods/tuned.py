@@ -51,7 +51,7 @@ class TunedModel(ClipMethod):
         task: Task,
         *,
         generator: torch.Generator | None = None,
-        text_cache: str | Path | None = None,
+        cache: str | Path | None = None,
         class_weight: Tensor | None = None,
         **settings: Any,
     ):
@@ -59,7 +59,7 @@ class TunedModel(ClipMethod):
 
         def skip_clip(test: str, templates: list[Tensor], **training: Any) -> SkipCLIP:
             several = len(templates) > 1
-            folder = None if text_cache is None else Path(text_cache, f"texts-{test}{'+templates' if several else ''}")
+            folder = None if cache is None else Path(cache, f"texts-{test}{'+templates' if several else ''}")
             tokens = torch.stack(templates, dim=1) if several else templates[0]
             try:
                 return SkipCLIP(model, tokens, text_cache=folder, **settings, **training)
@@ -84,7 +84,6 @@ class TunedModel(ClipMethod):
         self.clip.check_model()
 
     def class_embeddings(self, test: str) -> Tensor:  # noqa: D102
-        self._test_tokens(test)
         return self._clips[test].class_embeddings()
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ def setting_notes(config: TuneConfig) -> tuple[str, ...]:
     notes: tuple[str, ...] = ()
     if config.own_data and (demonstration := demonstration_note(config.model)) is not None:
         notes += (demonstration,)
-    if "skip_layers" in config.method_class().options() and config.skip_layers == 1:
+    if "skip_layers" in config.method_class().settings and config.skip_layers == 1:
         one = "--skip-layers 1 skips one block of each tower; 1.0 would skip every block."
         every = "--skip-layers 1.0 skips every block of each tower; 1 would skip one block."
         notes += (one if isinstance(config.skip_layers, int) else every,)

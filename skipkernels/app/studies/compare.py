@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from ..config import TuneConfig
+from ..config import RATES, TuneConfig
 from ..console import plain, print_plain
 from ..data import InputError
 from ..methods import METHODS
@@ -27,7 +27,6 @@ MULTIPLIERS = (1.0, 0.3, 3.0, 0.1, 10.0)
 """Factors of the learning rates of each method that are searched on the user's data; of equal ones the first is chosen.
 """
 SEARCH_SEED = 10
-_RATES = ("text_lr", "image_lr")
 _COSTS = {
     "tuning, s": ("cost", "seconds_tuning"),
     "step, ms": ("cost", "milliseconds_per_step"),
@@ -87,13 +86,13 @@ class Searched(NamedTuple):
 
 def _rates_given(config: TuneConfig) -> bool:
     """Return True if a learning rate is set, so that none is searched."""
-    return any(getattr(config, name) is not None for name in _RATES)
+    return any(getattr(config, name) is not None for name in RATES)
 
 
 def _scaled_rates(config: TuneConfig, multiplier: float) -> dict[str, Any]:
     """Return the learning rates of a method's recipe times a factor; none for a method without steps."""
     resolved = config.resolved()
-    known = {name: rate for name in _RATES if (rate := getattr(resolved, name)) is not None}
+    known = {name: rate for name in RATES if (rate := getattr(resolved, name)) is not None}
     return {name: rate * multiplier for name, rate in known.items()} if resolved.epochs else {}
 
 

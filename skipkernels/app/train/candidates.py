@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ...features import FeatureCache
 from ...options import HeadName
-from ..config import TuneConfig
+from ..config import RATES, TuneConfig
 from ..heads import Examples, choose_l2, fit_head, halves, ranks
 from ..methods.cosine import cosine_logits
 from ..methods.registry import AUTO
@@ -79,7 +79,7 @@ class Candidate:
             settings["prior"] = "images"  # the other is that of a head
         if self.factor is None:
             return settings | {"epochs": 0, "blend": 1.0}
-        rates = {name: getattr(config, name) for name in ("text_lr", "image_lr")}
+        rates = {name: getattr(config, name) for name in RATES}
         settings |= {name: float(f"{self.factor * rate:.6g}") for name, rate in rates.items() if rate is not None}
         return settings | {"blend": self.blend}
 

@@ -35,15 +35,6 @@ class Trained(NamedTuple):
     thresholds: list[dict[str, Any]]  # by accuracy on the validation images
 
 
-class Cost(NamedTuple):
-    """Time in seconds and memory in bytes of a run."""
-
-    seconds: float
-    fit_seconds: float  # of a method without steps
-    baseline_memory: float  # before the model is loaded
-    peak_memory: float
-
-
 def metrics_of(trained: Trained, command: str, cost: Mapping[str, Any]) -> dict[str, Any]:
     """Return the contents of metrics.json for a run that is complete, but for its notes; for `cost` see `cost_of`."""
     choice, rows, config, task = trained.choice, trained.rows, trained.setup.config, trained.setup.task
@@ -120,16 +111,18 @@ def _parameters(setup: RunSetup) -> dict[str, int]:
     return {name: sum(weight.numel() for weight in each) for name, each in (("trained", weights), ("all", every))}
 
 
-def cost_of(trained: Trained, measured: Cost) -> dict[str, Any]:
-    """Return the cost of a run in metrics.json."""
+def cost_of(
+    trained: Trained, *, total_seconds: float, fit_seconds: float, baseline_memory: float, peak_memory: float
+) -> dict[str, Any]:
+    """Return the cost of a run in metrics.json; `fit_seconds` are those of a method without steps."""
     seconds, steps = [row["seconds"] for row in trained.rows], sum(row["steps"] for row in trained.rows)
     choosing = 0.0 if trained.choice is None else trained.choice.seconds
     return {
         "device": trained.setup.config.device,
-        "seconds_total": measured.seconds,
-        "seconds_tuning": choosing + sum(seconds) + measured.fit_seconds,
-        "baseline_memory_mib": _mib(measured.baseline_memory),
-        "peak_memory_mib": _mib(measured.peak_memory),
+        "seconds_total": total_seconds,
+        "seconds_tuning": choosing + sum(seconds) + fit_seconds,
+        "baseline_memory_mib": _mib(baseline_memory),
+        "peak_memory_mib": _mib(peak_memory),
         "seconds_per_epoch": sorted(seconds)[len(seconds) // 2] if seconds else None,
         "milliseconds_per_step": 1000 * sum(seconds) / steps if seconds else None,
     }

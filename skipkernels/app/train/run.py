@@ -33,7 +33,7 @@ from .checkpoint import best_epoch
 from .choice import Choice
 from .description import Description, describe, write_open_clip_config
 from .evaluation import Evaluation, Evaluator
-from .metrics import Cost, Trained, cost_of, metrics_of
+from .metrics import Trained, cost_of, metrics_of
 from .progress import Logger, ProgressDisplay
 from .reading import how_to_resume
 from .setup import BATCH, build_run
@@ -252,8 +252,14 @@ class Run:
         config, folder = self.config, self.folder
         described = replace(self._describe(), **trained.calibration)
         described = folder.write_model(described, self.method.state_dict(), self.method.fitted)
-        cost = Cost(self.seconds, fit_seconds, self.baseline_memory, self.memory.read())
-        metrics = metrics_of(trained, self.command, cost_of(trained, cost))
+        cost = cost_of(
+            trained,
+            total_seconds=self.seconds,
+            fit_seconds=fit_seconds,
+            baseline_memory=self.baseline_memory,
+            peak_memory=self.memory.read(),
+        )
+        metrics = metrics_of(trained, self.command, cost)
         self.warnings += notes.result_notes(config, metrics)
         metrics["notes"] = list(self.warnings)
         folder.write_card(config, described, metrics)

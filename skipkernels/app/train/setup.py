@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from ...features import FeatureCache, Progress
 from ...options import Refresh
 from ..config import TuneConfig
-from ..data import InputError, Source
+from ..data import Source
 from ..data.check import without_unreadable
 from ..data.tasks import Task, load_task
 from ..heads import Examples, fit_head
@@ -125,12 +124,6 @@ def build_run(
     crop = augmentation(model, config.preset) if config.augments else None
     task = build_task(config, transform, crop, open_data=open_data, train=train)
     method = build_method(config, model, tokenizer, task)
-    if config.cache is not None and method.caches is None:
-        raise InputError(
-            f"must be left out: {config.method} has no frozen blocks here, and so no features to keep.",
-            "cache",
-            "tune",
-        )
     zero_shot = ZeroShot(model, tokenizer, task) if isinstance(method, FrozenModel) else method
     return RunSetup(config, model, tokenizer, task, method, zero_shot)
 
@@ -153,15 +146,12 @@ def class_weights(labels: Tensor, classes: int, exponent: float = 1.0) -> Tensor
 def build_method(config: TuneConfig, model: nn.Module, tokenizer: Any, task: Task) -> Method:
     """Construct the method of a run, with the settings that it has."""
     method = config.method_class()
-    fields = [field for field in dataclasses.fields(config) if field.metadata.get("methods") == "constructor"]
-    settings = {field.name: getattr(config, field.name) for field in fields}
-    settings |= {"generator": torch.Generator().manual_seed(config.seed), "text_cache": config.cache}
+    settings = {name: getattr(config, name) for name in method.settings}
     if config.class_weight is not None:
         exponent = 1.0 if config.class_weight == "balanced" else config.class_weight
         labels, classes = torch.tensor(task.train.labels), len(task.tests[0].classes)
         settings["class_weight"] = class_weights(labels, classes, exponent).float()
-    options = method.options()
-    return method(model, tokenizer, task, **{name: settings[name] for name in settings if name in options})
+    return method(model, tokenizer, task, generator=torch.Generator().manual_seed(config.seed), **settings)
 
 
 def build_task(

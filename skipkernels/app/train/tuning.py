@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
 from ...memory import out_of_memory
-from ..config import TuneConfig
+from ..config import CONFIG, TuneConfig
 from ..console import print_plain
 from ..data.base import SizedDataset
 from .choice import chosen_before
@@ -58,7 +59,8 @@ def tune(
             labels; see `FeatureCache.build`.
         loggers: Loggers of the rows of the epochs; see `train.progress.Logger`. They are closed at the end, also
             after an error. A run without epochs writes no rows.
-        **settings: Fields of `TuneConfig`, which replace those of `config`.
+        **settings: Fields of `TuneConfig`, which replace those of `config`. `resume` may be the folder of a run, of
+            which the settings are then those of `config`, and the default of `out`.
 
     Returns:
         Contents of metrics.json: zero-shot and tuned accuracy, kept classes, steps, and cost in seconds and memory.
@@ -99,9 +101,12 @@ def tune(
             settings["test"], test = test, None
         if isinstance(validation, (str, int, float)):
             settings["validation"], validation = validation, None
+        if isinstance(run := settings.get("resume"), (str, Path)):
+            config = TuneConfig.from_yaml(Path(run, CONFIG), trust=settings.get("trust", False), given=settings)
+            settings = {"out": run, "overwrite": False} | settings | {"resume": True}
         own = OwnData(dataset, test, validation, classes, name, identity)
         console = console or Console(quiet=True)
-        plan = _plan(replace(config or TuneConfig(), **settings), own, settings)
+        plan = _plan(replace(config or TuneConfig(), **settings), own)
         folder = RunFolder(plan.config)  # it is not written before its lock is held
         if (finished := _finished(plan.config, folder, console)) is not None:
             return finished
@@ -117,9 +122,9 @@ def check(config: TuneConfig) -> None:
         build_run(plan.config, open_data=plan.open_data)
 
 
-def _plan(config: TuneConfig, own: OwnData, given: Collection[str] = ()) -> Plan:
-    """Complete a configuration: by the run that it continues, the data, the method, and an earlier choice."""
-    config, open_data = own.applied(config.continued(given), "tune")
+def _plan(config: TuneConfig, own: OwnData) -> Plan:
+    """Complete a configuration by the data, the method, and an earlier choice."""
+    config, open_data = own.applied(config, "tune")
     command = command_line("tune", config) if own.dataset is None else ""
     open_data = functools.cache(open_data or config.open_data)
     config = config.resolved(open_data)

@@ -69,10 +69,11 @@ def check_writable(folder: Path, argument: str = "out", function: str = "tune") 
         ) from error
 
 
-def _check_run_folder(path: Path, *, resume: bool = False, overwrite: bool) -> None:
+def _check_run_folder(path: Path, *, resume: bool, overwrite: bool) -> None:
     """Check that a folder can be written, and has no run unless it is to be resumed or overwritten."""
     check_writable(path)
-    _check_free(path)
+    if is_locked(path):
+        raise InputError(f"{path}: in use by another run. Wait for it, or choose another folder.", "out", "tune")
     earlier = [file.name for file in _files(path)]
     if earlier and not has_run(path):
         raise InputError(
@@ -94,11 +95,6 @@ def _files(folder: Path) -> list[Path]:
     """Files of a run in a folder, config.yaml last."""
     names = (checkpoint.FOLDER, *RUN_FILES)
     return [path for path in (folder / name for name in names) if path.exists()]
-
-
-def _check_free(folder: Path) -> None:
-    if is_locked(folder):
-        raise InputError(f"{folder}: in use by another run. Wait for it, or choose another folder.", "out", "tune")
 
 
 def _check_apart(argument: str, folder: Path, config: TuneConfig) -> None:
@@ -149,7 +145,7 @@ class RunFolder:
         _check_apart("out", self.path, config)
         if config.cache is not None:
             _check_apart("cache", config.cache, config)
-        _check_run_folder(self.path, resume=bool(config.resume), overwrite=config.overwrite)
+        _check_run_folder(self.path, resume=config.resume, overwrite=config.overwrite)
         if config.resume and (self.path / METRICS).exists():
             self.finished = read_metrics(self.path)
             earlier = TuneConfig.from_yaml(self.path / CONFIG, trust=True)  # nothing is loaded

@@ -51,9 +51,9 @@ def test_skip_text_cache_has_folder_per_test(tmp_path):
         return torch.cat([method.logits(test, images) for test in ("base", "new")], dim=1)
 
     images = stacked(tiny_task().train)[0].float()
-    first = logits(text_cache=tmp_path)
+    first = logits(cache=tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"texts-base", "texts-base+templates", "texts-new+templates"}
-    assert first.equal(logits(text_cache=tmp_path))
+    assert first.equal(logits(cache=tmp_path))
     torch.testing.assert_close(first, logits())
 
 

@@ -195,12 +195,6 @@ def test_methods_generator(name):
     assert not all(one[key].equal(other[key]) for key in one)
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_methods_refuse_unknown_test(name):
-    with pytest.raises(InputError, match=f"{name}: test must be one of the task's, base, new; got 'old'"):
-        made(name).logits("old", stacked(tiny_task().train)[0])
-
-
 @pytest.mark.parametrize("name", ["coop", "clip-adapter", "linear-probe"])
 def test_frozen_methods_embed_each_image_once(name):
     method = made(name)
@@ -230,8 +224,7 @@ REFUSED = [
     *((name, lambda: tiny_model(context_length=CONTEXT + 1), {}, [],
        f"tokens must be .* as long as the model's context; got .*{CONTEXT}") for name in ("skip", "full")),
     ("skip", tiny_model, {"skip_layers": 9}, [], "skip_layers must be"),
-    ("skip", tiny_model, {"skip_layers": 0, "text_cache": "nowhere"}, [], "text_cache keeps features at the cut"),
-    ("coop", tiny_model, {"vectors": 0}, [], "coop: vectors must be at least 1; got 0"),
+    ("skip", tiny_model, {"skip_layers": 0, "cache": "nowhere"}, [], "text_cache keeps features at the cut"),
     ("coop", tiny_model, {}, [LONG], f"coop: no context fits beside the class name '{LONG}', which takes all 12"),
     *(("coop", lambda text=text: tiny_model(FAMILIES[1], **text), {}, [],
        f"coop: the text tower of model must pool the end-of-text token; that of this CustomTextCLIP pools '{pool}'")

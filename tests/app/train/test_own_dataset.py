@@ -196,7 +196,6 @@ def test_tune_hugging_face_dataset(tmp_path):
      ({"dataset": in_turn(3), "data": "coop:dtd"}, "data must be left out with dataset; got 'coop:dtd'"),
      ({"test": in_turn(3)}, "dataset must be given with test, validation or classes"),
      ({"classes": 3}, "dataset must be given with .* For a number of classes pass max_classes"),
-     ({"dataset": in_turn(3), "epoch": 3}, "unknown setting 'epoch'; did you mean epochs?"),
      ({"dataset": in_turn(30)}, "has no class names"),
      ({"dataset": in_turn(30), "classes": ["one", "two"]}, "dataset:Listed: labels must be from 0 to 1"),
      ({"dataset": in_turn(3), "classes": COLOURS}, "classes black, red, white have 1 image, .* or train on")],

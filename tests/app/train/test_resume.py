@@ -78,14 +78,6 @@ def test_the_best_epoch_is_kept(tmp_path, monkeypatch):
     assert metrics["tuned"] == rows(tmp_path)[2]["accuracy"]
 
 
-def test_resume_continues_crops_of_a_cache(tmp_path):
-    changes = {"refresh": "epoch", "max_classes": 8}
-    tune(small(tmp_path / "whole", **changes))
-    stopped(tmp_path / "cut", step=4, cache=tmp_path / "cache", cache_dtype="fp32", **changes)
-    tune(small(tmp_path / "cut", cache=tmp_path / "cache", cache_dtype="fp32", resume=True, **changes))
-    assert results(tmp_path / "cut")[1:] == results(tmp_path / "whole")[1:]
-
-
 @pytest.mark.slow
 def test_killed_run_resumes_to_equal_bits(tmp_path):
     """Killed at every eleventh call that changes a folder: while files are begun, replaced and deleted."""
