@@ -48,23 +48,9 @@ def load_hugging_face(name: str, where: str | Path, *, weights: bool) -> tuple[n
     """
     if importlib.util.find_spec("transformers") is None:
         raise InputError(f"{name} needs transformers: pip install 'skipkernels[hugging-face]'.", "model", "tune")
-    remedy = "Save the model and its processor there with save_pretrained."
-    try:
-        if isinstance(where, Path):
-            return _load(name, where, weights)
-        remedy = "Is the name correct, and the network available?"
-        return _load(name, _downloaded(where, weights=weights), weights)
-    except InputError:
-        raise
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        # what transformers raises for files that are damaged, missing, or of another version
-        reason = " ".join(str(error).split())[:250]
-        raise InputError(f"{name} could not be loaded by transformers: {reason}. {remedy}", "model", "tune") from error
-
-
-def _load(name: str, folder: Path, weights: bool) -> tuple[nn.Module, Callable, Callable]:
     from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 
+    folder = where if isinstance(where, Path) else _downloaded(where, weights=weights)
     kind = read_object(folder / "config.json").get("model_type")
     if kind not in _TYPES:
         raise InputError(f"{name} must be a {', '.join(_TYPES.values())}; got {kind!r}.", "model", "tune")

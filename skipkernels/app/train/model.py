@@ -9,7 +9,7 @@ import os
 import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import open_clip
 import torch
@@ -34,14 +34,16 @@ Loaded = tuple[nn.Module, Callable, Callable]
 RANDOM = "random"
 LOCAL_DIR, HUB = "local-dir:", "hf-hub:"
 _FILE_TYPES = (".safetensors", ".pt", ".pth", ".bin")
-
-
-class _Asked(NamedTuple):
-    """A model of a folder or of the hub; see `load_model`."""
-
-    name: str
-    weights: bool
-    trust: bool
+# What open_clip, transformers and their downloads raise for files that are missing, damaged or of another version.
+_LOADING_ERRORS = (OSError, RuntimeError, ValueError, TypeError, KeyError, ImportError, SafetensorError)
+_IN_FOLDER = (
+    f"The folder must have {OPEN_CLIP} and its weights, or a model of transformers and its processor: save both with "
+    "save_pretrained."
+)
+_DOWNLOADED = (
+    "Is the name correct, and the network available? Some models need transformers: pip install "
+    "'skipkernels[hugging-face]'. A file of weights needs no network, nor does `model=pictogram-tiny`."
+)
 
 
 def load_model(
@@ -68,54 +70,59 @@ def load_model(
         seed: Seed of random weights.
         trust: Load models of the hub that the configuration of the model names as its towers.
     """
-    if name == PACKAGED:
-        packaged().register()
     check_model(name, pretrained)
-    where, asked = name.partition(":")[2], _Asked(name, not architecture_only, trust)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        if name.startswith(LOCAL_DIR):
-            model, transform, tokenizer = _load_folder(asked, absolute_path(where))
-        elif name.startswith(HUB):
-            model, transform, tokenizer = _load_hub(asked, where)
-        else:
-            model, transform, tokenizer = _load_by_tag(name, pretrained)
+    packaged().register()  # also the image tower of a folder with a tuned pictogram-tiny
+    try:
+        with quiet(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            if name.startswith((LOCAL_DIR, HUB)):
+                model, transform, tokenizer = _load_saved(name, weights=not architecture_only, trust=trust)
+            else:
+                model, transform, tokenizer = _load_by_tag(name, pretrained)
+    except InputError:
+        raise
+    except _LOADING_ERRORS as error:
+        cause: BaseException = error
+        while isinstance(cause.__context__, OSError):  # the first cause of a failed download
+            cause = cause.__context__
+        tag = "" if pretrained is None else f" with {pretrained}"
+        remedy = _IN_FOLDER if name.startswith(LOCAL_DIR) else _DOWNLOADED
+        raise _refused(f"{name}{tag} could not be loaded: {first_line(cause).strip('. ')}. {remedy}") from error
     return model.to(device).eval(), transform, tokenizer
+
+
+def _refused(reason: str, argument: str = "model") -> InputError:
+    return InputError(reason, argument, "tune")
 
 
 def check_model(name: str, pretrained: str | None) -> None:
     """Raise the errors of `load_model` about the names of a model and its weights, without loading anything."""
     if name.startswith((LOCAL_DIR, HUB)):
         if pretrained is not None:
-            raise InputError(f"{name} has its own weights; leave it out.", "pretrained", "tune")
+            raise _refused(f"{name} has its own weights; leave it out.", "pretrained")
         if name in (LOCAL_DIR, HUB):
-            raise InputError(f"{name}: must name a model, as in {LOCAL_DIR}DIR or {HUB}ORG/NAME.", "model", "tune")
+            raise _refused(f"{name}: must name a model, as in {LOCAL_DIR}DIR or {HUB}ORG/NAME.")
         return
     known = [*open_clip.list_models(), PACKAGED]
     if name not in known:
         close = difflib.get_close_matches(name, known, 3)
         hint = f"did you mean {' or '.join(close)}?" if close else "open_clip.list_pretrained() has the names."
-        raise InputError(f"open_clip has no model {name!r}; {hint}", "model", "tune")
-    _check_weights(name, pretrained)
-
-
-def _check_weights(name: str, pretrained: str | None) -> None:
-    """Raise an InputError unless a model of open_clip has weights of this name."""
+        raise _refused(f"open_clip has no model {name!r}; {hint}")
     tags, file = open_clip.list_pretrained_tags_by_model(name), _file(pretrained)
     if pretrained is None:
         if name != PACKAGED:
             choices = ", ".join(tags) or "no tags"
-            raise InputError(f"{name} needs weights: a file, random, or one of {choices}.", "pretrained", "tune")
-        return
-    check_activation(name, pretrained)
-    if file is None and pretrained != RANDOM and pretrained not in tags:
-        raise InputError(
-            f"{name} has no tag {pretrained!r}, and {pretrained} is not a file; tags: {', '.join(tags) or 'none'}.",
-            "pretrained",
-            "tune",
-        )
-    if file is not None and not file.is_file():
-        raise InputError(f"no file {file}.", "pretrained", "tune")
+            raise _refused(f"{name} needs weights: a file, random, or one of {choices}.", "pretrained")
+    elif file is not None:
+        if not file.is_file():
+            raise _refused(f"no file {file}.", "pretrained")
+    elif pretrained != RANDOM:
+        check_activation(name, pretrained)
+        if pretrained not in tags:
+            shown = ", ".join(tags) or "none"
+            raise _refused(
+                f"{name} has no tag {pretrained!r}, and {pretrained} is not a file; tags: {shown}.", "pretrained"
+            )
 
 
 def check_activation(name: str, tag: str) -> None:
@@ -131,9 +138,7 @@ def check_activation(name: str, tag: str) -> None:
     has, trained = ((config or {}).get("quick_gelu", False) for config in (open_clip.get_model_config(name), fitting))
     if has != trained:
         names = {True: "QuickGELU", False: "GELU"}
-        raise InputError(
-            f"{tag} was trained with {names[trained]}, and {name} has {names[has]}; use {other}.", "model", "tune"
-        )
+        raise _refused(f"{tag} was trained with {names[trained]}, and {name} has {names[has]}; use {other}.")
 
 
 def _file(pretrained: str | None) -> Path | None:
@@ -147,106 +152,49 @@ def _load_by_tag(name: str, pretrained: str | None) -> Loaded:
     """Load a model of open_clip with the weights of a tag, of a file, or random ones."""
     file = _file(pretrained)
     tag = pretrained if file is None and pretrained != RANDOM else None
-    try:
-        with quiet():
-            model, _, transform = open_clip.create_model_and_transforms(name, pretrained=tag)
-    except (OSError, RuntimeError) as error:
-        raise _not_created(name, tag, error) from error
+    model, _, transform = open_clip.create_model_and_transforms(name, pretrained=tag)
     if file is not None:
         load_weights(model, file)
     elif pretrained is None:
         model.load_state_dict(packaged().state_dict())
     model.model_cfg = open_clip.get_model_config(name)
-    return model, transform, _tokenizer(name, name, model.model_cfg)
+    return model, transform, _tokenizer(name, model.model_cfg)
 
 
-def _not_created(name: str, tag: str | None, error: BaseException) -> InputError:
-    """Return the error for a model that open_clip could not create, with the first cause of a failed download."""
-    while isinstance(error.__context__, OSError):
-        error = error.__context__
-    reason = first_line(error).strip(". ")
-    if tag is None:
-        return InputError(f"{name} could not be created: {reason}.", "model", "tune")
-    return InputError(
-        f"the weights {tag} of {name} could not be downloaded: {reason}. Is the network available? If not, pass the "
-        f"path of their file, or use `model={PACKAGED}`, which needs no download.",
-        "pretrained",
-        "tune",
-    )
-
-
-def _load_folder(asked: _Asked, folder: Path) -> Loaded:
-    """Load a model from a folder."""
-    name = asked.name
-    if not folder.is_dir():
-        raise InputError(f"{name}: no folder {folder}.", "model", "tune")
-    if (folder / OPEN_CLIP).is_file():
-        return _load_open_clip(asked, f"{LOCAL_DIR}{folder}", folder / OPEN_CLIP)
-    if not (folder / "config.json").is_file():
-        raise InputError(
-            f"{name}: {folder} has no {OPEN_CLIP} of open_clip, and no config.json of transformers; name "
-            "the folder of a saved model.",
-            "model",
-            "tune",
-        )
-    return load_hugging_face(name, folder, weights=asked.weights)
-
-
-def _load_hub(asked: _Asked, where: str) -> Loaded:
-    """Load a model from the Hugging Face hub."""
-    try:
-        with quiet():
-            file = hf_hub_download(where, OPEN_CLIP)
-    except EntryNotFoundError:  # a model of transformers, which may be in the cache without a network
-        return load_hugging_face(asked.name, where, weights=asked.weights)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{asked.name} could not be loaded: {first_line(error)}", "model", "tune") from error
-    return _load_open_clip(asked, asked.name, Path(file))
-
-
-def _load_open_clip(asked: _Asked, source: str, file: Path) -> Loaded:
-    """Load a model that has a configuration file of open_clip. `source` is the name that open_clip takes."""
-    packaged()  # for a folder with its image tower
-    try:
-        config = read_open_clip_config(file, trust=asked.trust)
-        _check_text_tower(config["text_cfg"])
-        with quiet():
-            model, _, transform = open_clip.create_model_and_transforms(
-                source,
-                load_weights=asked.weights,
-                require_pretrained=asked.weights,
-                pretrained_text=False,  # the weights of a text tower alone, which would be downloaded
-            )
-    except InputError:
-        raise
-    except (OSError, RuntimeError, ValueError, TypeError, KeyError, SafetensorError) as error:
-        # a damaged file, or one of another version of open_clip
-        raise InputError(f"{asked.name} could not be loaded: {first_line(error)}", "model", "tune") from error
-    model.model_cfg = config
-    return model, transform, _tokenizer(asked.name, source, config)
-
-
-def _check_text_tower(config: dict[str, Any]) -> None:
-    """Refuse a text tower of transformers with code, which open_clip would ask to run."""
-    if name := config.get("hf_model_name"):
+def _load_saved(name: str, *, weights: bool, trust: bool) -> Loaded:
+    """Load a model with its weights from a folder or the hub: one of open_clip, else of transformers."""
+    where = name.partition(":")[2]
+    if name.startswith(LOCAL_DIR):
+        folder = absolute_path(where)
+        if not folder.is_dir():
+            raise _refused(f"{name}: no folder {folder}.")
+        if not (folder / OPEN_CLIP).is_file():
+            return load_hugging_face(name, folder, weights=weights)
+        file, source = folder / OPEN_CLIP, f"{LOCAL_DIR}{folder}"
+    else:
+        try:
+            file, source = Path(hf_hub_download(where, OPEN_CLIP)), name
+        except EntryNotFoundError:  # a model of transformers, which may be in the cache without a network
+            return load_hugging_face(name, where, weights=weights)
+    config = read_open_clip_config(file, trust=trust)
+    if tower := config["text_cfg"].get("hf_model_name"):
         from transformers import AutoConfig
 
-        AutoConfig.from_pretrained(name, trust_remote_code=False)
+        AutoConfig.from_pretrained(tower, trust_remote_code=False)  # refuses code, which open_clip would ask to run
+    model, _, transform = open_clip.create_model_and_transforms(
+        source,
+        load_weights=weights,
+        require_pretrained=weights,
+        pretrained_text=False,  # the weights of a text tower alone, which would be downloaded
+    )
+    model.model_cfg = config
+    return model, transform, _tokenizer(source, config)
 
 
-def _tokenizer(name: str, source: str, config: dict[str, Any]) -> Callable:
-    """Return the tokenizer of a model, from the name or the folder that open_clip takes."""
+def _tokenizer(source: str, config: dict[str, Any]) -> Callable:
+    """Return the tokenizer of a model of open_clip, by its name or folder."""
     options = {"trust_remote_code": False} if config["text_cfg"].get("hf_tokenizer_name") else {}
-    try:
-        with quiet():
-            return open_clip.get_tokenizer(source, **options)
-    except (OSError, ValueError, ImportError) as error:
-        raise InputError(
-            f"the Hugging Face tokenizer of {name} could not be loaded: {first_line(error)} It is "
-            "downloaded once, and needs transformers (pip install 'skipkernels[hugging-face]').",
-            "model",
-            "tune",
-        ) from error
+    return open_clip.get_tokenizer(source, **options)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
