@@ -70,13 +70,6 @@ def pytest_runtest_setup() -> None:
     torch.set_num_threads(THREADS)
 
 
-@pytest.fixture(autouse=True)
-def _restore_threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """Fill uninitialised memory with NaN."""

@@ -129,15 +129,6 @@ def test_script_refuses(tmp_path, python, stage, refused):
     assert done.returncode == 2 and not (tmp_path / "out").exists() and refused in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("bandwidth", "cores", "scale"),
-    [(3e12, 16, 1.0), (1.25e12, 16, 2.0), (3e12, 4, 2.0), (2.4e11, 2, 4.0)],
-    ids=["H100", "half as fast", "few cores", "T4"],
-)
-def test_limits_scale_with_the_machine(bandwidth, cores, scale):
-    assert gpu.scale_of(bandwidth, cores) == scale
-
-
 @pytest.fixture
 def as_on_a_gpu(monkeypatch) -> None:
     """The CPU in place of a GPU: every path but the capture and the counting of launches."""

@@ -79,26 +79,8 @@ def test_step_that_does_not_fit_is_skipped(monkeypatch, table):
     assert "compared at 12 classes" in rows["skipkernels", "fp32", 1000]["note"]
 
 
-def test_prompts_have_the_lengths_of_imagenet():
-    tokenize = open_clip.get_tokenizer("vit-tiny")
-
-    def lengths(names: list[str]) -> torch.Tensor:
-        """Tokens from the first of a name to the end of text."""
-        return tokenize([f"a photo of a {name}." for name in names]).argmax(dim=1) - 4
-
-    imagenet = lengths(open_clip.IMAGENET_CLASSNAMES).double()
-    for count in (100, 1000):
-        names = inputs.class_names(count)
-        own = lengths(names).double()
-        assert len(set(names)) == count and abs(own.mean() - imagenet.mean()) < 0.05
-        assert abs(own.std() - imagenet.std()) < 0.15
+def test_class_names_are_different():
     assert len(set(inputs.class_names(30_000))) == 30_000
-
-
-def test_random_inputs_are_the_same_on_each_call():
-    (one, *tensors), (other, *others) = (inputs.random_inputs("vit-tiny", 2, 3, measure.CPU) for _ in range(2))
-    pairs = zip([*one.parameters(), *tensors], [*other.parameters(), *others], strict=True)
-    assert all(torch.equal(x, y) for x, y in pairs)
 
 
 @pytest.mark.parametrize(("flops", "moved", "seconds"), [(3e11, 1e10, 3.0), (1e11, 2e10, 2.0), (0, 2e10, 2.0)])

@@ -248,14 +248,6 @@ def test_close_leaves_gradients_to_step():
     assert_close(train(net, optimizer), trained_by_torch())
 
 
-def test_refused_group_is_not_added():
-    net = Net()
-    optimizer = sk.FusedSGD(net.groups()[:1], **HYPER)
-    with pytest.raises(ValueError, match="lr must be"):
-        optimizer.add_param_group(net.groups()[1] | {"lr": -1.0})
-    assert len(optimizer.param_groups) == 1
-
-
 def test_hooks_do_not_keep_the_optimizer_alive():
     weight = nn.Parameter(torch.ones(2))
     optimizer = sk.FusedSGD([weight], lr=0.5)

@@ -96,13 +96,15 @@ OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
 def test_option_of_fused_sgd_is_refused(options, error, words):
     """In the constructor, in a group, and in a later group. No hook is left, although its frames are alive."""
     good = weight()
+    optimizer = sk.FusedSGD([weight()])
     for call in (
         lambda: sk.FusedSGD([weight()], **options),
         lambda: sk.FusedSGD([{"params": [good]}, {"params": [weight()], **options}]),
-        lambda: sk.FusedSGD([weight()]).add_param_group({"params": [good], **options}),
+        lambda: optimizer.add_param_group({"params": [good], **options}),
     ):
         with pytest.raises(error, match=f"^FusedSGD: {words}") as refused:
             call()
         good.sum().backward()
         assert type(good.grad) is torch.Tensor and good.eq(1).all() and refused.tb is not None
         good.grad = None
+    assert len(optimizer.param_groups) == 1

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import skipkernels as sk
 from skipkernels import retrieval
+from skipkernels.testing import allocated_bytes
 
 
 def brute_force_recall(image, text, image_of_text, ks):
@@ -75,3 +76,10 @@ def test_top_k_shows_logits_that_are_not_finite(monkeypatch):
         spoiled[class_id] = torch.nan
         for k in (1, 3):
             assert retrieval.top_k_logits(torch.ones(2, 3), spoiled, k)[0][:, 0].isnan().all()
+
+
+def test_top_k_memory_does_not_grow_with_classes():
+    """A chunk of 2²² logits of four bytes; the rest are candidates."""
+    image, text = torch.randn(64, 12), torch.randn(200_000, 12)
+    peak = allocated_bytes(lambda: retrieval.top_k_logits(image, text, 5))
+    assert peak <= (4 << 22) + (1 << 20) < 4 * len(image) * len(text) / 2

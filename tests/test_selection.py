@@ -41,16 +41,6 @@ def test_tail_probabilities_of_one_class():
 
 
 @pytest.mark.parametrize(
-    ("classes", "kept"), [(1000, 107), (500, 77), (199, 59), (98, 52), (51, 28), (24, 13), (19, 11), (5, 4)]
-)
-def test_expected_keep_of_the_published_setting(classes, kept):
-    sampler = RankSampler()
-    assert sampler.expected_keep(classes) == kept
-    assert len(sampler.draw(classes, 1, one_size=True)) == kept
-    assert abs(len(sampler.draw(classes, 1)) - kept) <= 1
-
-
-@pytest.mark.parametrize(
     ("classes", "ratio", "max_keep", "m"),
     [(10, 0.5, 50, 5), (11, 0.5, 50, 6), (1000, 0.5, 50, 50), (7, 1.0, 2, 7), (100, 0.07, 50, 7), (9, 3, 50, 3),
      (9, 2.5, 50, 3), (9, 20, 50, 9)],
@@ -276,9 +266,3 @@ def test_option_is_checked_when_set(name, value):
     with pytest.raises(ValueError, match=f"^RankSampler: {name} must be .*; got {value!r}"):
         setattr(sampler, name, value)
     assert getattr(sampler, name) == before
-
-
-def test_nan_ranks_last_and_labels_first():
-    scores = torch.tensor([math.nan, 1.0, 2.0, math.inf])
-    ids, targets = RankSampler(keep_ratio=2, max_tail=0).select(scores, torch.tensor([3]))
-    assert ids.tolist() == [2, 3] and targets.tolist() == [1]

@@ -11,7 +11,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 import skipkernels as sk
-from skipkernels import retrieval, testing
+from skipkernels import testing
 from skipkernels.clip import builder
 from skipkernels.towers.base import Cut, Tower
 from tests.clip.clips import IMAGES, LABELS, C, assert_same_bits, make_clip, mixup, three_templates
@@ -155,34 +155,12 @@ def test_predict_under_inference_mode_then_train():
     clip(images, labels).loss.backward()
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_top_k_equals_predict(dtype, monkeypatch):
-    C = 13  # at 17 a rounding swaps two logits
-    clip, images = sk.SkipCLIP(tiny_clip(dtype), tiny_tokens(C), skip_layers=1), tiny_batch(5, C, dtype)[0]
-    whole = clip.predict(images)
-    monkeypatch.setattr(retrieval, "_SCORES", 4 * len(images))  # chunks of four classes
-    for x in (images, clip.encode_lower(images)):
-        for k in (4, C):
-            logits, class_ids = clip.top_k(x, k)
-            expected = whole.sort(dim=1, descending=True, stable=True)
-            # A product with fewer columns may add in another order: logits of 14 to a few units of rounding.
-            torch.testing.assert_close(logits, expected.values[:, :k], rtol=0, atol=100 * torch.finfo(dtype).eps)
-            assert class_ids.equal(expected.indices[:, :k]) and class_ids.dtype == torch.int64
-
-
-def test_top_k_memory_does_not_grow_with_classes(monkeypatch):
-    clip, (images, _) = sk.SkipCLIP(tiny_clip(torch.float32), tiny_tokens(C), skip_layers=1), tiny_batch(64, C)
-    features, classes = clip.encode_lower(images.float()), 200_000
-    embeddings = torch.nn.functional.normalize(torch.randn(classes, 12), dim=1)
-    monkeypatch.setattr(clip.texts, "kept_embeddings", lambda: embeddings)
-    logits_bytes = 4 * len(images) * classes
-    assert testing.allocated_bytes(lambda: clip.predict(features)) >= logits_bytes
-    # A chunk of 2²² logits of four bytes; the rest are activations and candidates.
-    assert testing.allocated_bytes(lambda: clip.top_k(features, 5)) <= (4 << 22) + (1 << 20) < logits_bytes / 2
-    expected = clip.predict(features).topk(5)
-    logits, class_ids = clip.top_k(features, 5)
-    torch.testing.assert_close(logits, expected.values, rtol=0, atol=1e-5)
-    assert (class_ids == expected.indices).float().mean() > 0.99  # equal but for logits that rounding swaps
+def test_top_k_equals_predict():
+    clip = make_clip()
+    for x in (IMAGES, clip.encode_lower(IMAGES)):
+        (logits, class_ids), expected = clip.top_k(x, 4), clip.predict(x).topk(4)
+        torch.testing.assert_close(logits, expected.values)
+        assert class_ids.equal(expected.indices)
 
 
 # ---- split step ------------------------------------------------------------------------------------------------------

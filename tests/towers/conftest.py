@@ -9,5 +9,5 @@ from tests.ops.conftest import backend  # noqa: F401
 
 
 @pytest.fixture(autouse=True)
-def _one_thread(_restore_threads):
+def _one_thread() -> None:
     torch.set_num_threads(1)

@@ -50,25 +50,3 @@ def test_backward_hook_sees_the_gradients_of_each_prompt():
     model.transformer.resblocks[1].register_full_backward_hook(lambda module, d_in, d_out: (d_in[0].tanh(),))
     clip = sk.SkipCLIP(model, tokens, skip_layers=0, keep_ratio=1.0)
     assert_matches_reference_step(clip, x, tokens, labels)
-
-
-def assert_hooked_step_matches(block: int, shared_prefix: bool) -> None:
-    """Compare the step of a model with a forward hook on a text block with that of the model."""
-    model, tokens, (x, labels) = tiny_clip(), tiny_tokens(C), tiny_batch(3, C)
-    model.transformer.resblocks[block].register_forward_hook(lambda module, args, out: out * 1.01)
-    clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0)
-    assert clip.reductions["text.fused_block"].reason == f"1 of 3 blocks ({block}): a block has hooks"
-    assert clip.reductions["text.shared_prefix"].enabled == shared_prefix
-    assert_matches_reference_step(clip, x, tokens, labels)
-
-
-@pytest.mark.parametrize("padded", [False, True], ids=["packed", "padded"])
-@pytest.mark.parametrize("block", [1, 2])
-def test_hook_above_the_cut_turns_off_the_shared_prefix(block, padded, monkeypatch):
-    if padded:  # as on a GPU: rows follow the last suffix
-        monkeypatch.setattr("skipkernels.towers.text.counts_are_known", lambda device: False)
-    assert_hooked_step_matches(block, shared_prefix=False)
-
-
-def test_hook_below_the_cut_keeps_the_shared_prefix():
-    assert_hooked_step_matches(0, shared_prefix=True)

@@ -34,6 +34,10 @@ def scaled(module: nn.Module, arguments: tuple, out: Tensor) -> Tensor:
     return out * 1.01
 
 
+def text_hook(block: int) -> Callable[[nn.Module, Tensor], object]:
+    return lambda model, tokens: model.transformer.resblocks[block].register_forward_hook(scaled)
+
+
 def silu(*mlps: str, name: str) -> Callable[[nn.Module, Tensor], object]:
     return lambda model, tokens: [setattr(model.get_submodule(mlp), name, nn.SiLU()) for mlp in mlps]
 
@@ -100,6 +104,9 @@ ALTERED: dict[str, Row] = {
     "openai mask": (FAMILIES["openai"], open_masks, dict.fromkeys((*LAYOUT, "text.fused_block"), "not the causal one")),
     "open_clip mask": (OPEN_CLIP, lambda model, tokens: model.attn_mask.zero_(),
                        {CROP: "see later", PREFIX: "not the causal one"}),
+    "open_clip hook 0": (OPEN_CLIP, text_hook(0), {"text.fused_block": "1 of 3 blocks (0): a block has hooks"}),
+    "open_clip hook 1": (OPEN_CLIP, text_hook(1), dict.fromkeys(("text.fused_block", PREFIX), "a block has hooks")),
+    "open_clip hook 2": (OPEN_CLIP, text_hook(2), dict.fromkeys(("text.fused_block", PREFIX), "a block has hooks")),
     # no config has this option
     "padding mask": (PAD_MASK, lambda model, tokens: put(model.text, "use_pad_mask", True), {PREFIX: "later ones"}),
     "coca padding": (FAMILIES["coca"], padding_inside, dict.fromkeys(LAYOUT, "padding in its middle")),
@@ -125,8 +132,11 @@ if "modern_eos" in FAMILIES:  # open_clip 4
 
 
 @pytest.mark.filterwarnings("ignore:skipkernels. a block is not fused")
+@pytest.mark.parametrize("padded", [False, True], ids=["packed", "padded"])
 @pytest.mark.parametrize(("family", "alter", "off"), ALTERED.values(), ids=ALTERED)
-def test_step_of_altered_model(family, alter, off):
+def test_step_of_altered_model(family, alter, off, padded, monkeypatch):
+    if padded:  # as on a GPU: rows follow the last suffix
+        monkeypatch.setattr("skipkernels.towers.text.counts_are_known", lambda device: False)
     model, tokens = family.make(), family.tokens.clone()
     alter(model, tokens)
     clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0)
