@@ -140,6 +140,31 @@ def test_trials_change_what_they_name(monkeypatch):
     assert found["frozen + anchored"]["new"] == found["frozen + anchored, views"]["new"]
 
 
+def test_lp_ft_trains_from_the_probe(monkeypatch):
+    """Its logits are, before a step, those of the probe with weights of unit norm, and of the texts of new classes."""
+    monkeypatch.setitem(plan.SCHEDULES, "sgd", (1, 64, "random"))
+
+    def logits(rate):
+        """Logits before training, after it, and of the blend."""
+        setup = runs.setup_of(run_of(trials.IMAGE_ONLY, plan.Candidate("sgd", 0.0, rate)))
+        inputs = torch.stack([image for image, _ in setup.test_features()["base"]])
+        frozen = setup.examples(setup.train_features())
+        probe = heads.fit_head("anchored", frozen, heads.choose_l2("anchored", frozen))
+        start = heads.Head.of_text(torch.nn.functional.normalize(probe.weight), frozen.scale)
+        start = start.with_new_classes(setup.method.class_embeddings("new")).logits(setup.method.embed(inputs))
+        parts = [
+            torch.cat([method.logits(test, inputs) for test in ("base", "new")], dim=1)
+            for _, method, _ in trials.lp_ft(setup)
+        ]
+        return start, *parts
+
+    start, *same = logits(0.0)
+    for found in same:
+        torch.testing.assert_close(found, start)
+    start, trained, blended = logits(0.016)
+    assert 0 < (blended - start).norm() < (trained - start).norm()
+
+
 def test_joint_accuracy_is_among_all_classes():
     """In one embedding per class, half of the new classes are nearest to a base class."""
     base = torch.eye(8)[:4]

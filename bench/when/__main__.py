@@ -36,7 +36,7 @@ from ..inputs import positive
 from ..rows import command, latest_rows
 from . import own, trials
 from .plan import CANDIDATES, searched
-from .rows import best, reported, with_rows_of
+from .rows import reported, with_rows_of
 from .runs import curve, execute, first_steps
 from .tasks import SHIFTS, Shift
 
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         runs = own.planned(args.drawings, args.seeds)
         with_rows_of(runs, "when_own", own.execute, workers=args.workers, save=not args.no_save)
     elif args.trials:
-        runs = [trials.run_with(best(latest_rows("when"), "skip"), seed) for seed in trials.SEEDS]
+        runs = trials.planned(latest_rows("when"))
         with_rows_of(runs, "when_trials", trials.execute, workers=args.workers, save=not args.no_save)
     else:
         run_study(shifts, args)

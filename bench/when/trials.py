@@ -1,13 +1,14 @@
 """Changes of the default that were tried, on the names of the search, which no reported run has.
 
 They are changes of the two classifiers that are the best somewhere: an anchored probe of the pretrained model, and a
-Gaussian head after Skip Tuning.
+Gaussian head after Skip Tuning. LP-FT (Kumar et al., "Fine-Tuning can Distort Pretrained Features and Underperform
+Out-of-Distribution", ICLR 2022, arXiv 2202.10054) trains with the loss of a head: here the anchored probe.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -19,14 +20,18 @@ from torch import Tensor
 from skipkernels import FeatureCache
 from skipkernels.app.heads import Examples, Head, choose_l2, fit_head, gaussian_head, with_text
 from skipkernels.app.methods import Method
+from skipkernels.app.train.candidates import BLENDS
 from skipkernels.app.train.setup import RunSetup
+from skipkernels.app.train.weights import Interpolation
 
+from ..rows import Row
 from . import plan
 from .accuracy import accuracies, rounded
+from .rows import best
 from .runs import epochs_of, setup_of
 from .tasks import Shift
 
-NAME = "skip, ω = ½"
+NAME, IMAGE_ONLY = "skip, ω = ½", "skip, image only"
 VIEWS = 4  # random crops of each image, beside the image
 SEEDS = range(10, 15)
 REFERENCE = "frozen + anchored"  # the others are compared with it
@@ -35,9 +40,12 @@ Trial = tuple[str, Any, Head | None]
 """Name, method and head."""
 
 
-def run_with(candidate: plan.Candidate, seed: int) -> plan.Run:
-    """The run of a seed with a setting of Skip Tuning."""
-    return plan.Run(Shift("all"), NAME, plan.VARIANTS[NAME], candidate, "search", seed)
+def planned(rows: Sequence[Row]) -> Iterator[plan.Run]:
+    """All runs, with the best settings in `rows`: of LP-FT that of Skip Tuning with constant class embeddings."""
+    for name in (NAME, IMAGE_ONLY):
+        variant = plan.VARIANTS[name]
+        for seed in SEEDS:
+            yield plan.Run(Shift("all"), name, variant, best(rows, variant.method), "search", seed)
 
 
 def execute(run: plan.Run) -> list[dict[str, Any]]:
@@ -45,7 +53,7 @@ def execute(run: plan.Run) -> list[dict[str, Any]]:
     setup = setup_of(run)
     tests = setup.test_features()
     found = []
-    for name, method, head in changes(run, setup):
+    for name, method, head in changes(run, setup) if run.name == NAME else lp_ft(setup):
         found.append(run.columns | {"trial": name} | rounded(accuracies(setup, method, tests, head)))
     return found
 
@@ -72,6 +80,24 @@ def changes(run: plan.Run, setup: RunSetup) -> Iterator[Trial]:
         yield f"tuned + gaussian, γ = {gamma:g}", method, replace(gaussian, bias=gaussian.bias - gamma)
     both, examples = two_layers(method, features, tuned)
     yield "tuned + gaussian, two layers", both, fit_head("gaussian", examples, 0)
+
+
+def lp_ft(setup: RunSetup) -> Iterator[Trial]:
+    """LP-FT: train the image tower with the unit-norm weights of an anchored probe as the constant class embeddings.
+
+    New classes keep their texts. Blended: the mean of the weights before and after; the class embeddings stay.
+    """
+    features, method = setup.train_features(), setup.method
+    frozen = setup.examples(features)
+    probe = fit_head("anchored", frozen, choose_l2("anchored", frozen))
+    assert probe is not None
+    method.clip.texts.prototypes = F.normalize(probe.weight, dim=1)
+    between = Interpolation(setup.trained)
+    *_, _ = epochs_of(setup, features)
+    yield "LP-FT", method, None
+    between.end()
+    between.set(BLENDS[1])
+    yield "LP-FT, blended", method, None
 
 
 def with_views(run: plan.Run, frozen: Examples) -> Examples:
