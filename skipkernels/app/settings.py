@@ -7,6 +7,8 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -41,6 +43,9 @@ def option(default: Any, *, results: bool = True, help: str | None = None, **bou
         bounds: Bounds of a number as for `pydantic.Field`: ge, gt, le, lt.
     """
     return dataclasses.field(default=default, metadata={"results": results, "help": help, **bounds})
+
+
+_NO_EFFECT = {"resume", "overwrite", "config", "print_config", "trust"}  # on what is computed
 
 
 @dataclass(frozen=True)
@@ -206,3 +211,25 @@ class Settings:
     """Resume a run after its last complete epoch, bit-exactly with the same number of threads. With RUN: the run in
     this folder, with its settings. Without RUN: the run in --out, with the settings given here; if there is none,
     start it."""
+
+    def command(self, name: str, *, left_out: Collection[str] = ()) -> str:
+        """Return the command of `skipkernels` with the settings that differ from their default.
+
+        `left_out` names settings that the reader of the command chooses.
+
+        Example:
+            >>> Settings(data="imagefolder:my photos", graph=False, template=("a {}.", "the {}.")).command("tune")
+            "skipkernels tune --data 'imagefolder:my photos' --template 'a {}.' 'the {}.' --no-graph"
+        """
+        words = ["skipkernels", name]
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value in (field.default, None) or field.name in _NO_EFFECT or field.name in left_out:
+                continue
+            flag = field.name.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(f"--{flag}" if value else f"--no-{flag}")
+            else:
+                values = value if isinstance(value, (tuple, list)) else [value]
+                words += [f"--{flag}", *(shlex.quote(str(one)) for one in values)]
+        return " ".join(words)

@@ -39,7 +39,6 @@ class CompareCommand(Settings):
         from skipkernels.app.data import InputError
         from skipkernels.app.data.files import file_name
         from skipkernels.app.methods.registry import METHODS
-        from skipkernels.app.train.command_line import command_line
         from skipkernels.app.train.writing import check_writable
 
         config = tune_config(self, out=None, overwrite=False)
@@ -52,7 +51,7 @@ class CompareCommand(Settings):
         from skipkernels.app.studies.compare import compare
         from skipkernels.app.studies.study import write_study
 
-        methods, command = self.methods or tuple(METHODS), command_line("compare", self)
+        methods, command = self.methods or tuple(METHODS), self.command("compare")
         try:
             study = compare(config, methods, range(self.seeds), folder, err, overwrite=self.overwrite, command=command)
             paths = write_study(study, folder)

@@ -22,7 +22,6 @@ from ...reference import unit_norm
 from ...selection import RankSampler
 from ..data import InputError, Task
 from ..heads import AffineHead, Head
-from .cosine import cosine_logits
 from .registry import PACKAGED, packaged
 
 Tokenizer = Callable[[list[str]], Tensor]
@@ -44,6 +43,22 @@ class Recipe:
     warmup_epochs: int | None = None  # Epochs at the warm-up rate, before the cosine
     warmup_lr: float | None = None  # Learning rate of the warm-up
     sampler: SamplerKind | None = None  # "class_pure" or "random"
+
+
+def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    """Return fp32, or `dtype` if it is wider: the dtype of logits, and of weights that a method adds to a model."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def cosine_logits(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
+    """Logits [B, C] of images over classes, computed as in `SkipCLIP.predict`.
+
+        z_bc = exp(logit_scale) · ⟨x_b/|x_b|, t_c⟩
+
+    `image` x [B, D] may have any norm; `text` t [C, D] has unit norm; `logit_scale`, [] or [1], gets no gradient.
+    """
+    with torch.autocast(image.device.type, enabled=False):  # bf16 logits at a scale of 100 are half a unit apart
+        return logit_scale.detach().exp().to(text.dtype) * F.normalize(image.to(text.dtype), dim=-1) @ text.T
 
 
 class StepOutput(NamedTuple):
@@ -130,8 +145,11 @@ class Method:
         return images
 
     def step(self, inputs: Tensor, labels: Tensor) -> StepOutput:
-        """Compute the differentiable loss of `encode_frozen` of B images, with their classes in the first test, [B]."""
-        raise NotImplementedError
+        """Compute the differentiable loss of `encode_frozen` of B images, with their classes in the first test, [B].
+
+        By default it is the mean cross-entropy over all classes.
+        """
+        return self._cross_entropy_step(self.embed(inputs), self._encoded_texts(), labels)
 
     def graphed(
         self, optimizer: torch.optim.Optimizer, batch_size: int
@@ -156,12 +174,7 @@ class Method:
 
     def head(self) -> nn.Module:
         """Return the module for exports: embeddings of the plain model → logits of the trained classes, embeddings."""
-        if self.fitted is None:
-            text = self.class_embeddings(self._train_test).float()
-            return AffineHead(Head.of_text(text, self.model.logit_scale.detach().float().exp()))
-        head = self._head_of(self._train_test)
-        assert head is not None
-        return AffineHead(head)
+        return AffineHead(self._trained_head())
 
     def merge(self) -> None:
         """Make the model a plain CLIP, with all that the method trained in it. By default it is one."""
@@ -215,6 +228,15 @@ class Method:
         """
         self.fitted, self._head_classes = head, list(classes)
         self.head_code = type(self).head_code if head is None else AffineHead.CODE
+
+    def _trained_head(self) -> Head:
+        """Return `fitted`, or the head that classifies by the texts, for the trained classes."""
+        if self.fitted is None:
+            text = self.class_embeddings(self._train_test).float()
+            return Head.of_text(text, self.model.logit_scale.detach().float().exp())
+        head = self._head_of(self._train_test)
+        assert head is not None
+        return head
 
     def _head_of(self, test: str) -> Head | None:
         """Return the rows of `fitted` for the classes of a test; None if it has no logits for some of them."""

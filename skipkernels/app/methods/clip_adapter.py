@@ -88,8 +88,7 @@ image = {_RATIO} * F.relu(hidden @ head["up"].T) + {1 - _RATIO} * image
         return self._cross_entropy_step(self.embed(inputs), self._text, labels)
 
     def head(self) -> nn.Module:  # noqa: D102
-        text, scale = self.class_embeddings(self._train_test).float(), self.model.logit_scale.detach().float().exp()
-        return AdapterHead(Head.of_text(text, scale), self.down, self.up)
+        return AdapterHead(self._trained_head(), self.down, self.up)
 
     def parameter_groups(self, *, text_lr: float, image_lr: float) -> list[dict[str, Any]]:
         """Return the adapter, with `image_lr`."""

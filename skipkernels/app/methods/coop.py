@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from ...options import Protocol
 from ..data import InputError, Task
 from ..heads import AffineHead
-from .base import Recipe, StepOutput, Tokenizer
-from .cosine import at_least_fp32
+from .base import Recipe, Tokenizer, at_least_fp32
 from .frozen import FrozenModel
 
 
@@ -134,10 +133,6 @@ class CoOp(FrozenModel):
         """Embeddings [n, L, W] with the context after the start-of-text token."""
         context = self.context.to(embedded.dtype).expand(len(embedded), -1, -1)
         return torch.cat([embedded[:, :1], context, embedded[:, 1 + len(self.context) :]], dim=1)
-
-    def step(self, inputs: Tensor, labels: Tensor) -> StepOutput:
-        """Compute the loss of a batch over all classes."""
-        return self._cross_entropy_step(self.embed(inputs), self._encoded_texts(), labels)
 
     def parameter_groups(self, *, text_lr: float, image_lr: float) -> list[dict[str, Any]]:
         """Return the context, with `text_lr`."""

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data import Task
-from .base import Method, Tokenizer, check_open_clip
-from .cosine import at_least_fp32
+from .base import Method, Tokenizer, at_least_fp32, check_open_clip
 
 
 class FrozenModel(Method):

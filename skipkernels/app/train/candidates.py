@@ -29,7 +29,7 @@ from ...features import FeatureCache
 from ...options import HeadName
 from ..config import RATES, TuneConfig
 from ..heads import Examples, choose_l2, fit_head, halves, ranks
-from ..methods.cosine import cosine_logits
+from ..methods.base import cosine_logits
 from ..methods.registry import AUTO
 from ..report.formats import plural
 from ..report.words import name_of_classifier

@@ -9,7 +9,6 @@ from ...formatting import escaped
 from ..config import TuneConfig
 from ..methods.registry import PACKAGED
 from ..results.notes import demonstration_note
-from .command_line import command_line
 from .description import NOT_CALIBRATED, Description
 
 _SHOWN = 20  # classes named in the card
@@ -36,7 +35,7 @@ def model_card(
     environment = Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     environment.filters |= {"escaped": escaped, "percent": lambda value: "–" if value is None else f"{value:.2f} %"}
     alpha = metrics.get("alpha")
-    command = command_line("tune", config, left_out=("out", "device"))
+    command = config.command("tune", left_out=("out", "device"))
     command += "" if alpha is None else f"\nskipkernels blend RUN --alpha {alpha}"
     text = environment.get_template("card.md.j2").render(
         use=use,

@@ -17,7 +17,6 @@ from ..config import CONFIG, TuneConfig
 from ..console import print_plain
 from ..data.base import SizedDataset
 from .choice import chosen_before
-from .command_line import command_line
 from .model import check_model
 from .own_dataset import OwnData
 from .progress import Logger
@@ -125,7 +124,7 @@ def check(config: TuneConfig) -> None:
 def _plan(config: TuneConfig, own: OwnData) -> Plan:
     """Complete a configuration by the data, the method, and an earlier choice."""
     config, open_data = own.applied(config, "tune")
-    command = command_line("tune", config) if own.dataset is None else ""
+    command = config.command("tune") if own.dataset is None else ""
     open_data = functools.cache(open_data or config.open_data)
     config = config.resolved(open_data)
     if not config.resume:  # errors of data and model come before those of the run folder
