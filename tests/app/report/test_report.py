@@ -166,7 +166,7 @@ def test_command_prints_the_tables_of_the_report(tmp_path, capsys, monkeypatch):
     candidates |= {"classifier": "probe"}
     found = metrics(**always_cat(6, 2) | candidates | {"best_epoch": 2, "validation": HELD})
     (tmp_path / "config.yaml").write_text(TuneConfig(method="skip", device="cpu", out=tmp_path).resolved().to_yaml())
-    monkeypatch.setattr("skipkernels.app.train.tune", lambda **settings: found)
+    monkeypatch.setattr("skipkernels.app.train.tune", lambda *_: found)
     monkeypatch.setenv("COLUMNS", "120")
     assert main(["tune", "--method", "skip", "--device", "cpu", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
