@@ -19,7 +19,7 @@ from ..data.registry import KINDS, OWN
 from ..methods import METHODS
 from ..results.files import CARD, HEAD, METRICS, existing_run, read_metrics, writing
 from ..train.checkpoint import FOLDER as CHECKPOINT
-from ..train.description import Description, versions, write_open_clip_config
+from ..train.description import Description, write_open_clip_config
 from ..train.model import RANDOM
 from ..train.model_card import model_card
 from ..train.reading import has_run
@@ -153,7 +153,6 @@ def _shared(run: TunedRun) -> Description:
         settings=described.settings if tuned else {},
         data=_public(described.data),
         pretrained=described.pretrained if described.pretrained in (None, *tags) else "file",
-        versions={name: described.versions[name] for name in versions() if name in described.versions},
         weights=OPEN_CLIP_WEIGHTS,
         whole_model=True,
     )

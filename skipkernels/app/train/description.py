@@ -5,18 +5,13 @@ With open_clip_config.json beside model.safetensors, `open_clip.create_model("lo
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import importlib.metadata
 import json
-import platform
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, InstanceOf
-
-import skipkernels
 
 from ...folders import replace_text
 from ..config import TuneConfig
@@ -27,7 +22,6 @@ from ..untrusted import OPEN_CLIP, read_object, validated
 FORMAT = 1
 CALIBRATED = "calibrated on held-out images"
 NOT_CALIBRATED = "not calibrated: no temperature was fitted on held-out images"
-_PACKAGES = ("torch", "open_clip_torch", "torchvision", "triton", "numpy")
 _PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")  # the part that open_clip reads with a model config
 Text = InstanceOf[str]  # pydantic's own str refuses names of folders that are not UTF-8
 
@@ -49,7 +43,6 @@ class Description:
     settings: dict[Literal["skip_layers"], int | float]
     """Method, and the settings of its constructor that a file may give: others include paths."""
     data: Text
-    protocol: Text
     classes: Annotated[list[Text], Field(min_length=1)]
     """Names of the trained classes, by label."""
     templates: Annotated[list[Text], Field(min_length=1)]
@@ -59,8 +52,6 @@ class Description:
     whole_model: bool
     """True if the weights file is a whole model, which open_clip can load; else it is the state of the method, for use
     with the pretrained model."""
-    logit_scale: float
-    """exp(logit_scale) of the model."""
     temperature: Annotated[float, Field(gt=0)] | None = None
     """Divisor of the logits, fitted on held-out images at the end of training; None if they are not calibrated."""
     none_logit: float | None = None
@@ -71,8 +62,6 @@ class Description:
     head_xxh3: Text | None = None
     """Digest of head.safetensors, which classifies the embeddings; None: the texts of the classes do."""
     preprocessing: dict[str, Any] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=dict)
-    """Versions of the packages that wrote the run."""
 
     @classmethod
     def read(cls, folder: Path) -> Description:
@@ -108,24 +97,12 @@ def describe(config: TuneConfig, model: Any, task: Task, *, weights: str) -> Des
         method=config.method,
         settings={"skip_layers": config.skip_layers} if config.method == "skip" else {},
         data=task.name,
-        protocol=task.protocol,
         classes=list(test.classes),
         templates=list(test.templates),
         weights=weights,
         whole_model=config.method_class().trains_model,
-        logit_scale=round(model.logit_scale.detach().float().exp().item(), 6),
         preprocessing=preprocessing(model),
-        versions=versions(),
     )
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the installed packages that compute, by name."""
-    versions_by_name = {"skipkernels": skipkernels.__version__, "python": platform.python_version()}
-    for package in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions_by_name[package] = importlib.metadata.version(package)
-    return versions_by_name
 
 
 def preprocessing(model: Any) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import importlib.metadata
 import os
 import platform
 from collections.abc import Mapping
@@ -11,14 +13,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+import skipkernels
+
 from ..data.tasks import VALIDATION
 from ..report.words import name_of_run
 from ..results.files import MODEL
 from .checkpoint import best_epoch
 from .choice import Choice
-from .description import versions
 from .evaluation import Evaluation, Evaluator
 from .setup import RunSetup
+
+_PACKAGES = ("torch", "open_clip_torch", "torchvision", "triton", "numpy")
 
 
 class Trained(NamedTuple):
@@ -77,9 +82,18 @@ def environment(device: str) -> dict[str, Any]:
     parts = [name or platform.machine(), f"{os.cpu_count()} CPU cores", f"{torch.get_num_threads()} threads"]
     return {
         "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "versions": versions(),
+        "versions": _versions(),
         "machine": ", ".join([*parts, f"{platform.system()} {platform.release()}"]),
     }
+
+
+def _versions() -> dict[str, str]:
+    """Return the versions of Python and of the installed packages that compute, by name."""
+    versions_by_name = {"skipkernels": skipkernels.__version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions_by_name[package] = importlib.metadata.version(package)
+    return versions_by_name
 
 
 def weights_size(weights: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -288,7 +288,7 @@ def test_no_local_paths(to, native_run, tmp_path):
     (source / "config.yaml").write_text(yaml.safe_dump(settings))
     described = json.loads((source / "classifier.json").read_text())
     described |= {name: settings[name] for name in ("data", "model", "pretrained")}
-    described["preprocessing"]["name"] = described["versions"]["name"] = place
+    described["preprocessing"]["name"] = place
     (source / "classifier.json").write_text(json.dumps(described))
     metrics = json.loads((source / "metrics.json").read_text()) | {"command": f"skipkernels tune --out {place}"}
     (source / "metrics.json").write_text(json.dumps(metrics))
