@@ -145,7 +145,7 @@ def test_lp_ft_trains_from_the_probe(monkeypatch):
     monkeypatch.setitem(plan.SCHEDULES, "sgd", (1, 64, "random"))
 
     def logits(rate):
-        """Logits before training, after it, and of the blend."""
+        """Logits of the probe, of the method before and after training, and of the blend."""
         setup = runs.setup_of(run_of(trials.IMAGE_ONLY, plan.Candidate("sgd", 0.0, rate)))
         inputs = torch.stack([image for image, _ in setup.test_features()["base"]])
         frozen = setup.examples(setup.train_features())
@@ -161,7 +161,7 @@ def test_lp_ft_trains_from_the_probe(monkeypatch):
     start, *same = logits(0.0)
     for found in same:
         torch.testing.assert_close(found, start)
-    start, trained, blended = logits(0.016)
+    start, _, trained, blended = logits(0.016)
     assert 0 < (blended - start).norm() < (trained - start).norm()
 
 

@@ -85,13 +85,15 @@ def changes(run: plan.Run, setup: RunSetup) -> Iterator[Trial]:
 def lp_ft(setup: RunSetup) -> Iterator[Trial]:
     """LP-FT: train the image tower with the unit-norm weights of an anchored probe as the constant class embeddings.
 
-    New classes keep their texts. Blended: the mean of the weights before and after; the class embeddings stay.
+    New classes keep their texts. Blended: the mean of the weights before and after; the class embeddings stay. The
+    first trial has no training, so that it has what the norm changes.
     """
     features, method = setup.train_features(), setup.method
     frozen = setup.examples(features)
     probe = fit_head("anchored", frozen, choose_l2("anchored", frozen))
     assert probe is not None
     method.clip.texts.prototypes = F.normalize(probe.weight, dim=1)
+    yield "frozen + anchored, unit norm", method, None
     between = Interpolation(setup.trained)
     *_, _ = epochs_of(setup, features)
     yield "LP-FT", method, None
