@@ -32,7 +32,7 @@ class BlendCommand:
         check_run(self.run, "blend", err)
         import_torch(err)
         from skipkernels.app.data.tasks import VALIDATION
-        from skipkernels.app.report.run_page import blend_table
+        from skipkernels.app.report.summary import blend_table
         from skipkernels.app.serve.blending import blend, blended_folder
 
         options: dict[str, Any] = {"overwrite": self.overwrite, "device": self.device, "trust": self.trust}

@@ -59,17 +59,17 @@ class TuneCommand(Settings):
 
 def _show(config: TuneConfig, metrics: dict[str, Any], out: Terminal) -> None:
     """Print the tables of a run, and the names of its files."""
-    from skipkernels.app.report import run_page
+    from skipkernels.app.report import summary
     from skipkernels.app.report.words import title_of
 
     assert config.out is not None
     if metrics["candidates"]:
-        out.print(run_page.candidate_table(metrics, best=run_page.BEST).in_terminal())
-    out.print(run_page.accuracy_table(metrics).in_terminal(title_of(config, metrics["classifier"])))
-    for text in (run_page.choice(metrics), run_page.kept_epoch(config, metrics)):
+        out.print(summary.candidate_table(metrics, best=summary.BEST).in_terminal())
+    out.print(summary.accuracy_table(metrics).in_terminal(title_of(config, metrics["classifier"])))
+    for text in (summary.choice(metrics), summary.kept_epoch(config, metrics)):
         if text is not None:
             out.print(text, soft_wrap=True)
-    out.print(run_page.cost_table(config, metrics).in_terminal())
+    out.print(summary.cost_table(config, metrics).in_terminal())
     names = ["report.html", "README.md", "metrics.json", "metrics.jsonl", metrics["checkpoint"]["file"]]
     names += ["config.yaml", "classifier.json", "open_clip_config.json"]
     files = "  ".join(name for name in names if (config.out / name).exists())

@@ -17,8 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from ...formatting import decimal
-from .formats import MISSING, finite, number, plural, share, short
-from .intervals import range_text, wilson
+from .formats import MISSING, number, plural, share, short
 
 _OPEN = 2  # groups of a section that are open at first
 
@@ -118,15 +117,6 @@ class Table:
 def row(name: str, *cells: str | Cell, style: str = "") -> Row:
     """Row from texts and cells."""
     return Row(name, [cell if isinstance(cell, Cell) else Cell(cell) for cell in cells], style)
-
-
-def accuracy_cell(accuracy: float | None, images: int | None) -> Cell:
-    """Cell with an accuracy, and its interval if the number of images is known.
-
-    >>> print(accuracy_cell(50.0, 100), accuracy_cell(50.0, None), accuracy_cell(None, 100))
-    50.0 (40.4–59.6) 50.0 –
-    """
-    return Cell(number(accuracy), range_text(wilson(accuracy, images)) if images and finite(accuracy) else "")
 
 
 def change_cell(change: float | None) -> Cell:

@@ -10,21 +10,29 @@ from markupsafe import Markup
 
 from ..config import CONFIG, TuneConfig
 from ..data import InputError
-from ..data.tasks import VALIDATION
 from ..results.files import METRICS, PREDICTIONS, read_epochs, read_metrics
 from ..results.notes import demonstration_note
 from ..results.predictions import TestPredictions, load
 from . import page
 from .formats import finite, number, percent, plural
 from .mistakes import broken, fixed
-from .page import Cell, Section, Table, part, row
+from .page import Section, Table, part, row
 from .plots import accuracy_svg, coloured, loss_svg
 from .predicted import classes, confusions, galleries
-from .summary import accuracy_rows, classifier, counted, headline, held_out_accuracy, images_of, title
+from .summary import (
+    BEST,
+    Metrics,
+    accuracy_table,
+    blend_table,
+    candidate_table,
+    choice,
+    cost_table,
+    headline,
+    kept_epoch,
+    title,
+)
 from .words import name_of_test
 
-BEST = 5
-"""Candidates that are shown at first."""
 _FEW = 100  # validation images, of which one is more than 1 %
 _INTERVALS = (
     "In brackets: 95 % intervals over the images (Wilson). Both models have the same images, so a change may be "
@@ -33,7 +41,7 @@ _INTERVALS = (
 
 
 def report_html(
-    config: TuneConfig, metrics: Mapping[str, Any], rows: list[dict[str, Any]], tests: Sequence[TestPredictions]
+    config: TuneConfig, metrics: Metrics, rows: list[dict[str, Any]], tests: Sequence[TestPredictions]
 ) -> str:
     """Return the page, from metrics.json, metrics.jsonl and the predictions."""
     only_tuned = "Test images that only the tuned model classifies correctly, with its three most probable classes."
@@ -72,7 +80,7 @@ def run_report(folder: Path) -> str:
 # ---- the first screen --------------------------------------------------------------------------------------------
 
 
-def _notes(config: TuneConfig, metrics: Mapping[str, Any]) -> list[Markup]:
+def _notes(config: TuneConfig, metrics: Metrics) -> list[Markup]:
     """The epoch that is kept, and notes."""
     found = [part("text", text) for text in (kept_epoch(config, metrics),) if text is not None]
     if (demonstration := demonstration_note(config.model)) is not None:
@@ -80,7 +88,7 @@ def _notes(config: TuneConfig, metrics: Mapping[str, Any]) -> list[Markup]:
     return found + [part("text", note, "warning") for note in metrics["notes"]]
 
 
-def _candidates(metrics: Mapping[str, Any]) -> list[Markup]:
+def _candidates(metrics: Metrics) -> list[Markup]:
     """Table of the candidates of a run that chose its method, and why it chose."""
     if not metrics["candidates"]:
         return []
@@ -90,97 +98,6 @@ def _candidates(metrics: Mapping[str, Any]) -> list[Markup]:
             part("group", f"All {len(metrics['candidates'])} candidates", [candidate_table(metrics).html], False)
         )
     return found
-
-
-# ---- texts and tables, also of the terminal --------------------------------------------------------------------------
-
-
-def kept_epoch(config: TuneConfig, metrics: Mapping[str, Any]) -> str | None:
-    """Return which epoch is kept, and why; None for a run without validation images, or a blend."""
-    best, validation = metrics["best_epoch"], metrics["validation"]
-    if best is None or "alpha" in metrics:
-        return None
-    name, accuracy = held_out_accuracy(metrics, balanced=config.balances)
-    images = plural(validation["images"], "validation image")
-    return f"Epoch {best} of {metrics['epochs']} is kept, the best on {images} ({name} {percent(accuracy)})."
-
-
-def choice(metrics: Mapping[str, Any]) -> str | None:
-    """Return which candidate was chosen, and why; None if none was."""
-    if not metrics["candidates"]:
-        return None
-    because = f": {metrics['chosen_because']}" if metrics["chosen_because"] else ""
-    first = metrics["candidates"][0]  # zero-shot, which is not trained
-    repeated = "was trained again, on" if metrics["steps"] else "was fitted again, to"
-    again = "" if first["chosen"] else f" Then it {repeated} all images."
-    return f"{classifier(metrics)} was chosen{because}.{again}"
-
-
-def accuracy_table(metrics: Mapping[str, Any]) -> Table:
-    """Table of the accuracies before and after tuning."""
-    rows = []
-    for each in accuracy_rows(metrics):
-        if each.test == VALIDATION and (each.kind or not finite(each.before)):
-            continue
-        images = None if each.kind else images_of(metrics, each.test)
-        if images == 0:
-            continue
-        before, after = page.accuracy_cell(each.before, images), page.accuracy_cell(each.after, images)
-        change = each.after - each.before if finite(each.before) and finite(each.after) else None
-        name = ", ".join(filter(None, [counted(metrics, each.test), each.kind]))
-        style = "" if each.test in (*metrics["classes"], VALIDATION) else "summary"
-        count = "" if images is None else f"{images:,}"
-        rows.append(row(name, count, before, after, page.change_cell(change), style=style))
-    return Table("accuracy, %", ["images", "zero-shot", "tuned", "change"], rows)
-
-
-def candidate_table(metrics: Mapping[str, Any], best: int | None = None) -> Table:
-    """Table of the candidates of a run that chose its method; of the first `best`, the chosen one before others."""
-    found = metrics["candidates"]
-    if best is not None and len(found) > best:
-        found = sorted(found, key=lambda each: (each["chosen"], each["accuracy"]), reverse=True)[:best]
-    balanced = any(number(each["balanced_accuracy"]) != number(each["accuracy"]) for each in found)
-    rows = []
-    for each in found:
-        cells = [page.accuracy_cell(each["accuracy"], each["images"])]
-        cells += [Cell(number(each["balanced_accuracy"]))] if balanced else []
-        cells += [Cell(number(each["seconds"], ",.1f")), Cell("yes" if each["new_names"] else "no")]
-        name, style = (f"✓ {each['name']}", "summary") if each["chosen"] else (each["name"], "")
-        rows.append(row(name, *cells, style=style))
-    columns = ["accuracy, %", *(["balanced accuracy, %"] if balanced else []), "seconds", "takes new names"]
-    shown = f"the best {len(found)} of " if len(found) < len(metrics["candidates"]) else ""
-    count = plural(len(metrics["candidates"]), "candidate")
-    return Table(f"{shown}{count}, on {plural(found[0]['images'], 'held-out image')}", columns, rows)
-
-
-def blend_table(metrics: Mapping[str, Any]) -> Table:
-    """Table of the accuracies of weights between zero-shot (alpha 0) and tuned (1)."""
-    curve = metrics["blend"]
-    rows = [
-        row(f"{alpha:g}", *map(number, values), style="summary" if alpha == curve["chosen"] else "")
-        for alpha, *values in zip(curve["alphas"], *curve["accuracy"].values(), strict=True)
-    ]
-    fitted = "" if metrics["head"] in (None, "none") else ", with the head fitted to each"
-    return Table(f"alpha{fitted}; accuracy, %", list(map(name_of_test, curve["accuracy"])), rows)
-
-
-def cost_table(config: TuneConfig, metrics: Mapping[str, Any]) -> Table:
-    """Table of times and sizes."""
-    cost, parameters, kept = metrics["cost"], metrics["parameters"], metrics["kept_classes"]
-    trained_on, spec = next(iter(metrics["classes"].values())), ",.1f" if kept and kept % 1 else ",.0f"
-    return page.facts(
-        {
-            "run": number(cost["seconds_total"], ",.1f", " s"),
-            "epoch": number(cost["seconds_per_epoch"], ",.2f", " s"),
-            "step": number(cost["milliseconds_per_step"], ",.2f", " ms"),
-            "peak memory": number(cost["peak_memory_mib"], ",.0f", " MiB"),
-            "memory before loading the model": number(cost["baseline_memory_mib"], ",.0f", " MiB"),
-            "kept classes per step": number(kept, spec, f" of {trained_on:,}"),
-            "trained parameters": f"{parameters['trained']:,} of {parameters['all']:,}",
-            "checkpoint": number(metrics["checkpoint"]["mib"], ",.1f", " MiB"),
-            "device": f"{cost['device']}, {config.precision}",
-        }
-    )
 
 
 # ---- sections ----------------------------------------------------------------------------------------------------
@@ -214,7 +131,7 @@ def _thresholds(validation: Mapping[str, Any] | None) -> list[Markup]:
     ]
 
 
-def _curves(metrics: Mapping[str, Any], rows: list[dict[str, Any]]) -> list[Markup]:
+def _curves(metrics: Metrics, rows: list[dict[str, Any]]) -> list[Markup]:
     """Plots of loss and accuracy, and the table of a blend."""
     colours = coloured(metrics["classes"])
     dashed = "dashed: validation, " if any(finite(each.get("validation")) for each in rows) else ""
@@ -228,7 +145,7 @@ def _curves(metrics: Mapping[str, Any], rows: list[dict[str, Any]]) -> list[Mark
     return [*([part("figures", found)] if found else []), *([blend_table(metrics).html] if "blend" in metrics else [])]
 
 
-def _data(config: TuneConfig, metrics: Mapping[str, Any]) -> dict[str, Any]:
+def _data(config: TuneConfig, metrics: Metrics) -> dict[str, Any]:
     """Data and seed, for the section that says how to reproduce the run."""
     images = metrics["images"]
     counts = [plural(images["train"], "training image")]
