@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import get_args
 
 from .base import InputError, open_error
-from .files import absolute_path, check_inside, find_images, format_names, read_json, read_text, subfolders
+from .files import absolute_path, find_images, format_names, path_inside, read_json, read_text, subfolders
 from .images import Images
 from .source import Source, Split, normalize_class_name
 from .templates import Templates, resolve_templates
@@ -94,7 +94,10 @@ def _listed(file: Path, root: Path, content: Mapping[str, list[Item]]) -> tuple[
     for split in get_args(Split):
         items = content.get(split, [])
         for path, label, name in items:
-            check_inside(path, f"{file}: {split}")
+            if path_inside(root, path) is None:
+                raise InputError(
+                    f"{file}: {split}: {path!r} leads out of the folder of the dataset, {root}. Correct it."
+                )
             if name_of.setdefault(label, name) != name:
                 raise InputError(f"{file}: label {label} is {name_of[label]!r} and {name!r}. Give each label one name.")
         if items:

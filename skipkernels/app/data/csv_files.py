@@ -22,7 +22,7 @@ from pathlib import Path
 
 from ...formatting import csv_text
 from .base import InputError, open_error
-from .files import absolute_path, format_names, read_text
+from .files import absolute_path, format_names, path_inside, read_text
 from .images import Images
 from .source import Source, Split
 from .splits import LABEL_NAMES, SPLIT_NAMES, labels_by_name, listed_source
@@ -38,7 +38,7 @@ def open_csv(path: str, root: str | Path | None = None, templates: Templates = N
     name, file = f"csv:{path}", absolute_path(path)
     if not file.is_file():
         raise open_error(f"{name}: no file {file}; it must be a table with a line for each image.")
-    base = Path(os.path.normpath(absolute_path(file.parent if root is None else root)))
+    base = absolute_path(file.parent if root is None else root)
     columns, rows = _read(file)
     path_column = _column(file, columns, _PATH_NAMES, "path")
     label_column = _column(file, columns, LABEL_NAMES, "label")
@@ -48,10 +48,9 @@ def open_csv(path: str, root: str | Path | None = None, templates: Templates = N
         where = f"{file}: row {number}"
         if not row[path_column] or not row[label_column]:
             raise InputError(f"{where} needs a {path_column} and a {label_column}. Fill them in, or remove the row.")
-        inside = Path(os.path.normpath(base / row[path_column]))
-        if not inside.is_relative_to(base):
+        image = path_inside(base, row[path_column])
+        if image is None:
             raise InputError(f"{where}: {row[path_column]} is not in {base}. Name a folder of all as `root`.", "root")
-        image = inside.relative_to(base).as_posix()
         split = None if split_column is None else SPLIT_NAMES.get(row[split_column].lower())
         if split_column is not None and split is None:
             raise InputError(f"{where}: {split_column} must be train, val or test; got {row[split_column]!a:.80}.")

@@ -6,7 +6,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any, TypeVar
 
 from .base import InputError
@@ -94,10 +94,15 @@ def format_others(others: Counter[str]) -> str:
     return f"skipped files that are not images: {format_names(counts)}"
 
 
-def check_inside(path: str, location: str) -> None:
-    """Raise an InputError if a path leads out of its folder; `location` is the file and the entry that it is from."""
-    if PurePosixPath(path).is_absolute() or PureWindowsPath(path).drive or ".." in path.replace("\\", "/").split("/"):
-        raise InputError(f"{location}: {path!r} leads out of the folder of the dataset. Paths must stay in it.")
+def path_inside(folder: str | Path, path: str) -> str | None:
+    """Return a path relative to the folder that it is in, with "/"; None if it leads out of the folder.
+
+    >>> path_inside("/photos", "cat/../dog/./1.png"), path_inside("/photos", "../1.png")
+    ('dog/1.png', None)
+    """
+    start = os.path.join(os.path.normpath(folder), "")
+    full = os.path.normpath(os.path.join(start, path))
+    return full[len(start) :].replace(os.sep, "/") if full.startswith(start) else None
 
 
 def read_text(path: Path) -> str:

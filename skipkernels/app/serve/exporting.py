@@ -89,9 +89,9 @@ def export(
     loaded = load_plain(source, trust=trust)
     with writing(folder, "out", "export"), replaced_files(folder, _files(folder)) as written:
         notes = _write(loaded, source, to, written)
-        files = sorted(path.name for path in written.iterdir())
-        values = read_object(written / CLASSES) | {"files": files}
-        replace_text(written / CLASSES, json.dumps(values, indent=2) + "\n")
+        files = sorted([*(path.name for path in written.iterdir()), CLASSES])
+        values = {name: getattr(loaded.described, name) for name in ("classes", "templates", "temperature")}
+        replace_text(written / CLASSES, json.dumps(values | {"files": files}, indent=2) + "\n")
     return Exported(folder, files, notes)
 
 
@@ -113,10 +113,12 @@ def _files(folder: Path) -> list[str]:
 
 
 def _write(run: TunedRun, source: Path, to: Target, folder: Path) -> list[str]:
-    """Write the files of an export, and return its notes."""
+    """Write the files of an export but `CLASSES`, and return its notes."""
     notes: list[str] = []
     if to == "open-clip":
-        _write_open_clip(run, folder)
+        if not write_open_clip_config(folder, run.model, run.tokenizer):
+            raise InputError(f"must have a model of open_clip; got {type(run.model).__name__}.", "run", "export")
+        replace_tensors(folder / OPEN_CLIP_WEIGHTS, run.model.state_dict())
     elif to == "onnx":
         to_onnx.write(run, folder)
     else:
@@ -127,18 +129,10 @@ def _write(run: TunedRun, source: Path, to: Target, folder: Path) -> list[str]:
         tensors = run.method.head().state_dict() if fitted is None else fitted.tensors()
         replace_tensors(folder / HEAD, tensors)
         described = replace(described, head_xxh3=digest_file(folder / HEAD))
-    values = {name: getattr(described, name) for name in ("classes", "templates", "temperature")}
-    replace_text(folder / CLASSES, json.dumps(values, indent=2) + "\n")
     if to == "open-clip" and (fitted is not None or not head_code):  # `Classifier.load` can read it
         replace(described, weights_xxh3=digest_file(folder / OPEN_CLIP_WEIGHTS)).write(folder)
     _write_card(source, folder, described, to, head_code)
     return notes
-
-
-def _write_open_clip(run: TunedRun, folder: Path) -> None:
-    if not write_open_clip_config(folder, run.model, run.tokenizer):
-        raise InputError(f"must have a model of open_clip; got {type(run.model).__name__}.", "run", "export")
-    replace_tensors(folder / OPEN_CLIP_WEIGHTS, run.model.state_dict())
 
 
 def _shared(run: TunedRun) -> Description:
@@ -172,18 +166,14 @@ def _public(name: str) -> str:
     return name if public or not rest else kind
 
 
-def _shared_settings(config: TuneConfig, described: Description) -> TuneConfig:
-    """Settings with public names, and without paths."""
+def _write_card(source: Path, folder: Path, described: Description, to: Target, head_code: str) -> None:
+    """Write the model card of a complete run; its settings have public names, and no paths."""
+    if not ((source / CONFIG).is_file() and (source / METRICS).is_file()):
+        return
+    config = TuneConfig.from_yaml(source / CONFIG, trust=True)  # nothing is loaded
     names: dict[str, Any] = {name: getattr(described, name) for name in ("model", "pretrained", "data")}
     if described.data != config.data:  # the path is not shared, and a command needs one
         names["data"] += ":PATH"
-    return replace(config, **names, root=None, cache=None, out=None, resume=False, dataset_identity=None)
-
-
-def _write_card(source: Path, folder: Path, described: Description, to: Target, head_code: str) -> None:
-    """Write the model card of a complete run."""
-    if not ((source / CONFIG).is_file() and (source / METRICS).is_file()):
-        return
-    config = _shared_settings(TuneConfig.from_yaml(source / CONFIG, trust=True), described)
+    config = replace(config, **names, root=None, cache=None, out=None, resume=False, dataset_identity=None)
     card = model_card(config, described, read_metrics(source), use=to, head_code=head_code)
     replace_text(folder / CARD, card)

@@ -7,7 +7,7 @@ import os
 
 from skipkernels.app.data import Source
 from skipkernels.app.data.check import facts
-from skipkernels.app.data.files import check_inside, find_images, read_json, read_text
+from skipkernels.app.data.files import find_images, path_inside, read_json, read_text
 from skipkernels.app.data.images import Images
 from tests.app.data.pictures import draw_image, raises_input_error
 
@@ -39,8 +39,10 @@ def test_find_images_lists_unreadable_images(tmp_path):
     assert f"c.png: can't be read ({os.strerror(errno.ELOOP)})" in loop
 
 
-def test_check_inside_accepts_dots_in_names():
-    check_inside("..a/b..c/.../d.png", "entry 3")
+def test_path_inside():
+    paths = {"../a.png": None, "a/../../b.png": None, "/etc/passwd": None, "/photos-2/a.png": None, "..": None}
+    paths |= {"..a/b..c/.../d.png": "..a/b..c/.../d.png", "/photos/a.png": "a.png"}
+    assert {path: path_inside("/elsewhere/../photos", path) for path in paths} == paths
 
 
 def test_read_text_and_json(tmp_path):
