@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import get_args
 
 from .base import InputError, open_error
+from .class_names import normalize_class_name
 from .files import absolute_path, find_images, format_names, path_inside, read_json, read_text, subfolders
 from .images import Images
-from .source import Source, Split, normalize_class_name
+from .source import Source, Split
 from .templates import Templates, resolve_templates
 
 

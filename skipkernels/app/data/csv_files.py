@@ -22,10 +22,11 @@ from pathlib import Path
 
 from ...formatting import csv_text
 from .base import InputError, open_error
+from .class_names import labels_by_name
 from .files import absolute_path, format_names, path_inside, read_text
 from .images import Images
 from .source import Source, Split
-from .splits import LABEL_NAMES, SPLIT_NAMES, labels_by_name, listed_source
+from .splits import LABEL_NAMES, SPLIT_NAMES, listed_source
 from .templates import Templates
 
 _PATH_NAMES = ("path", "filepath", "file_path", "filename", "file_name", "file", "image", "image_path", "img")

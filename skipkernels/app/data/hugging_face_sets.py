@@ -15,11 +15,12 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from .base import open_error
+from .class_names import class_names, labels_by_name
 from .files import absolute_path, format_names
 from .images import Images
 from .reading import decode, read_image
-from .source import Source, Split, class_names
-from .splits import LABEL_NAMES, SPLIT_NAMES, labels_by_name, listed_source
+from .source import Source, Split
+from .splits import LABEL_NAMES, SPLIT_NAMES, listed_source
 from .templates import Templates
 
 _OPTIONS = ("image", "label", "config", "revision")

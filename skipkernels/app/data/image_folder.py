@@ -20,9 +20,10 @@ import os
 from pathlib import Path
 
 from .base import InputError, open_error
+from .class_names import class_names
 from .files import absolute_path, find_images, format_names, format_others, read_json, subfolders
 from .images import Images
-from .source import Source, Split, class_names
+from .source import Source, Split
 from .splits import SPLIT_NAMES, listed_source
 from .templates import Templates
 

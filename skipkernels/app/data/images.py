@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from PIL import Image
 from ...labels import whole_number
 from .base import InputError, SizedDataset
 from .files import absolute_path
-from .reading import from_pixels, read_image, to_rgb
+from .reading import from_pixels, read_ahead, read_image, to_rgb
 
 Transform = Callable[[Any], Any]
 
@@ -111,6 +111,18 @@ class Images:
             is_tensor = hasattr(image, "untyped_storage")  # without torch, which a check of files does not import
             image = image if is_tensor else self.transform(image)
         return image, self.labels[index]
+
+    def each(self, use: Callable[[Any], Any]) -> Iterator[Any]:
+        """Read the images in order, in threads if they are files; yield results of `use`, or an InputError."""
+        used = self.with_transform(use)
+        workers = None if isinstance(self.dataset, ImageFiles) else 1
+        for index, result in enumerate(read_ahead(lambda n: used[n][0], len(self), workers=workers)):
+            if isinstance(result, InputError):
+                if result.argument is not None:  # about the label, not about the image
+                    raise result
+            elif isinstance(result, Exception):  # from a dataset of the user
+                result = InputError(f"{self.names[index]}: {result!r}")
+            yield result
 
     def subset(self, indices: Iterable[int]) -> Images:
         """Return some of the images, in the order of `indices`."""

@@ -1,13 +1,13 @@
-"""Data sources: the classes, prompts and splits of a dataset. `from_datasets` makes one from map-style datasets."""
+"""Data sources: the classes, prompts and splits of a dataset. `from_datasets` makes one of map-style datasets."""
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from .base import InputError, SizedDataset
+from .class_names import class_names
 from .images import Images, Transform, joined
 from .templates import Templates, prompts, resolve_templates
 
@@ -146,36 +146,3 @@ def _names_of(dataset: Any) -> Sequence[str] | None:
     features = getattr(dataset, "features", None)
     label = features.get("label") if isinstance(features, Mapping) else None
     return getattr(dataset, "classes", getattr(label, "names", None))
-
-
-def class_names(location: str, names: Sequence[str], remedy: str, argument: str = "data") -> tuple[str, ...]:
-    """Normalize the names of classes; none may be empty, or equal to another in lower case.
-
-    `location`, a `remedy` besides another name, and `argument` are for error messages.
-
-    >>> class_names("open_source", ["sea_lion", "owl"], "…")
-    ('sea lion', 'owl')
-    """
-    original: dict[str, str] = {}
-    found = []
-    for name in names:
-        if not isinstance(name, str):
-            raise InputError(f"{location}: class names must be text; got {name!r}. Write it out.", argument)
-        normalized = normalize_class_name(name)
-        if not normalized or normalized != normalized.encode(errors="ignore").decode():  # a folder that is not in UTF-8
-            raise InputError(f"{location}: a class can't be named {name!a}. Rename it, or {remedy}.", argument)
-        if normalized.casefold() in original:
-            both = f"{original[normalized.casefold()]!r} and {name!r} are the same class name"
-            raise InputError(f"{location}: {both}: no prompt can tell them apart. Rename one, or {remedy}.", argument)
-        original[normalized.casefold()] = name
-        found.append(normalized)
-    return tuple(found)
-
-
-def normalize_class_name(name: str) -> str:
-    """Compose accents (NFC), as tokenizers expect, and replace underscores and runs of white space by one space.
-
-    >>> normalize_class_name("sea_lion ")
-    'sea lion'
-    """
-    return " ".join(unicodedata.normalize("NFC", name).replace("_", " ").split())

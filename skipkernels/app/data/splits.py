@@ -9,7 +9,7 @@ from typing import get_args
 from .files import format_names
 from .images import Images
 from .shots import shuffled_by_class
-from .source import Source, Split, class_names
+from .source import Source, Split
 from .templates import Templates, resolve_templates
 
 SPLIT_NAMES: dict[str, Split] = {"train": "train", "training": "train", "test": "test", "testing": "test"}
@@ -81,13 +81,3 @@ def _hash_splits(images: Images, classes: Sequence[str]) -> tuple[list[Split], s
         f"{have} 1 image, and train and test need one each. Add some, give test images of all classes, or train on all "
         "images with `test=none`."
     )
-
-
-def labels_by_name(location: str, found: Sequence[str], remedy: str) -> tuple[list[int], tuple[str, ...]]:
-    """Return the label of each image, and the class names by label, in the order of the sorted names.
-
-    `found` is the class of each image, as text; see `class_names` for the others.
-    """
-    names = sorted(set(found))
-    label_of = {name: label for label, name in enumerate(names)}
-    return [label_of[name] for name in found], class_names(location, names, remedy)

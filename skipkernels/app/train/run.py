@@ -18,7 +18,7 @@ from ...memory import PeakMemory
 from ..config import TuneConfig
 from ..console import print_plain
 from ..data import Source
-from ..data.check import check_readable
+from ..data.unreadable import check_readable
 from ..heads import Examples, choose_l2
 from ..methods.registry import PACKAGED
 from ..report import run_page

@@ -13,8 +13,8 @@ from ...features import FeatureCache, Progress
 from ...options import Refresh
 from ..config import TuneConfig
 from ..data import Source
-from ..data.check import without_unreadable
 from ..data.tasks import Task, load_task
+from ..data.unreadable import without_unreadable
 from ..heads import Examples, fit_head
 from ..methods import Method
 from ..methods.frozen import FrozenModel

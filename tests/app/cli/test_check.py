@@ -13,7 +13,7 @@ from PIL import Image
 from skipkernels.app.cli.main import main
 from skipkernels.app.config import TuneConfig
 from skipkernels.app.data import InputError, TaskOptions, load_task
-from skipkernels.app.data.check import without_unreadable
+from skipkernels.app.data.unreadable import without_unreadable
 from skipkernels.app.train import tune
 from skipkernels.app.train.setup import build_task
 

@@ -6,17 +6,14 @@ import torch
 from PIL import Image
 
 from skipkernels.app.data import TaskOptions, from_datasets, load_task
-from skipkernels.app.data.source import normalize_class_name
 from tests.app.data.pictures import Listed
 
 # ---- by name ---------------------------------------------------------------------------------------------------------
 
 
 def test_prompts_use_normalized_class_names():
-    assert normalize_class_name(" sea__lion\t x ") == "sea lion x"
-    assert normalize_class_name("cafe\u0301") == "caf\u00e9"
-    source = from_datasets("a", test=[("image", 0)], classes=["{x}_y"], templates=["a {}.", "{}"])
-    assert source.prompts == (["a {x} y."], ["{x} y"])
+    source = from_datasets("a", test=[("image", 0)], classes=[" {x}__y\t z "], templates=["a {}.", "{}"])
+    assert source.prompts == (["a {x} y z."], ["{x} y z"])
 
 
 # ---- from_datasets ---------------------------------------------------------------------------------------------------
