@@ -9,11 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-import skipkernels as sk
-from tests.models import tiny_batch, tiny_clip, tiny_tokens
-from tests.reference_step import assert_matches_reference_step
+from tests.models import tiny_clip
+from tests.towers.families import LABELS, OPEN_CLIP
 
-C = 7
+IMAGES = OPEN_CLIP.images()
 
 
 def _scale(module: nn.Module, args: tuple, out: torch.Tensor) -> torch.Tensor:
@@ -36,44 +35,39 @@ ALTERED: dict[str, tuple[Callable[[nn.Module, nn.Module], object], bool]] = {
 @pytest.mark.parametrize(("alter", "switches"), ALTERED.values(), ids=ALTERED)
 def test_features_before_an_alteration_are_refused(alter, switches):
     """Both towers are altered; images run through what is there now."""
-    model, (images, labels) = tiny_clip(), tiny_batch(3, C)
-    clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1, keep_ratio=1.0)
-    features = clip.encode_lower(images)
-    clip(features, labels)
+    clip = OPEN_CLIP.cut(1)
+    features = clip.encode_lower(IMAGES)
+    clip(features, LABELS)
     other = tiny_clip(seed=3).requires_grad_(False)
-    for one, others in ((model.visual, other.visual), (model, other)):
+    for one, others in ((clip.model.visual, other.visual), (clip.model, other)):
         alter(one.transformer.resblocks, others.transformer.resblocks)
     if switches:
         clip.eval().train()
-    for use in (lambda x: clip(x, labels), clip.predict, clip.encode_image, clip.encode_upper):
+    for use in (lambda x: clip(x, LABELS), clip.predict, clip.encode_image, clip.encode_upper):
         with pytest.raises(RuntimeError, match="modules or weights below the cut have changed"):
             use(features)
-    assert_matches_reference_step(clip, images, tiny_tokens(C), labels)
+    OPEN_CLIP.check_step(clip)
     clip.refresh()
-    clip(clip.encode_lower(images), labels)
+    clip(clip.encode_lower(IMAGES), LABELS)
 
 
 def test_swapped_in_average_is_no_change():
-    model, (images, labels) = tiny_clip(), tiny_batch(3, C)
-    clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1)
-    features, kept = clip.encode_lower(images), copy.deepcopy(model.state_dict())
-    model.load_state_dict({name: 1.1 * value for name, value in kept.items()})
+    clip = OPEN_CLIP.cut(1)
+    features, kept = clip.encode_lower(IMAGES), copy.deepcopy(clip.model.state_dict())
+    clip.model.load_state_dict({name: 1.1 * value for name, value in kept.items()})
     with pytest.raises(RuntimeError, match="weights below the cut have changed"):
-        clip(features, labels)
-    model.load_state_dict(kept)
-    clip(features, labels)
+        clip(features, LABELS)
+    clip.model.load_state_dict(kept)
+    clip(features, LABELS)
 
 
 def test_load_state_dict_before_features():
     """A resumed run: random weights, then a checkpoint, then features from its weights."""
-    trained, (images, labels) = sk.SkipCLIP(tiny_clip(), tiny_tokens(C), skip_layers=1), tiny_batch(3, C)
-    features, expected = trained.encode_lower(images), trained(images, labels).loss
-    clip = sk.SkipCLIP(tiny_clip(seed=5), tiny_tokens(C), skip_layers=1)
+    trained, clip, late = OPEN_CLIP.cut(1), *(OPEN_CLIP.cut(1, tiny_clip(seed=5)) for _ in range(2))
+    features, expected = trained.encode_lower(IMAGES), trained(IMAGES, LABELS).loss
     clip.load_state_dict(trained.state_dict())
-    clip.sampler.load_state_dict(sk.SkipCLIP(tiny_clip(), tiny_tokens(C), skip_layers=1).sampler.state_dict())
-    assert clip(features, labels).loss.equal(expected)
-    late = sk.SkipCLIP(tiny_clip(seed=5), tiny_tokens(C), skip_layers=1)
-    stale = late.encode_lower(images)
+    assert clip(features, LABELS).loss.equal(expected)
+    stale = late.encode_lower(IMAGES)
     late.load_state_dict(trained.state_dict())
     with pytest.raises(RuntimeError, match="weights below the cut have changed"):
-        late(stale, labels)
+        late(stale, LABELS)

@@ -15,10 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import skipkernels as sk
 from skipkernels.towers.block import unfused
 from tests.clip.clips import insert_lora, make_clip
-from tests.models import tiny_batch, tiny_clip, tiny_tokens
-from tests.reference_step import assert_matches_reference_step
+from tests.models import tiny_clip
+from tests.towers.families import LABELS, OPEN_CLIP, TOKENS
 
-C = 7
+IMAGES = OPEN_CLIP.images()
 
 
 def _in_place(model: nn.Module) -> None:
@@ -42,11 +42,9 @@ WAYS = {"same": lambda clip: clip, "move": lambda clip: clip.double(), "copy": c
 
 @pytest.mark.parametrize(("name", "way"), [*((name, "same") for name in REFUSED), ("mask", "move"), ("mask", "copy")])
 def test_altered_container_is_an_error(name, way):
-    model, (images, labels) = tiny_clip(), tiny_batch(3, C)
-    clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1)
-    features = clip.encode_lower(images)
-    clip(features, labels)
-    REFUSED[name](model)
+    clip = OPEN_CLIP.cut(1)
+    clip(clip.encode_lower(IMAGES), LABELS)
+    REFUSED[name](clip.model)
     clip = WAYS[way](clip)
     for _ in range(2):  # the mode stays, so the next switch compares again
         with pytest.raises(RuntimeError, match="was altered after SkipCLIP was made"):
@@ -63,7 +61,7 @@ def test_altered_container_is_an_error(name, way):
     ids=lambda x: getattr(x, "__name__", x),
 )
 def test_method_of_a_container_patched_on_its_class(kind, method, monkeypatch):
-    clip = sk.SkipCLIP(tiny_clip(), tiny_tokens(C), skip_layers=1)
+    clip = OPEN_CLIP.cut(1)
     own = getattr(kind, method)
     monkeypatch.setattr(kind, method, lambda *arguments, **options: 2 * own(*arguments, **options))
     with pytest.raises(RuntimeError, match="was altered .* the class of a container, or a method of it, was replaced"):
@@ -73,15 +71,15 @@ def test_method_of_a_container_patched_on_its_class(kind, method, monkeypatch):
 
 
 def test_features_after_method_patched_on_a_class(monkeypatch):
-    clip, (images, labels) = sk.SkipCLIP(tiny_clip(), tiny_tokens(C), skip_layers=1, keep_ratio=1.0), tiny_batch(3, C)
-    features, own = clip.encode_lower(images), nn.GELU.forward
+    clip = OPEN_CLIP.cut(1)
+    features, own = clip.encode_lower(IMAGES), nn.GELU.forward
     monkeypatch.setattr(nn.GELU, "forward", lambda self, x: 0.9 * own(self, x))
     with pytest.warns(UserWarning, match=r"forward\(\) of the class GELU was replaced"):
-        clip.eval().predict(images)  # a mode switch compares
+        clip.eval().predict(IMAGES)  # a mode switch compares
     clip.train()
     with pytest.raises(RuntimeError, match="modules or weights below the cut have changed"):
-        clip(features, labels)
-    assert_matches_reference_step(clip, images, tiny_tokens(C), labels)
+        clip(features, LABELS)
+    OPEN_CLIP.check_step(clip)
     assert "class GELU" in clip.reductions["text.fused_block"].reason
 
 
@@ -138,23 +136,23 @@ class Scaled(nn.Linear):
 @pytest.mark.filterwarnings("ignore:skipkernels. a block is not fused")
 @pytest.mark.parametrize("name", FOLLOWED)
 def test_alteration_is_followed(name):
-    model, (images, labels) = tiny_clip(), tiny_batch(3, C)
+    model = tiny_clip()
     layer = model.transformer.resblocks[2].mlp.c_proj
     if name == "adapter_scale":
         layer.__class__, layer.scale = Scaled, {"one": 1.0}
-    clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1, keep_ratio=1.0, memory="min")
-    clip(images, labels)
-    before = clip.predict(images)
+    clip = OPEN_CLIP.cut(1, model, memory="min")
+    clip(IMAGES, LABELS)
+    before = clip.predict(IMAGES)
     FOLLOWED[name](model)
     with unfused(model.modules()):
-        expected = model.get_logits(images, tiny_tokens(C))[0].detach()
-    torch.testing.assert_close(clip.predict(images), expected, rtol=1e-9, atol=1e-9)
+        expected = model.get_logits(IMAGES, TOKENS)[0].detach()
+    torch.testing.assert_close(clip.predict(IMAGES), expected, rtol=1e-9, atol=1e-9)
     assert before.allclose(expected) == (name in ("backward_hook", "weight_norm"))  # no effect on logits
     for parameter in model.parameters():  # `assign` and PEFT set it
         parameter.requires_grad_(False)
     for part in (*clip.images.tower.upper_parameters(), *clip.texts.tower.upper_parameters()):
         part.requires_grad_(True)
-    assert_matches_reference_step(clip, images, tiny_tokens(C), labels)
+    OPEN_CLIP.check_step(clip)
 
 
 def _scale_norms(module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor | None:
@@ -183,70 +181,66 @@ def _clip_gradients(module: nn.Module, d_inputs: tuple, d_outputs: tuple) -> tup
     ids=["forward", "forward_pre", "backward"],
 )
 def test_global_hook_is_followed(register, hook, skip):
-    model, tokens, (images, labels) = tiny_clip(), tiny_tokens(C), tiny_batch(3, C)
-    clip = sk.SkipCLIP(model, tokens, skip_layers=skip, keep_ratio=1.0)
-    assert_matches_reference_step(clip, images, tokens, labels)
-    plain = clip.eval().predict(images), dict(clip.reductions)
+    clip = OPEN_CLIP.cut(skip)
+    OPEN_CLIP.check_step(clip)
+    plain = clip.eval().predict(IMAGES), dict(clip.reductions)
     handle = register(hook)
     try:
         with pytest.warns(UserWarning, match="global module hooks"):
-            logits = clip.predict(images)
-        assert_matches_reference_step(clip.train(), images, tokens, labels)
+            logits = clip.predict(IMAGES)
+        OPEN_CLIP.check_step(clip.train())
         reductions = clip.reductions
         with pytest.warns(UserWarning, match="global module hooks"):
-            before = sk.SkipCLIP(tiny_clip(), tokens, skip_layers=skip, keep_ratio=1.0)
-        assert_matches_reference_step(before, images, tokens, labels)
+            before = OPEN_CLIP.cut(skip)
+        OPEN_CLIP.check_step(before)
     finally:
         handle.remove()
     for name in ("image.fused_block", "image.pooled_last_block", "text.fused_block", "text.shared_prefix"):
         assert "global module hooks" in reductions[name].reason
     assert torch.allclose(logits, plain[0], atol=1e-9) == (hook is _clip_gradients), "it alters only gradients"
     for clip_of_hook in (clip, before):
-        assert_matches_reference_step(clip_of_hook.eval().train(), images, tokens, labels)
-    assert torch.allclose(clip.eval().predict(images), plain[0], atol=1e-12) and dict(clip.reductions) == plain[1]
+        OPEN_CLIP.check_step(clip_of_hook.eval().train())
+    assert torch.allclose(clip.eval().predict(IMAGES), plain[0], atol=1e-12) and dict(clip.reductions) == plain[1]
 
 
 def test_global_hooks_of_torch_tools_keep_blocks_fused(recwarn):
-    clip, (images, labels) = sk.SkipCLIP(tiny_clip(), tiny_tokens(C), skip_layers=1), tiny_batch(3, C)
+    clip = OPEN_CLIP.cut(1)
     with FlopCounterMode(display=False):
-        clip(images, labels)
+        clip(IMAGES, LABELS)
         assert clip.reductions["image.fused_block"].enabled
     assert not recwarn.list
 
 
 @pytest.mark.parametrize("name", ["mask", "reordered"])
 def test_refresh_follows_alteration(name):
-    model, (images, labels) = tiny_clip(), tiny_batch(3, C)
-    clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1, keep_ratio=1.0)
-    REFUSED[name](model)
+    clip = OPEN_CLIP.cut(1)
+    REFUSED[name](clip.model)
     clip.refresh()
-    assert_matches_reference_step(clip, images, tiny_tokens(C), labels)
+    OPEN_CLIP.check_step(clip)
 
 
 def test_refresh_watches_replaced_lower_text_block(tmp_path):
-    model, (images, labels) = tiny_clip(torch.float32), tiny_batch(3, C, torch.float32)
-    clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1, text_cache=tmp_path)
-    blocks = model.transformer.resblocks
+    clip, images = OPEN_CLIP.cut(1, tiny_clip(torch.float32), text_cache=tmp_path), IMAGES.float()
+    blocks = clip.model.transformer.resblocks
     blocks[0] = copy.deepcopy(blocks[0])
     clip.refresh()
-    clip(images, labels)
+    clip(images, LABELS)
     with torch.no_grad():
         blocks[0].ln_1.weight.mul_(1.1)
     with pytest.raises(sk.CacheError, match="holds a cache that differs in lower blocks"):
-        clip(images, labels)
+        clip(images, LABELS)
 
 
 def test_harmless_changes_are_no_alteration():
-    model, (images, labels) = tiny_clip(), tiny_batch(3, C)
-    clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1)
-    before = clip.predict(images)
+    clip = OPEN_CLIP.cut(1)
+    model, before = clip.model, clip.predict(IMAGES)
     model.my_note = "kept"
     model.visual.transformer.resblocks[2].mlp.name = "mlp"
     model.train().eval()
     clip.double()
     model.load_state_dict(copy.deepcopy(model.state_dict()))
-    clip(clip.encode_lower(images), labels)
-    assert clip.predict(images).equal(before)
+    clip(clip.encode_lower(IMAGES), LABELS)
+    assert clip.predict(IMAGES).equal(before)
 
 
 def test_average_of_buffers_is_refused():

@@ -6,11 +6,9 @@ import peft
 import pytest
 import torch
 
-import skipkernels as sk
 from skipkernels.towers.families import open_clip as open_clip_towers
-from tests.models import tiny_clip, tiny_tokens
-
-C = 7
+from tests.models import tiny_clip
+from tests.towers.families import OPEN_CLIP
 
 
 @pytest.mark.parametrize("tower", ["image", "text"])
@@ -21,10 +19,10 @@ def test_verify_wrong_activation(dtype, tower, monkeypatch):
 
     model = tiny_clip(dtype)
     (model.visual.transformer if tower == "image" else model.transformer).resblocks[2].mlp.gelu = QuickGELU()
-    sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1)
+    OPEN_CLIP.cut(1, model)
     monkeypatch.setitem(open_clip_towers._ACTIVATIONS, QuickGELU, "gelu")
     with pytest.raises(RuntimeError, match=f"embeddings of {'an image' if tower == 'image' else 'texts'} differ"):
-        sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1)
+        OPEN_CLIP.cut(1, model)
 
 
 def test_verify_weights_that_are_too_large():
@@ -33,7 +31,7 @@ def test_verify_weights_that_are_too_large():
         for parameter in model.transformer.parameters():
             parameter.mul_(1e30)
     with pytest.raises(RuntimeError, match="embeddings of texts are not finite. Its weights are damaged, or too large"):
-        sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1)
+        OPEN_CLIP.cut(1, model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -54,7 +52,7 @@ def test_verify_wrong_gradient(dtype, monkeypatch):
         open_clip_towers.OpenClipImageTower, "reference_forward", lambda self, x: Tripled.apply(own(self, x))
     )
     with pytest.raises(RuntimeError, match="relative error of the gradient"):
-        sk.SkipCLIP(tiny_clip(dtype), tiny_tokens(C), skip_layers=1)
+        OPEN_CLIP.cut(1, tiny_clip(dtype))
 
 
 def test_peft_without_effect_is_an_error():
@@ -62,4 +60,4 @@ def test_peft_without_effect_is_an_error():
     config = peft.LoraConfig(r=2, target_modules=["out_proj"])
     model = peft.inject_adapter_in_model(config, tiny_clip()).double()
     with pytest.raises(RuntimeError, match="no parameter that trains has an effect on the model's embeddings of texts"):
-        sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1, trainable="as_is")
+        OPEN_CLIP.cut(1, model, trainable="as_is")

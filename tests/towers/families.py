@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import skipkernels as sk
 from tests.hugging_face_models import SMALL, hugging_face_clip, metaclip_2, siglip, siglip_2
 from tests.models import TEXT, VISION, openai_clip, random_weights, tiny_clip, tiny_coca, tiny_tokens
+from tests.reference_step import assert_matches_reference_step
 from tests.timm_models import (
     CLIP,
     EVA02,
@@ -60,7 +61,11 @@ class Family(NamedTuple):
     def cut(self, skip: Any, model: nn.Module | None = None, **options: Any) -> sk.SkipCLIP:
         """SkipCLIP of this model, or of another one, which keeps all classes."""
         model = self.make() if model is None else model
-        return sk.SkipCLIP(model, self.tokens, skip_layers=skip, keep_ratio=1.0, **options)
+        return sk.SkipCLIP(model, self.tokens, skip_layers=skip, **{"keep_ratio": 1.0, **options})
+
+    def check_step(self, clip: sk.SkipCLIP) -> None:
+        """Compare loss and gradients of a step with those of the caller's model."""
+        assert_matches_reference_step(clip, self.images(clip.model.logit_scale.dtype), self.tokens, LABELS)
 
 
 def with_encoder(config: transformers.PretrainedConfig, pooler: str, projection: str = "linear") -> nn.Module:
@@ -161,6 +166,7 @@ FIRST_DIFFERS = torch.cat([torch.arange(50, 57)[:, None], TOKENS[:, 1:]], dim=1)
 ATTENTIONAL = {"attentional_pool": True, "attn_pooler_heads": 4}
 TOKEN = {"class_token": True, "global_pool": "token"}
 
+OPEN_CLIP = Family(tiny_clip)
 WHOLE = {
     "openai": Family(openai_clip),
     "hf": Family(hugging_face_clip),

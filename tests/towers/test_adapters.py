@@ -7,12 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-import skipkernels as sk
 from tests.hugging_face_models import hugging_face_clip
-from tests.models import tiny_batch, tiny_clip, tiny_tokens
-from tests.reference_step import assert_matches_reference_step
-
-C = 7
+from tests.models import tiny_clip
+from tests.towers.families import FAMILIES, OPEN_CLIP
 
 
 def with_lora(blocks: list[int]) -> nn.Module:
@@ -30,8 +27,8 @@ def with_lora(blocks: list[int]) -> nn.Module:
 @pytest.mark.parametrize("memory", ["fast", "min"])
 @pytest.mark.parametrize("blocks", [[1], [2], [1, 2]], ids=str)
 def test_peft_blocks_run_beside_fused_ones(blocks, memory):
-    model, tokens, (x, labels) = with_lora(blocks), tiny_tokens(C), tiny_batch(3, C)
-    clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0, trainable="as_is", memory=memory)
+    model, family = with_lora(blocks), FAMILIES["hf_eos"]
+    clip = family.cut(1, model, trainable="as_is", memory=memory)
     named = (
         f"{len(blocks)} of 3 blocks ({', '.join(map(str, blocks))}): a block has a Linear of peft for its self_attn."
     )
@@ -41,12 +38,11 @@ def test_peft_blocks_run_beside_fused_ones(blocks, memory):
     assert clip.reductions["text.shared_prefix"].reason == "a block has a Linear of peft for its self_attn.q_proj"
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert len(trained) == 8 * len(blocks) and all("lora_" in name for name in trained)
-    assert_matches_reference_step(clip, x, tokens, labels)
+    family.check_step(clip)
 
 
 def test_backward_hook_sees_the_gradients_of_each_prompt():
     """tanh is not linear: of gradients that were summed over the prompts it would be another."""
-    model, tokens, (x, labels) = tiny_clip(), tiny_tokens(C), tiny_batch(3, C)
+    model = tiny_clip()
     model.transformer.resblocks[1].register_full_backward_hook(lambda module, d_in, d_out: (d_in[0].tanh(),))
-    clip = sk.SkipCLIP(model, tokens, skip_layers=0, keep_ratio=1.0)
-    assert_matches_reference_step(clip, x, tokens, labels)
+    OPEN_CLIP.check_step(OPEN_CLIP.cut(0, model))

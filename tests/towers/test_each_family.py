@@ -15,7 +15,7 @@ import skipkernels as sk
 from skipkernels import reference
 from skipkernels.testing import saved_bytes
 from tests.models import uncompared
-from tests.reference_step import LOSS, assert_matches_reference_step
+from tests.reference_step import LOSS
 from tests.timm_models import batch_norms, convnext, eva, naflex, swin, vit, vitamin
 from tests.towers.families import ENCODERS, FAMILIES, LABELS, STAGED, TIMM, Family, like_another
 
@@ -26,10 +26,6 @@ def rows(names: Iterable[str]) -> Any:
 
 def dtype_of(clip: sk.SkipCLIP) -> torch.dtype:
     return clip.model.logit_scale.dtype
-
-
-def assert_step_equals_model(family: Family, clip: sk.SkipCLIP) -> None:
-    assert_matches_reference_step(clip, family.images(dtype_of(clip)), family.tokens, LABELS)
 
 
 def lower_modules(clip: sk.SkipCLIP) -> list[nn.Module]:
@@ -62,7 +58,7 @@ def test_step_equals_model(family, skip):
     expected = without(family, clip)
     assert {name for name, reduction in clip.reductions.items() if not reduction.enabled} == expected.keys()
     assert all(words in clip.reductions[name].reason for name, words in expected.items())
-    assert_step_equals_model(family, clip)
+    family.check_step(clip)
 
 
 @rows(["openai", "hf", "siglip", "coca", *TIMM, *STAGED])
@@ -112,7 +108,7 @@ def test_batch_norms_update_above_cut_only(name, skip):
         assert same == (norm in frozen)
     for part in lower_modules(clip):
         part.eval()
-    assert_step_equals_model(family, clip)
+    family.check_step(clip)
     torch.testing.assert_close(clip(images, LABELS).loss, loss, rtol=1e-11, atol=0)
 
 
@@ -149,7 +145,7 @@ def test_checkpointing_of_the_model_changes_nothing(family):
     model = family.make()
     model.visual.set_grad_checkpointing(True)
     for skip in ((0, 1), (2, 1)):
-        assert_step_equals_model(family, family.cut(skip, model))
+        family.check_step(family.cut(skip, model))
 
 
 @rows(["openai", "hf", "coca", "clip", "eva02", "convnext", "swin", "vitamin", "resnet"])
@@ -160,7 +156,7 @@ def test_memory_min_same_step(family, monkeypatch):
         clip = family.cut((1, 1), model, memory=memory)
         features = clip.encode_lower(family.images(dtype_of(clip)))
         saved[memory] = saved_bytes(lambda clip=clip, features=features: clip.encode_upper(features))
-        assert_step_equals_model(family, clip)
+        family.check_step(clip)
     assert saved["auto"] == saved["min"] < saved["fast"] / 2
 
 

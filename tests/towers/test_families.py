@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import open_clip
@@ -17,10 +18,10 @@ from tests.hugging_face_models import patches_of, siglip, siglip_2
 from tests.models import TEXT, VISION, openai_clip, openai_models, tiny_batch, tiny_clip, tiny_tokens
 from tests.reference_step import assert_matches_reference_step
 from tests.timm_models import ROTARY, eva, vit
-from tests.towers.families import CLASSES, FAMILIES, FUSED, LABELS, TOKENS, Family, like_another
+from tests.towers.families import CLASSES, FAMILIES, FUSED, LABELS, OPEN_CLIP, Family, like_another
 
-OPEN_CLIP = Family(tiny_clip)
 VIT = like_another(vit)
+DROP_PATH = like_another(partial(vit, drop_path_rate=0.1))
 
 
 # ---- altered models, and unusual prompts of a model ------------------------------------------------------------------
@@ -78,6 +79,12 @@ def unusual_ends(model: nn.Module, tokens: Tensor) -> None:
     tokens[3] = 0
 
 
+def no_drop_path(model: nn.Module, tokens: Tensor) -> None:
+    for module in model.visual.modules():
+        if hasattr(module, "drop_prob"):
+            module.drop_prob = 0.0
+
+
 IN_OPENAI = silu("transformer.resblocks.2.mlp", "visual.transformer.resblocks.1.mlp", name="gelu")
 IN_HUGGING_FACE = silu("text_model.encoder.layers.2.mlp", "vision_model.encoder.layers.1.mlp", name="activation_fn")
 BOTH_FUSED = FUSED, "text.fused_block"
@@ -121,6 +128,9 @@ ALTERED: dict[str, Row] = {
     "timm scale": timm_block(lambda block: put(block, "ls1", nn.Linear(24, 24)), "a Linear of torch for its ls1"),
     "timm norm": timm_block(lambda block: put(block.attn, "norm", RmsNorm(24)), "LayerNorm and RMSNorm"),
     "timm gate": timm_block(lambda block: put(block.attn, "gate", nn.Linear(24, 24)), "the submodules of a block"),
+    "timm drop path": (DROP_PATH, lambda model, tokens: None, {FUSED: "drop path); set their rates to 0"}),
+    "timm rates of 0": (DROP_PATH, no_drop_path, {}),
+    "timm size": (VIT._replace(size=24), lambda model, tokens: model.visual.set_input_size(24), {}),
     "timm weight": timm_block(lambda block: put(block.norm1, "weight", None), "a norm of a block has no weight"),
 }  # fmt: skip
 if "modern_eos" in FAMILIES:  # open_clip 4
@@ -139,11 +149,12 @@ def test_step_of_altered_model(family, alter, off, padded, monkeypatch):
         monkeypatch.setattr("skipkernels.towers.text.counts_are_known", lambda device: False)
     model, tokens = family.make(), family.tokens.clone()
     alter(model, tokens)
-    clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0)
+    family = family._replace(tokens=tokens)
+    clip = family.cut(1, model)
     for name in {*BOTH_FUSED, *LAYOUT} - family.without.keys():
         assert clip.reductions[name].enabled == (name not in off), name
         assert off.get(name, "") in clip.reductions[name].reason
-    assert_matches_reference_step(clip, family.images(model.logit_scale.dtype), tokens, LABELS)
+    family.check_step(clip)
 
 
 SIGLIP_TEXT = {"pool_type": "last", "no_causal_mask": True}
@@ -180,14 +191,14 @@ def test_siglip_2_makes_patches_as_its_processor(size):
 
 @pytest.mark.parametrize("skip", [0, 1])
 def test_sin_cos_positions_never_train(skip):
-    model, tokens, (images, labels) = tiny_clip(), tiny_tokens(CLASSES), tiny_batch(3, CLASSES)
+    model = tiny_clip()
     model.visual = open_clip.CLIP(12, {**VISION, "pos_embed_type": "sin_cos_2d"}, TEXT).visual.double()
     assert not model.visual.positional_embedding.requires_grad
     for _ in range(2):  # the second SkipCLIP gets a model that the first one changed
-        clip = sk.SkipCLIP(model, tokens, skip_layers=1)
-        clip = sk.SkipCLIP(model, tokens, skip_layers=skip, keep_ratio=1.0)
+        OPEN_CLIP.cut(1, model)
+        clip = OPEN_CLIP.cut(skip, model)
     assert not model.visual.positional_embedding.requires_grad
-    assert_matches_reference_step(clip, images, tokens, labels)
+    OPEN_CLIP.check_step(clip)
 
 
 def test_openai_half_precision_norms_in_fp32():
@@ -224,23 +235,9 @@ def test_open_clip_half_precision_norms_in_fp32(dtype):
     torch.testing.assert_close(clip.predict(images), clip.predict(clip.encode_lower(images)))
 
 
-def test_drop_path_reason_has_remedy():
-    reason = VIT.cut(1, vit(drop_path_rate=0.1)).reductions["image.fused_block"].reason
-    assert "drop path" in reason and "set their rates to 0" in reason
-    model = vit(drop_path_rate=0.1)
-    for module in model.visual.modules():
-        if hasattr(module, "drop_prob"):
-            module.drop_prob = 0.0
-    assert VIT.cut(1, model).reductions["image.fused_block"].enabled
-
-
 def test_images_of_another_size():
-    model = vit(patch_size=4, dynamic_img_size=True)
-    clip = VIT.cut(1, model)
-    assert_matches_reference_step(clip, torch.randn(3, 3, 24, 8, dtype=torch.float64), TOKENS, LABELS)
-    resized = vit()
-    resized.visual.set_input_size(24)
-    assert_matches_reference_step(VIT.cut(1, resized), torch.randn(3, 3, 24, 24, dtype=torch.float64), TOKENS, LABELS)
+    clip = VIT.cut(1, vit(patch_size=4, dynamic_img_size=True))
+    assert_matches_reference_step(clip, torch.randn(3, 3, 24, 8, dtype=torch.float64), VIT.tokens, LABELS)
 
 
 def test_learned_rotary_positions_are_below_cut():
