@@ -215,6 +215,15 @@ def test_tiles_of_halves_do_not_overlap(monkeypatch, tmp_path):
     assert {run.task for run in own.planned(None, 1)} == {"long tail", "tiles"}
 
 
+def test_flags_of_a_fourth_designer_have_the_classes_and_training_images_of_the_others(drawings):
+    """Also where its file lacks a class."""
+    with np.load(drawings) as file:
+        arrays = {**file} | {key.replace("flags", more.FLAGPACK): array[1:] for key, array in file.items()}
+    np.savez(drawings, **arrays)
+    flags, flagpack = (own.flags(own.OwnRun(task, "zero-shot", 0, drawings)) for task in ("flags", more.FLAGPACK))
+    assert flagpack[:2] == flags[:2] and flagpack[2] == flags[2][1:]
+
+
 def row(method, seed, value, phase="search", setting="adamw 0.001 0.001", **others):
     named = {"task": "all", "method": method, "phase": phase, "seed": seed, "setting": setting, "blended": 0} | others
     return {name: str(value) for name, value in (named | {"base": value, "new": value}).items()}

@@ -68,6 +68,8 @@ REFERENCE_SECONDS = (10, 30, 100)
 _OF_TAIL = {"accuracy": "accuracy", "balanced accuracy": "balanced", "of the large class": "large"}
 _OF_TAIL |= {"of the fourteen": "rare"}
 
+_OWN = ("flags", "flagpack", "tiles")
+
 Table = tuple[list[str], list[list[str]]]
 """Header and lines of cells."""
 
@@ -293,6 +295,6 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Row]], Table]]] = {
     "cost": ("when_cost", cost_table),
     "steps": ("when_steps", steps_table),
     "tail": ("when_own", partial(own_table, tasks=["long tail"], columns=_OF_TAIL)),
-    "own": ("when_own", partial(own_table, tasks=["flags", "tiles"], columns={"accuracy": "accuracy"})),
+    "own": ("when_own", partial(own_table, tasks=_OWN, columns={"accuracy": "accuracy"})),
     "trials": ("when_trials", trials_table),
 }

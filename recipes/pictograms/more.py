@@ -4,6 +4,7 @@
 
 flags         flags of the countries that CoreUI draws: training images are those of Twemoji and CoreUI, test images
               those of OpenMoji
+flagpack      the same with the drawings of Flagpack for the test, which lacks a country
 game icons    names that game-icons and other families draw: up to two drawings of others for training, game-icons for
               the test
 photos        packaged names (`pool.concrete_names`), of which Tux Paint's stamps have a photograph, cut out, for the
@@ -40,6 +41,7 @@ from .table import Icon, read_rows
 
 FILE = "more.npz"
 TASKS = ("flags", "game icons", "photos", "many classes")
+FLAGPACK = "flagpack"  # an own set of bench.when
 STAMPS = "tuxpaint-stamps-default=2025.03.31-1"  # of Debian 13
 _STAMPS_URL = "https://snapshot.debian.org/package/tuxpaint-stamps/2025.03.31-1/"
 # Folders with drawings, and files that are drawings, or show another thing than their names say, such as a car.
@@ -98,14 +100,17 @@ def many_classes(found: Mapping[str, Mapping[str, Drawing]]) -> Drawn:
     return {"train": [first for first, _ in pairs], "test": [second for _, second in pairs]}
 
 
-def flags(data: Mapping[str, Mapping[str, Any]]) -> Drawn:
-    """Drawings of the task "flags"; a country is named as in Twemoji."""
+def flags(data: Mapping[str, Mapping[str, Any]], tested: Literal["openmoji", "flagpack"]) -> Drawn:
+    """Drawings of the task "flags", or with another set for the test; a country is named as in Twemoji."""
     found: Drawn = {"train": [], "test": []}
     twemoji, openmoji = (flag_codes(data[prefix]["chars"]) for prefix in ("twemoji", "openmoji"))
+    flagpack = {code: code for code in data["flagpack"]["icons"]} | {"gb": "gb-ukm"}  # its gb is England
+    of_test = openmoji if tested == "openmoji" else flagpack
     for code in sorted(data["cif"]["icons"].keys() & twemoji.keys() & openmoji.keys()):
         name = f"flag of {twemoji[code].removeprefix('flag-').replace('-', ' ')}"
         found["train"] += [Drawing(name, "twemoji", twemoji[code]), Drawing(name, "cif", code)]
-        found["test"].append(Drawing(name, "openmoji", openmoji[code]))
+        if code in of_test:
+            found["test"].append(Drawing(name, tested, of_test[code]))
     return found
 
 
@@ -211,11 +216,12 @@ def build(folder: Path) -> dict[str, np.ndarray]:
     with tarfile.open(fileobj=io.BytesIO(package.stdout)) as files:
         photos = list(stamps(files, pool.concrete_names(rows)))
     data, found = draw.read_sets(draw.download(folder)), by_family(rows)
-    tasks = {"flags": flags(data), "game icons": game_icons(found), "many classes": many_classes(found)}
+    tasks = {"flags": flags(data, "openmoji"), FLAGPACK: flags(data, "flagpack")}
+    tasks |= {"game icons": game_icons(found), "many classes": many_classes(found)}
     splits = {task: {split: pictures(data, of) for split, of in each.items()} for task, each in tasks.items()}
     of_photos = [found[name][family] for name in sorted({p.name for p in photos}) for family in ("noto", "twemoji")]
     splits["photos"] = {"train": pictures(data, of_photos), "test": photos}
-    return {key: array for task in TASKS for key, array in arrays(task, splits[task]).items()}
+    return {key: array for task, each in splits.items() for key, array in arrays(task, each).items()}
 
 
 def main() -> None:
@@ -226,7 +232,7 @@ def main() -> None:
     partial = path.with_suffix(".partial.npz")
     np.savez_compressed(partial, **found)  # type: ignore[arg-type]
     partial.replace(path)
-    of = {task: [found[f"{task}/{split}/names"] for split in ("train", "test")] for task in TASKS}
+    of = {task: [found[f"{task}/{split}/names"] for split in ("train", "test")] for task in (*TASKS, FLAGPACK)}
     lines = [(task, len(set(test.tolist())), len(train), len(test)) for task, (train, test) in of.items()]
     print(count.markdown(("task", "names", "training images", "test images"), lines))
     print(f"wrote {path}: {path.stat().st_size / 2**20:.1f} MiB")
