@@ -114,13 +114,6 @@ def test_read_open_clip_config_refuses(tmp_path, tower, change, refused):
     assert read_open_clip_config(tmp_path / "config", trust=True) == config
 
 
-@pytest.mark.parametrize("text", ["[", "{}", '{"model_cfg": {"vision_cfg": 3, "text_cfg": {}}}'])
-def test_local_dir_refuses_damaged_config(tmp_path, text):
-    (tmp_path / "open_clip_config.json").write_text(text)
-    with pytest.raises(InputError, match="could not be loaded: (not JSON|model_cfg must be)"):
-        model.load_model(f"local-dir:{tmp_path}", None, CPU)
-
-
 def test_read_open_clip_config_accepts_models_of_open_clip(tmp_path):
     for name in open_clip.list_models():
         config = open_clip.get_model_config(name)
@@ -129,23 +122,47 @@ def test_read_open_clip_config_accepts_models_of_open_clip(tmp_path):
             assert read_open_clip_config(tmp_path / "config") == config, name
 
 
-def test_local_dir_without_weights_is_refused(folder, tmp_path):
-    """open_clip would continue with random weights."""
-    (tmp_path / "open_clip_config.json").write_bytes((folder / "open_clip_config.json").read_bytes())
-    with pytest.raises(InputError, match="local-dir:.* could not be loaded: Required pretrained weights") as caught:
-        model.load_model(f"local-dir:{tmp_path}", None, CPU)
-    assert caught.value.argument == "model"
-
-
 @pytest.mark.parametrize(
     ("name", "pretrained", "message"),
     [("local-dir:", None, "must name a model, as in local-dir:DIR"), ("hf-hub:", None, "must name a model"),
-     ("local-dir:nowhere", None, "no folder .*nowhere"), ("local-dir:.", "openai", "has its own weights; leave it out"),
-     ("local-dir:tests", None, "could not be loaded: .*config.json'. The folder must have open_clip_config.json")],
+     ("local-dir:nowhere", None, "no folder .*nowhere"), ("local-dir:.", "openai", "has its own weights; leave it")],
 )  # fmt: skip
 def test_load_model_refuses(name, pretrained, message):
     with pytest.raises(InputError, match=message):
         model.load_model(name, pretrained, CPU)
+
+
+OPEN_CLIP, HUGGING_FACE = "open_clip_config.json", "config.json"
+# Files of a folder, and the message.
+FOLDERS = [
+    ({OPEN_CLIP: "["}, "not JSON"),
+    ({OPEN_CLIP: "{}"}, "model_cfg must be a mapping"),
+    ({OPEN_CLIP: '{"model_cfg": {"vision_cfg": 3, "text_cfg": {}}}'}, "model_cfg must be a mapping"),
+    ({OPEN_CLIP: json.dumps({"model_cfg": CONFIG, "preprocess_cfg": PREPROCESS})}, "Required pretrained weights"),
+    ({}, "config.json'. The folder must have open_clip_config.json and its weights, or a model of transformers"),
+    (
+        {HUGGING_FACE: '{"model_type": "clip"}'},
+        "model of transformers and its processor: save both with save_pretrained",
+    ),
+    (
+        {HUGGING_FACE: '{"model_type": "bert"}'},
+        "must be a CLIPModel, MetaClip2Model, SiglipModel, Siglip2Model; got 'bert'",
+    ),
+    (
+        {HUGGING_FACE: '{"model_type": "clip"}', "adapter_config.json": "{}"},
+        "has an adapter of PEFT; save the model after",
+    ),
+]
+
+
+@pytest.mark.parametrize(("files", "message"), FOLDERS, ids=[message for _, message in FOLDERS])
+def test_load_model_refuses_folder(files, message, tmp_path):
+    """Without weights open_clip would continue with random ones. PEFT would read what an adapter names."""
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=message) as caught:
+        model.load_model(f"local-dir:{tmp_path}", None, CPU)
+    assert caught.value.argument == "model"
 
 
 # ---- transformers ------------------------------------------------------------------------------------------------
@@ -223,16 +240,6 @@ def test_tune_other_models_of_transformers(make, converted, tmp_path):
     assert settings.get("max_num_patches") == (9 if make is siglip_2 else None)
 
 
-def test_transformers_without_processor_or_of_another_type(converted, tmp_path):
-    for name in ("config.json", "model.safetensors"):
-        (tmp_path / name).write_bytes((converted[0] / name).read_bytes())
-    with pytest.raises(InputError, match="could not be loaded: .*or a model of transformers and its processor"):
-        model.load_model(f"local-dir:{tmp_path}", None, CPU)
-    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(InputError, match="must be a CLIPModel, MetaClip2Model, SiglipModel, Siglip2Model; got 'bert'"):
-        model.load_model(f"local-dir:{tmp_path}", None, CPU)
-
-
 def test_transformers_folder_of_unknown_author(converted, tmp_path, monkeypatch):
     """Code, kernels and files that the configurations name are not used, on the disk and from the hub."""
     shutil.copytree(converted[0], tmp_path / "hostile")
@@ -265,14 +272,6 @@ def test_transformers_folder_of_unknown_author(converted, tmp_path, monkeypatch)
         towers = (loaded.config, loaded.config.text_config, loaded.config.vision_config)
         assert {tower._attn_implementation for tower in towers} == {"sdpa"}
     assert not (tmp_path / "executed").exists()
-
-
-def test_transformers_folder_with_adapter_is_refused(converted, tmp_path):
-    """PEFT would read what it names."""
-    shutil.copytree(converted[0], tmp_path, dirs_exist_ok=True)
-    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "org/name"}')
-    with pytest.raises(InputError, match="has an adapter of PEFT; save the model after merge_and_unload"):
-        model.load_model(f"local-dir:{tmp_path}", None, CPU)
 
 
 def test_preprocess_settings():
