@@ -25,7 +25,6 @@ class OwnData:
     test: SizedDataset | None = None
     validation: SizedDataset | None = None
     classes: Sequence[str] | None = None
-    name: str | None = None
     identity: Any = None
 
     def applied(self, config: TuneConfig, function: str) -> tuple[TuneConfig, Callable[[], Source] | None]:
@@ -50,7 +49,7 @@ class OwnData:
                     argument,
                     function,
                 )
-        name = f"{IN_PYTHON}:{file_name(self.name or type(self.dataset).__name__)}"
+        name = f"{IN_PYTHON}:{file_name(type(self.dataset).__name__)}"
         parts_identity = [[argument, dataset_identity(part, self.identity)] for argument, part in given.items()]
         digest = digest_json([parts_identity, None if self.classes is None else list(self.classes)])
         config = replace(config, data=name, dataset_identity=digest)

@@ -33,7 +33,6 @@ def tune(
     test: SizedDataset | str | None = None,
     validation: SizedDataset | str | float | None = None,
     classes: Sequence[str] | None = None,
-    name: str | None = None,
     identity: object = None,
     loggers: Sequence[Logger] = (),
     **settings: Any,
@@ -53,7 +52,6 @@ def tune(
             setting `test`, "none".
         validation: Validation images; or the setting `validation`, a text or a share.
         classes: Class names by label. Default: the `classes` of a dataset.
-        name: Name of the dataset in the results. Default: its type.
         identity: Text or JSON value that identifies the datasets when a run is resumed. Default: digests of files and
             labels; see `FeatureCache.build`.
         loggers: Loggers of the rows of the epochs; see `train.progress.Logger`. They are closed at the end, also
@@ -71,27 +69,11 @@ def tune(
         KeyboardInterrupt: On Ctrl-C; the message says how many epochs are complete.
 
     Example:
-        >>> import tempfile, torch, skipkernels as sk
-        >>> from PIL import Image
-        >>> from skipkernels.app.train import evaluate_run
-        >>> class Squares(torch.utils.data.Dataset):
-        ...     classes = ["black square", "white square"]
-        ...
-        ...     def __init__(self, count):
-        ...         self.labels = [index % 2 for index in range(count)]
-        ...
-        ...     def __len__(self):
-        ...         return len(self.labels)
-        ...
-        ...     def __getitem__(self, index):
-        ...         label = self.labels[index]
-        ...         return Image.new("RGB", (32, 32), ("black", "white")[label]), label
-        >>> folder = tempfile.mkdtemp()
-        >>> metrics = sk.tune(dataset=Squares(16), test=Squares(8), model="pictogram-tiny", epochs=2, out=folder)
-        >>> metrics["classes"], len(metrics["candidates"])
-        ({'all': 2}, 28)
-        >>> evaluate_run(folder, dataset=Squares(16), test=Squares(8)) == metrics["tuned"]
-        True
+        >>> import tempfile, skipkernels as sk
+        >>> settings = {"data": "pictograms:food", "method": "skip", "shots": 1, "max_classes": 4, "epochs": 1}
+        >>> metrics = sk.tune(**settings, out=tempfile.mkdtemp())
+        >>> metrics["classes"], metrics["tuned"].keys()
+        ({'base': 2, 'new': 2}, dict_keys(['base', 'new', 'harmonic']))
     """
     with contextlib.ExitStack() as closing:  # closes all loggers, also if one fails to
         for logger in loggers:
@@ -103,7 +85,7 @@ def tune(
         if isinstance(run := settings.get("resume"), (str, Path)):
             config = TuneConfig.from_yaml(Path(run, CONFIG), trust=settings.get("trust", False), given=settings)
             settings = {"out": run, "overwrite": False} | settings | {"resume": True}
-        own = OwnData(dataset, test, validation, classes, name, identity)
+        own = OwnData(dataset, test, validation, classes, identity)
         console = console or Console(quiet=True)
         plan = _plan(replace(config or TuneConfig(), **settings), own)
         folder = RunFolder(plan.config)  # it is not written before its lock is held

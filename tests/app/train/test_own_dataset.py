@@ -47,13 +47,13 @@ SETTINGS |= {"method": "skip"}
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    return folder, skipkernels.tune(dataset=in_turn(30), validation=0.25, name="my squares", out=folder, **SETTINGS)
+    return folder, skipkernels.tune(dataset=in_turn(30), validation=0.25, out=folder, **SETTINGS)
 
 
 def test_tune_dataset(run):
     folder, metrics = run
     config = TuneConfig.from_yaml(folder / "config.yaml")
-    assert (config.data, config.shots, config.validation) == ("dataset:my-squares", "all", 0.25)
+    assert (config.data, config.shots, config.validation) == ("dataset:Listed", "all", 0.25)
     assert metrics["protocol"] == "few-shot" and metrics["classes"] == {"all": 3}
     assert metrics["validation"]["images"] == 6 and metrics["best_epoch"] in (1, 2)  # of seven images each
     assert {"report.html", "model.safetensors"} <= files(folder)
@@ -109,7 +109,7 @@ def test_rare_classes_weigh_more(changes, weights, tmp_path, monkeypatch):
 
 def test_resume_with_the_same_dataset(run):
     folder, metrics = run
-    again = {"validation": 0.25, "name": "my squares", "out": folder, "resume": True, **SETTINGS}
+    again = {"validation": 0.25, "out": folder, "resume": True, **SETTINGS}
     assert json.dumps(tune(dataset=in_turn(30), **again)) == json.dumps(metrics)
     with pytest.raises(InputError, match="dataset_identity is '.*' in the run in"):
         tune(dataset=in_turn(30, shift=1), **again)
@@ -124,7 +124,7 @@ def test_evaluate_a_run_of_other_data_on_a_dataset(run, data, tmp_path):
     folder, _ = run
     of_other = shutil.copytree(folder, tmp_path / "run")
     config = (of_other / "config.yaml").read_text()
-    changed = config.replace("dataset:my-squares", data).replace("max_classes: null", "max_classes: 2")
+    changed = config.replace("dataset:Listed", data).replace("max_classes: null", "max_classes: 2")
     (of_other / "config.yaml").write_text(changed)
     given = {"dataset": in_turn(30), "test": in_turn(30), "classes": SETTINGS["classes"]}
     assert "max_classes: 2" in changed and evaluate_run(of_other, **given) == evaluate_run(folder, **given)
