@@ -1,4 +1,4 @@
-"""Time and memory of `skipkernels tune`, which compares 28 candidates or 4, beside Skip Tuning alone.
+"""Time and memory of `skipkernels tune`, which compares candidates, beside Skip Tuning alone.
 
     python -m bench.default               three rounds on the packaged drawings, about three minutes
     python -m bench.default --rounds 1

@@ -74,7 +74,7 @@ def changes(run: plan.Run, setup: RunSetup) -> Iterator[Trial]:
     yield "tuned + gaussian", method, gaussian
     alone = gaussian_head(tuned.image, tuned.labels, len(tuned.text))
     for alpha in (0.5, 2.0):
-        yield f"tuned + gaussian, α = {alpha:g}", method, with_text(alone, tuned.image, tuned.text, tuned.scale, alpha)
+        yield f"tuned + gaussian, α = {alpha:g}", method, with_text(alone, *tuned, alpha)
     yield "tuned + gaussian, α by class", method, alpha_by_class(gaussian, tuned, frozen)
     for gamma in (2.0, 4.0, 8.0):
         yield f"tuned + gaussian, γ = {gamma:g}", method, replace(gaussian, bias=gaussian.bias - gamma)

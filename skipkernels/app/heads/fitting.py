@@ -47,4 +47,4 @@ def fit_head(name: HeadChoice | None, examples: Examples, l2: float, *, equal_pr
     else:
         raise ValueError(f"fit_head: name must be none, anchored, gaussian or probe; got {name!r}.")
     head = balanced(head, labels) if equal_priors else head
-    return with_text(head, image, text, scale) if name == "gaussian" else head
+    return with_text(head, image, labels, text, scale) if name == "gaussian" else head

@@ -11,6 +11,7 @@ from .head import Head, check_labels, check_positive, unit_rows
 
 SHRINKAGE = 0.3
 """Part of the covariance that is a multiple of the identity."""
+_LOGITS = 1 << 22  # at a time, in fp64 32 MiB
 
 
 @torch.no_grad()
@@ -56,17 +57,22 @@ def gaussian_head(image: Tensor, labels: Tensor, classes: int, shrinkage: float 
 
 
 @torch.no_grad()
-def with_text(head: Head, image: Tensor, text: Tensor, scale: float | Tensor, alpha: float = 1.0) -> Head:
+def with_text(
+    head: Head, image: Tensor, labels: Tensor, text: Tensor, scale: float | Tensor, alpha: float = 1.0
+) -> Head:
     """Add a Gaussian head to the logits of the texts; classes without images have those of the texts alone.
 
-        z = scale · x Tᵀ + alpha · σ_text/σ_head · (head − mean of the head over the classes with images)
+        z = scale · x Tᵀ + alpha · σ_text/σ_head · (head − mean of the head over the classes with images) − γ
 
     σ is the standard deviation over the classes with images, in the root mean square over the images. Both parts then
-    have equal weight at alpha = 1. Subtracting the mean changes no comparison of classes with images.
+    have equal weight at alpha = 1. γ makes the highest logit of another class with images than the own one, in the mean
+    over the images, that of the texts: else images of classes without images would be taken for those of others. Mean
+    and γ change no comparison of classes with images.
 
     Args:
         head: Result of `gaussian_head`.
         image: Its images x, [n, D].
+        labels: Their classes, [n].
         text: T, [C, D].
         scale: The exponential of `logit_scale`.
         alpha: Weight of the head, such as that of the best accuracy on validation images.
@@ -74,6 +80,8 @@ def with_text(head: Head, image: Tensor, text: Tensor, scale: float | Tensor, al
     function = "with_text"
     check_shape(function, "text", text, ("head.weight", head.weight), **dict(zip("CD", head.weight.shape, strict=True)))
     check_shape(function, "image", image, ("head.weight", head.weight), n=None, D=head.weight.shape[1])
+    check_shape(function, "labels", labels, ("image", image), n=len(image))
+    check_labels(function, labels, len(text))
     check_positive(function, scale=float(scale), alpha=alpha)
     x, unit_text = unit_rows(function, "image", image), unit_rows(function, "text", text)
     known = head.bias.isfinite()
@@ -87,10 +95,19 @@ def with_text(head: Head, image: Tensor, text: Tensor, scale: float | Tensor, al
         rows = rows - rows.mean(dim=0)
         return rows, ((rows.T @ rows * moment).sum() / len(rows)).sqrt()
 
+    def highest_of_others(weight: Tensor, bias: Tensor) -> Tensor:
+        """Mean over the images of the highest logit of a class with images that is not the own one."""
+        part = Head(weight, bias.masked_fill(~known, -torch.inf))
+        chunk = max(1, _LOGITS // len(weight))
+        parts = zip(x.split(chunk), labels.split(chunk), strict=True)
+        found = [part.logits(rows).scatter(1, own[:, None], -torch.inf).amax(dim=1) for rows, own in parts]  # [n]
+        return torch.cat(found).mean()
+
     (_, text_spread), (rows, spread) = centred(of_text), centred(head)
+    weight, bias = of_text.weight.clone(), of_text.bias.clone()
     if spread > 0:  # 0 with a single class
         rows = alpha * text_spread / spread * rows
-    weight, bias = of_text.weight, of_text.bias
-    weight[known] += rows[:, :-1]
-    bias[known] += rows[:, -1]
+        weight[known] += rows[:, :-1]
+        bias[known] += rows[:, -1]
+        bias[known] -= highest_of_others(weight, bias) - highest_of_others(of_text.weight, of_text.bias)
     return Head(weight.to(head.weight), bias.to(head.bias), head.bias.new_tensor(float(scale)))

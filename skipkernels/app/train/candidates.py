@@ -7,9 +7,9 @@
 All of them share the features at the cut, which are computed once. The chosen one is then trained on all images,
 held-out ones included.
 
-Where new classes are tested, held-out images of trained classes do not show what a candidate costs them. So only those
-that cost little are compared: an anchored probe on pretrained and on blended weights, and the latter are chosen only if
-they are clearly better. A Gaussian head raises logits of trained classes alone, and a linear probe has none for others.
+Where new classes are tested, held-out images of trained classes do not show what a candidate costs them, so their
+accuracy does not choose. Blended weights with a Gaussian head cost new classes little, and are chosen; pretrained
+weights, with an anchored probe, if nothing is trained.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
@@ -47,7 +47,6 @@ FACTORS = (1.0, 3.0, 10.0)
 BLENDS = (1.0, 0.5)
 """Weights of the tuned model; 1/2 is what Wortsman et al. (WiSE-FT) recommend where nothing is known about new data."""
 FEW = 400  # training images, below which all of them are held out, half by half
-CLEAR = 2.0  # standard errors of a difference on the same images, above which it is clear
 # Held-out images otherwise: a fifth of all, at least and at most these numbers, but one of each class.
 SHARE, LEAST, MOST = 0.2, 200, 2000
 
@@ -95,19 +94,20 @@ def groups_of(config: TuneConfig, *, tests_new: bool) -> list[list[Candidate]]:
     """
     auto = config.method == AUTO
     method = "skip" if auto else config.method
-    factors: tuple[float, ...] = FACTORS if auto else (1.0,)
+    factors: tuple[float, ...] = FACTORS if auto and not tests_new else (1.0,)
     if not config.epochs:  # nothing is trained
         factors = ()
     blends = BLENDS[1:] if tests_new else BLENDS
     if not auto or config.blend != 1:  # it is given
         blends = (config.blend,)
-    heads: Sequence[HeadName] = ["anchored"] if tests_new else get_args(HeadName)
+    of_frozen: Sequence[HeadName] = ["anchored"] if tests_new else get_args(HeadName)
+    of_trained: Sequence[HeadName] = ["gaussian"] if tests_new else of_frozen
     if config.head not in ("auto", None):  # it is given
-        heads = [config.head]  # type: ignore[list-item]
-    frozen = heads if auto or not factors else []
+        of_frozen = of_trained = [config.head]  # type: ignore[list-item]
+    allowed = of_frozen if auto or not factors else []
     return [
-        [Candidate(method, None, head=head, compared=head not in frozen) for head in dict.fromkeys(["none", *frozen])],
-        *([Candidate(method, factor, blend, head) for blend in blends for head in heads] for factor in factors),
+        [Candidate(method, None, head=x, compared=x not in allowed) for x in dict.fromkeys(["none", *allowed])],
+        *([Candidate(method, factor, blend, head) for blend in blends for head in of_trained] for factor in factors),
     ]
 
 
@@ -119,62 +119,38 @@ class Trial:
     seconds: float
     accuracy: float  # in per cent
     balanced_accuracy: float
-    scores: Tensor  # [n], with the mean of that accuracy by which candidates are compared
     loss: float
     logits: Tensor | None  # [n, C]; not kept if it can't be chosen
 
     @classmethod
-    def scored(cls, candidate: Candidate, seconds: float, logits: Tensor, labels: Tensor, *, balanced: bool) -> Trial:
+    def scored(cls, candidate: Candidate, seconds: float, logits: Tensor, labels: Tensor) -> Trial:
         """Score logits [n, C] of held-out images."""
-        plain, of_classes = (image_scores(labels, logits.argmax(dim=1), balanced=each) for each in (False, True))
-        scores, loss = of_classes if balanced else plain, F.cross_entropy(logits.double(), labels).item()
-        return cls(candidate, seconds, plain.mean().item(), of_classes.mean().item(), scores, loss, logits)
+        top = logits.argmax(dim=1)
+        plain, of_classes = (image_scores(labels, top, balanced=each).mean().item() for each in (False, True))
+        loss = F.cross_entropy(logits.double(), labels).item()
+        return cls(candidate, seconds, plain, of_classes, loss, logits)
 
-    def gain(self, other: Trial) -> tuple[float, float]:
-        """Difference to another trial on the same images, and `CLEAR` standard errors of it, in points."""
-        difference = self.scores - other.scores
-        error = difference.std(correction=0).item() / math.sqrt(len(difference))
-        return difference.mean().item(), CLEAR * error
-
-    def row(self, *, chosen: bool) -> dict[str, Any]:
+    def row(self, images: int, *, chosen: bool) -> dict[str, Any]:
         """Return what metrics.json has of the candidate."""
         return {
             "name": self.candidate.name,
             "accuracy": round(self.accuracy, 4),
             "balanced_accuracy": round(self.balanced_accuracy, 4),
-            "images": len(self.scores),
+            "images": images,
             "seconds": round(self.seconds, 4),
             "new_names": self.candidate.new_names,
             "chosen": chosen,
         }
 
 
-def best(trials: Sequence[Trial], *, by: str, tests_new: bool) -> tuple[Trial, str]:
-    """Return the trial to choose, and why: that with the highest score, of equal ones the lower loss.
-
-    Where new classes are tested, training lowers the accuracy on these, which held-out images do not show. There
-    trained weights are chosen only if they are clearly better than pretrained ones. `by` names the score.
-    """
+def best(trials: Sequence[Trial], *, balanced: bool) -> tuple[Trial, int]:
+    """Return the trial with the highest accuracy, and of equal ones the lowest loss; and the number of equal ones."""
 
     def score(trial: Trial) -> float:
-        return round(trial.scores.mean().item(), 6)
+        return round(trial.balanced_accuracy if balanced else trial.accuracy, 6)
 
-    def highest(trials: Iterable[Trial]) -> Trial:
-        return max(trials, key=lambda trial: (score(trial), -trial.loss))
-
-    top, frozen = highest(trials), [trial for trial in trials if trial.candidate.factor is None]
-    if not (tests_new and frozen) or top in frozen:
-        equal = sum(score(trial) == score(top) for trial in trials) - 1
-        return top, f"highest {by}" + (f", equal to {plural(equal, 'other')}; lowest loss" if equal else "")
-    simple = highest(frozen)
-    gains = [(trial, *trial.gain(simple)) for trial in trials]
-    clear = [trial for trial, gain, error in gains if gain > error]
-    chosen = highest(clear or [simple])
-    gain, error = (chosen if clear else top).gain(simple)
-    points = f"{gain:+.1f} ± {error:.1f} points of {by}"
-    if clear:
-        return chosen, f"clearly above {simple.candidate.name}, {points}"
-    return chosen, f"{top.candidate.name} is not clearly above it, {points}"
+    top = max(trials, key=lambda trial: (score(trial), -trial.loss))
+    return top, sum(score(trial) == score(top) for trial in trials) - 1
 
 
 def held_out_masks(labels: Tensor, given: int) -> list[Tensor]:
@@ -262,7 +238,7 @@ class Search:
         trials = []
         for candidate, *parts in zip(group, *splits, strict=True):
             logits, seconds = torch.cat([logits for logits, _ in parts]), sum(seconds for _, seconds in parts)
-            trials.append(Trial.scored(candidate, seconds, logits, self.labels, balanced=self.config.balances))
+            trials.append(Trial.scored(candidate, seconds, logits, self.labels))
         return trials
 
     def _try_split(
@@ -322,13 +298,16 @@ class Search:
     def _best(self) -> tuple[Trial, str]:
         if not self.allowed:
             raise FloatingPointError(f"tune: the training of every candidate diverged. {REMEDY}")
-        by = f"{'balanced ' if self.config.balances else ''}accuracy on {len(self.labels)} held-out images"
-        return best(self.allowed, by=by, tests_new=self.tests_new)
+        if self.tests_new:
+            return self.allowed[-1], "new classes are tested, which held-out images do not show"
+        top, equal = best(self.allowed, balanced=self.config.balances)
+        because = f"highest {'balanced ' * self.config.balances}accuracy on {len(self.labels)} held-out images"
+        return top, because + (f", equal to {plural(equal, 'other')}; lowest loss" if equal else "")
 
     def _default(self) -> Candidate:
         """Candidate without held-out images: the first but zero-shot, with an anchored probe if the head is open."""
-        candidates = (one for group in self.groups for one in group if (one.head, one.factor) != ("none", None))
-        return min(candidates, key=lambda one: one.head != "anchored")
+        candidates = [one for group in self.groups for one in group if (one.head, one.factor) != ("none", None)]
+        return candidates[-1] if self.tests_new else min(candidates, key=lambda one: one.head != "anchored")
 
     def choice(self, stopped: bool) -> Choice:
         """Return the choice among the trials so far; `stopped` before all of them."""
@@ -351,7 +330,7 @@ class Search:
             asked,
             chosen.candidate.name,
             settings=chosen.candidate.settings(config),
-            candidates=[trial.row(chosen=trial is chosen) for trial in self.trials],
+            candidates=[trial.row(tested, chosen=trial is chosen) for trial in self.trials],
             because=because,
             calibration=fields,
             validation=validation | {"thresholds": thresholds},

@@ -173,8 +173,8 @@ class LargestTensor(TorchDispatchMode):
 def test_gaussian_head_has_no_matrix_for_each_class():
     image, labels, text = data([2] * 60, 30)
     with LargestTensor() as largest:
-        heads.with_text(heads.gaussian_head(image, labels, 60), image, text, SCALE)
-    assert largest.size <= 120 * 31 < 60 * 30 * 30
+        heads.with_text(heads.gaussian_head(image, labels, 60), image, labels, text, SCALE)
+    assert largest.size <= 120 * 60 < 60 * 30 * 30
 
 
 @pytest.mark.parametrize("alpha", [1.0, 0.25])
@@ -182,7 +182,7 @@ def test_gaussian_head_has_no_matrix_for_each_class():
 def test_with_text_adds_equally_spread_logits(case, alpha):
     image, labels, text = data(*CASES[case])
     head = heads.gaussian_head(image, labels, len(text))
-    found = heads.with_text(head, image, text, SCALE, alpha)
+    found = heads.with_text(head, image, labels, text, SCALE, alpha)
     known, zero_shot = head.bias.isfinite(), SCALE * torch.tensor(unit(image) @ unit(text).T)
 
     def centred(logits):
@@ -191,6 +191,9 @@ def test_with_text_adds_equally_spread_logits(case, alpha):
     theirs, ours = centred(zero_shot), centred(head.logits(image))
     expected = zero_shot.clone()
     expected[:, known] += alpha * (theirs.square().mean() / ours.square().mean()).sqrt() * ours
+    others = known & (torch.arange(len(text)) != labels[:, None])
+    highest, highest_of_text = (x.masked_fill(~others, -torch.inf).amax(1).mean() for x in (expected, zero_shot))
+    expected[:, known] -= highest - highest_of_text
     torch.testing.assert_close(found.logits(image), expected, rtol=1e-9, atol=1e-9)  # fp64, two orders of summation
     new = F.normalize(torch.randn(2, text.shape[1], dtype=torch.float64))
     wider = found.with_new_classes(new).logits(image)
@@ -200,7 +203,7 @@ def test_with_text_adds_equally_spread_logits(case, alpha):
 
 def test_with_text_of_one_class_is_the_text():
     image, labels, text = data([4, 0], 3)
-    found = heads.with_text(heads.gaussian_head(image, labels, 2), image, text, SCALE)
+    found = heads.with_text(heads.gaussian_head(image, labels, 2), image, labels, text, SCALE)
     torch.testing.assert_close(found.logits(image), heads.Head.of_text(F.normalize(text), SCALE).logits(image))
 
 
@@ -219,7 +222,7 @@ def fitted(image: torch.Tensor, labels: torch.Tensor, text: torch.Tensor) -> dic
     return {
         "anchored": heads.anchored_probe(image, labels, text, SCALE, l2),
         "gaussian": gaussian,
-        "with text": heads.with_text(gaussian, image, text, SCALE),
+        "with text": heads.with_text(gaussian, image, labels, text, SCALE),
     }
 
 
@@ -244,7 +247,7 @@ ANCHORED = {"image": IMAGE, "labels": LABELS, "text": TEXT, "scale": SCALE, "l2"
 L2 = {name: value for name, value in ANCHORED.items() if name != "l2"}
 GAUSSIAN = {"image": IMAGE, "labels": LABELS, "classes": 3}
 HEAD = heads.gaussian_head(**GAUSSIAN)
-WITH_TEXT = {"head": HEAD, "image": IMAGE, "text": TEXT, "scale": SCALE}
+WITH_TEXT = {"head": HEAD, "image": IMAGE, "labels": LABELS, "text": TEXT, "scale": SCALE}
 NAN, ZERO = IMAGE.clone(), IMAGE.clone()
 NAN[1, 2], ZERO[3] = torch.nan, 0.0
 BAD_DATA = [
@@ -268,7 +271,8 @@ BAD = [
     *itertools.product([heads.anchored_probe], [ANCHORED], [*BAD_DATA, *BAD_TEXT, ({"l2": 0.0}, "l2 must be pos")]),
     *itertools.product([heads.anchored_l2], [L2], [*BAD_DATA, *BAD_TEXT, ({"candidates": (0.1, -1.0)}, "candidates")]),
     *itertools.product([heads.gaussian_head], [GAUSSIAN], [*BAD_DATA, ({"shrinkage": 0.0}, "shrinkage must be above")]),
-    *itertools.product([heads.with_text], [WITH_TEXT], [*BAD_TEXT, ({"text": TEXT[:2]}, r"text must be \[C=3, D=4\]")]),
+    *itertools.product([heads.with_text], [WITH_TEXT], [*BAD_DATA[:5], *BAD_TEXT]),
+    (heads.with_text, WITH_TEXT, ({"text": TEXT[:2]}, r"text must be \[C=3, D=4\]")),
     (heads.balanced, {"head": HEAD, "labels": LABELS}, ({"labels": LABELS + 1}, "got 1 to 3")),
     (HEAD.with_new_classes, {"text": TEXT}, ({}, "Head.with_new_classes: this head uses no texts")),
     (heads.Head.of_text(TEXT, SCALE).with_new_classes, {}, ({"text": TEXT[:, :3]}, r"text must be \[C, D=4\]")),
