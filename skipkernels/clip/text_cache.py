@@ -1,4 +1,4 @@
-"""Text features at the cut in a folder: a `features.mapped_table`."""
+"""Text features at the cut in a folder: a `features.folder_table`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .._progress import Output, progress
 from ..digests import digest_tensors
+from ..features.folder_table import FolderTable
 from ..features.layout import NAMES, STORED_DTYPES, CacheError, Layout, probe_of
-from ..features.mapped_table import MappedTable
 from ..features.writer import TableWriter
 from ..folders import is_locked
 from ..formatting import escaped
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .text_features import TextFeatures
 
 
-def features_in_folder(folder: Path, features: TextFeatures, probe: Tensor) -> MappedTable:
+def features_in_folder(folder: Path, features: TextFeatures, probe: Tensor) -> FolderTable:
     """Rows [R, W] of all prompts at the cut, in a table that is created, completed or opened.
 
     If another process writes it, this one waits. `probe` has features [n, W] of a prompt, computed now.
@@ -41,7 +41,7 @@ def features_in_folder(folder: Path, features: TextFeatures, probe: Tensor) -> M
             for start, rows, number in features.chunks(writer.missing):
                 writer.write(start, rows.cpu())
                 advance(number)
-    return MappedTable.open(folder)
+    return FolderTable.open(folder)
 
 
 def _identity(features: TextFeatures) -> dict[str, str | int]:

@@ -17,10 +17,10 @@ from .. import _progress
 from ..checks import check_choice, check_dtype, check_shape
 from ..options import CacheDtype, Refresh, SamplerKind
 from .extraction import Encoder, Images
+from .folder_table import FolderTable
 from .identity import dataset_identity
 from .layout import NAMES, CacheError, Layout, probe_of
 from .loader import FeatureLoader
-from .mapped_table import MappedTable
 from .samplers import BatchSampler
 from .table import FeatureTable, SelectedRows
 from .writer import TableWriter
@@ -131,7 +131,7 @@ class FeatureCache(Dataset):
             _advancing(f"features → {folder}", len(images), progress) as advance,
         ):
             images.extract(encode, writer.write, advance, missing=writer.missing)
-        table = MappedTable.open(folder)
+        table = FolderTable.open(folder)
         return cls(table, table.labels())
 
     @classmethod
@@ -158,7 +158,7 @@ class FeatureCache(Dataset):
             CacheError: If there is no cache, or it is incomplete, damaged, or of another model or dataset.
         """
         folder = Path(path).absolute()
-        table = MappedTable.open(folder, verify=verify)
+        table = FolderTable.open(folder, verify=verify)
         layout = table.layout
         if not layout.labelled:
             raise CacheError(f"{folder}: does not hold features of images.")

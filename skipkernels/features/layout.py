@@ -1,4 +1,4 @@
-"""Files of a table of features: arrays in .npy files, a checksum for each finished row, and what the rows depend on.
+"""Files of a table of features: arrays in .npy files, checksums of each finished row, and what the rows depend on.
 
 docs/cache.md describes the files.
 """
@@ -6,7 +6,9 @@ docs/cache.md describes the files.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
+import itertools
 import json
 import math
 import os
@@ -14,7 +16,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,6 +24,9 @@ import xxhash
 from torch import Tensor
 
 from ..digests import digest_json
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 # Dtypes of rows in a folder, and of rows before they are stored and after they are read.
 STORED_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
@@ -32,7 +37,7 @@ _NUMPY = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16, "int8": np.
 FEATURES, SCALES, LABELS = "features.npy", "scales.npy", "labels.npy"
 CHECKSUMS, IDENTITY = "rows.npy", "identity.json"
 HEADER = 128  # bytes before the data of an array
-_FORMAT = 5  # version of the files
+_FORMAT = 6  # version of the files
 _DIGEST = re.compile("[0-9a-f]{32}")
 _LEVELS = 127  # int8 without −128: the scale is the same on both sides
 _PROBED = 64  # numbers of a probe
@@ -71,16 +76,10 @@ def dequantise(steps: Tensor, scales: Tensor) -> Tensor:
     return (steps.flatten(2) * scales.unsqueeze(-1)).view_as(steps)
 
 
-def checksums(seed: int, row_numbers: Sequence[int], parts: Sequence[Tensor]) -> list[int]:
-    """Checksum of the bytes of each row in all parts [n, …]; depends on its number, and is never 0."""
-    arrays = [part.contiguous().unsqueeze(-1).flatten(1).view(torch.uint8).numpy() for part in parts]  # [n, bytes]
-    found = []
-    for place, row in enumerate(row_numbers):
-        checksum = xxhash.xxh3_64(seed=(seed + row) % 2**64)
-        for array in arrays:
-            checksum.update(array[place])
-        found.append(checksum.intdigest() or 1)
-    return found
+def checksums(seed: int, row_numbers: Sequence[int], rows: NDArray[Any]) -> NDArray[np.uint64]:
+    """Checksum [n] of the bytes of each row [n, …] of an array; depends on its number, and is never 0."""
+    found = (xxhash.xxh3_64_intdigest(row, (seed + i) % 2**64) for i, row in zip(row_numbers, rows, strict=True))
+    return np.array([checksum or 1 for checksum in found], np.uint64)
 
 
 def probe_of(features: Tensor) -> tuple[float, ...]:
@@ -104,6 +103,22 @@ class Layout:
     identity: Mapping[str, str | int]  # What the rows depend on, by name
     probe: tuple[float, ...]  # See `probe_of`
 
+    def __post_init__(self) -> None:
+        """Raise a ValueError if a value, which may be that of a file, is none that a table can have."""
+        valid = {
+            "rows": _is_size(self.rows),
+            # int8 has scales of tokens [N], so that a row is [N, …]
+            "shape": all(map(_is_size, self.shape)) and len(self.shape) >= (2 if self.dtype == "int8" else 1),
+            "dtype": self.dtype in list(STORED_DTYPES),
+            "computed_dtype": self.computed_dtype in list(COMPUTED_DTYPES),
+            "labelled": isinstance(self.labelled, bool),
+            "identity": isinstance(self.identity, Mapping)
+            and all(isinstance(x, str | int) for x in self.identity.values()),
+            "probe": all(isinstance(number, float | int) for number in self.probe),
+        }
+        for name in (name for name, is_valid in valid.items() if not is_valid):
+            raise ValueError(f"{name} is {getattr(self, name)!r:.80}")
+
     @functools.cached_property
     def arrays(self) -> dict[str, tuple[tuple[int, ...], Any]]:
         """Shape and NumPy dtype of each array of the rows, by file name."""
@@ -113,6 +128,11 @@ class Layout:
         if self.labelled:
             arrays[LABELS] = (self.rows,), np.int64
         return arrays
+
+    @property
+    def checksum_array(self) -> tuple[tuple[int, ...], Any]:
+        """Shape and NumPy dtype of the checksums: of each row, one for each array."""
+        return (self.rows, len(self.arrays)), np.uint64
 
     @functools.cached_property
     def row_bytes(self) -> int:
@@ -158,18 +178,40 @@ class Layout:
     @classmethod
     def read(cls, folder: Path) -> Layout:
         """Read identity.json, which may be written by another program."""
-        path = folder / IDENTITY
-        if not path.is_file():
-            raise CacheError(f"{folder}: no {IDENTITY}: not a cache. Build it first.")
+        values = read_identity(folder)
+        if (version := values.pop("format")) != _FORMAT:
+            raise CacheError(
+                f"{folder / IDENTITY}: of format {version}, and this version reads {_FORMAT}. Delete the folder, and "
+                "build the cache again."
+            )
         try:
-            values = json.loads(path.read_bytes())
-            if (version := values.pop("format")) != _FORMAT:
-                raise ValueError(f"format {version}, and this version reads {_FORMAT}")
             return cls(**values | {"shape": tuple(values["shape"]), "probe": tuple(values["probe"])})
-        except OSError as error:
-            raise CacheError(f"{path}: unreadable ({error.strerror}). Make it readable.") from None
-        except (ValueError, TypeError, LookupError, AttributeError) as error:
-            raise CacheError(f"{path}: damaged ({error}). Delete the folder, and build the cache again.") from None
+        except (ValueError, TypeError, LookupError) as error:
+            raise _damaged_identity(folder, error) from None
+
+
+def read_identity(folder: Path) -> dict[str, Any]:
+    """Read the values of identity.json of a cache of any format; a CacheError if it is not that of a cache."""
+    path = folder / IDENTITY
+    if not path.is_file():
+        raise CacheError(f"{folder}: no {IDENTITY}: not a cache. Build it first.")
+    try:
+        values = json.loads(path.read_bytes())
+        if not isinstance(values, dict) or "format" not in values:
+            raise ValueError("no format")
+        return values
+    except OSError as error:
+        raise CacheError(f"{path}: unreadable ({error.strerror}). Make it readable.") from None
+    except ValueError as error:
+        raise _damaged_identity(folder, error) from None
+
+
+def _damaged_identity(folder: Path, error: Exception) -> CacheError:
+    return CacheError(f"{folder / IDENTITY}: damaged ({error}). Delete the folder, and build the cache again.")
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value > 0
 
 
 # ---- arrays ----------------------------------------------------------------------------------------------------------
@@ -186,8 +228,10 @@ def file_size(shape: tuple[int, ...], dtype: Any) -> int:
     return HEADER + math.prod(shape) * np.dtype(dtype).itemsize
 
 
-def map_array(path: Path, shape: tuple[int, ...], dtype: Any) -> Tensor:
-    """Map an array. Its pages are read at the first access."""
+def read_rows(path: Path, shape: tuple[int, ...], dtype: Any, row_numbers: Sequence[int]) -> NDArray[Any]:
+    """Read rows [n, …] of an array, after a check of its size and header. Consecutive ones are read at once."""
+    rows = np.empty((len(row_numbers), *shape[1:]), dtype)
+    ends = (np.flatnonzero(np.diff(row_numbers) != 1) + 1).tolist()  # of runs of consecutive rows, but the last
     try:
         with path.open("rb") as file:
             header, size, expected = file.read(HEADER), os.fstat(file.fileno()).st_size, file_size(shape, dtype)
@@ -197,8 +241,12 @@ def map_array(path: Path, shape: tuple[int, ...], dtype: Any) -> Tensor:
                 )
             if header != header_of(shape, dtype):
                 raise CacheError(f"{path}: damaged: another header. Build it again with `resume=True`.")
-            # Mapped as writable, without effect on the file: PyTorch warns about arrays that are not.
-            return torch.from_numpy(np.memmap(file, dtype, "c", HEADER, shape))
+            for start, end in itertools.pairwise(sorted({0, *ends, len(rows)})):
+                file.seek(HEADER + row_numbers[start] * rows[start].nbytes)
+                part = rows[start:end]
+                if file.readinto(part.data) < part.nbytes:
+                    raise OSError(errno.EIO, "truncated while it is read")
     except OSError as error:
         fault = "missing" if isinstance(error, FileNotFoundError) else f"unreadable: {error.strerror or error}"
         raise CacheError(f"{path}: {fault}. Build it again with `resume=True`.") from None
+    return rows

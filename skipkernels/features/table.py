@@ -1,4 +1,4 @@
-"""Tables of features: their interface, rows in memory, and some rows of another table. For a folder: `mapped_table`."""
+"""Tables of features: their interface, rows in memory, and some rows of another table. For a folder: `folder_table`."""
 
 from __future__ import annotations
 

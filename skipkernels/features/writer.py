@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 from ..checks import warn_caller
 from ..folders import locked, replace_text, sweep, sync
 from ..formatting import decimal
+from .folder_table import FolderTable
 from .layout import (
     CHECKSUMS,
     FEATURES,
@@ -35,10 +36,13 @@ from .layout import (
     checksums,
     file_size,
     header_of,
-    map_array,
     quantise,
+    read_identity,
+    read_rows,
 )
-from .mapped_table import MappedTable
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 _FLUSH_BYTES = 128 << 20  # bytes written between two flushes: the most that a killed build computes again
 
@@ -70,17 +74,16 @@ class TableWriter:
         self.folder, self.layout = folder.absolute(), layout
         self.missing = np.zeros(layout.rows, dtype=bool)
         self._resume, self._overwrite, self._wait = resume, overwrite, wait
-        self._arrays = layout.arrays | {CHECKSUMS: ((layout.rows,), np.uint64)}
+        self._arrays = layout.arrays | {CHECKSUMS: layout.checksum_array}
         self._files: dict[str, BinaryIO] = {}
-        self._written: list[tuple[int, list[int]]] = []  # first row and checksums of each write since the last flush
+        # First row and checksums [n, arrays] of each write since the last flush
+        self._written: list[tuple[int, NDArray[np.uint64]]] = []
         self._bytes = 0  # written since the last flush
         self._held = contextlib.ExitStack()
 
     def __enter__(self) -> TableWriter:
         with disk_errors(self.folder), contextlib.ExitStack() as held:
-            table = self._existing() if self._check_folder() else None
-            damaged = None if table is None else table.find_damage()
-            if table is not None and not damaged and table.row_checksums.all():
+            if self._check_folder() and self._is_whole():
                 return self
             self.folder.mkdir(parents=True, exist_ok=True)
             held.enter_context(locked(self.folder, wait=self._wait))
@@ -88,8 +91,7 @@ class TableWriter:
             if not self._check_folder():  # again: another process may have written before it released the lock
                 self._start()
             self._create_files()
-            table = MappedTable(self.folder, self.layout)
-            self._find_missing(table, table.find_damage() if damaged is None else damaged)
+            self._find_missing()
             for name in self._arrays:
                 self._files[name] = held.enter_context((self.folder / name).open("r+b"))
             self._held = held.pop_all()
@@ -114,11 +116,18 @@ class TableWriter:
                 f"{self.folder}: the features of row {first + row} are NaN, or out of the range of "
                 f"{self.layout.dtype}. {remedy}"
             )
-        parts = [part.contiguous() for part in (*stored, labels) if part is not None]
-        row_checksums = checksums(self.layout.seed, range(first, first + len(features)), parts)
+        parts = [_array(part) for part in (*stored, labels) if part is not None]
+        for part, (name, (shape, dtype)) in zip(parts, self.layout.arrays.items(), strict=True):
+            if part.shape[1:] != shape[1:] or part.dtype != dtype:
+                raise ValueError(
+                    f"TableWriter.write: rows of {name} must be {np.dtype(dtype)} {shape[1:]}; got {part.dtype} "
+                    f"{part.shape[1:]}."
+                )
+        numbers = range(first, first + len(features))
+        row_checksums = np.stack([checksums(self.layout.seed, numbers, part) for part in parts], axis=1)
         with disk_errors(self.folder):
             for name, part in zip(self.layout.arrays, parts, strict=True):
-                _write(self._files[name], first * part[0].nbytes, part.flatten().view(torch.uint8).numpy())
+                _write(self._files[name], first, part)
         self._written.append((first, row_checksums))
         self._bytes += len(features) * self.layout.row_bytes
         if self._bytes > _FLUSH_BYTES:
@@ -132,7 +141,7 @@ class TableWriter:
             for name in self.layout.arrays:
                 os.fsync(self._files[name].fileno())
             for first, row_checksums in self._written:
-                _write(self._files[CHECKSUMS], 8 * first, np.array(row_checksums, np.uint64))
+                _write(self._files[CHECKSUMS], first, row_checksums)
             os.fsync(self._files[CHECKSUMS].fileno())
         self._written, self._bytes = [], 0
 
@@ -150,7 +159,7 @@ class TableWriter:
             return False
         if IDENTITY not in files:
             raise CacheError(f"{folder}: holds other files ({files[0]}). Choose an empty folder.")
-        found = Layout.read(folder)
+        read_identity(folder)
         if self._overwrite:
             return False
         if not self._resume:
@@ -158,15 +167,16 @@ class TableWriter:
                 f"{folder}: holds a cache. Open it, continue or repair it with `resume=True`, or replace it with "
                 "`overwrite=True`."
             )
-        found.check_equal(self.layout, folder)
+        Layout.read(folder).check_equal(self.layout, folder)
         return True
 
-    def _existing(self) -> MappedTable | None:
-        """Return the table in the folder; None if a file is missing, or has another size or header."""
+    def _is_whole(self) -> bool:
+        """Return True if the table in the folder is complete and without damage."""
         try:
-            return MappedTable(self.folder, self.layout)
+            FolderTable.open(self.folder, verify=True)
+            return True
         except CacheError:
-            return None
+            return False
 
     def _start(self) -> None:
         """Delete the arrays of another table, and write identity.json: from here on the folder can be resumed."""
@@ -179,16 +189,18 @@ class TableWriter:
         for name, array in self._arrays.items():
             path = self.folder / name
             try:
-                map_array(path, *array)
+                read_rows(path, *array, [])
             except CacheError:
                 with path.open("r+b" if path.exists() else "w+b") as file:
                     file.write(header_of(*array))
                     file.truncate(file_size(*array))
         sync(self.folder)
 
-    def _find_missing(self, table: MappedTable, damaged: list[int]) -> None:
+    def _find_missing(self) -> None:
         """Set `missing`; a CacheError if these rows are larger than the free space."""
-        self.missing = table.row_checksums == 0
+        table = FolderTable(self.folder, self.layout)
+        damaged = table.find_damage()
+        self.missing = ~table.finished
         self.missing[damaged] = True
         if damaged:
             warn_caller(f"{table.damage_message(damaged)} It is computed again.")
@@ -215,8 +227,14 @@ def disk_errors(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _write(file: BinaryIO, place: int, data: np.ndarray) -> None:
-    """Write at a place of the data of an array."""
-    file.seek(HEADER + place)
-    file.write(data.data)
+def _array(part: Tensor) -> NDArray[Any]:
+    """Return a tensor as an array; NumPy has no bf16, and gets its bits."""
+    part = part.contiguous()
+    return (part.view(torch.uint16) if part.dtype == torch.bfloat16 else part).numpy()
+
+
+def _write(file: BinaryIO, first: int, rows: NDArray[Any]) -> None:
+    """Write rows [n, …] of an array."""
+    file.seek(HEADER + first * rows[0].nbytes)
+    file.write(rows.data)
     file.flush()
