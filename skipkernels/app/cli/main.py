@@ -6,6 +6,7 @@ import contextlib
 import errno
 import signal
 import sys
+import warnings
 from typing import Annotated, Any, Union
 
 import tyro
@@ -54,6 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
         number of the signal that interrupted the command. For help, and for arguments that can't be parsed, SystemExit
         with 0 and 2 is raised.
     """
+    warnings.filterwarnings("ignore", module="PIL")  # of large images, and of those that it repairs
     out, err = Terminal(sys.stdout), Terminal(sys.stderr)
     closed = (errno.EPIPE, errno.EIO) if out.is_terminal else (errno.EPIPE,)  # `| head -1`, or a closed terminal
     with contextlib.redirect_stdout(out.file), contextlib.redirect_stderr(err.file):

@@ -40,9 +40,12 @@ def check(capsys, data: Path, *options: object) -> tuple[int, str]:
     return code, capsys.readouterr().out
 
 
-def test_check_without_findings(data, capsys, monkeypatch):
+def test_check_without_findings(data, capsys, monkeypatch, recwarn):
+    """Of an image with EXIF data that end too early, Pillow warns."""
     monkeypatch.delenv("COLUMNS", raising=False)
+    photo(0).save(data / "train/cat/0.png", exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01\x03\0\x01")
     code, out = check(capsys, data)
+    assert not [each for each in recwarn if "EXIF" in str(each.message)]
     assert code == 0 and "no unreadable images, no duplicates" in out
     heads = ("split", "images", "unreadable", "classes", "per class", "smallest", "median", "largest")
     assert all(head in out for head in heads) and out.count("120×90") == 6, "in a pipe, the table is not cut"
