@@ -41,7 +41,7 @@ def check(capsys, data: Path, *options: object) -> tuple[int, str]:
 
 
 def test_check_without_findings(data, capsys, monkeypatch, recwarn):
-    """Of an image with EXIF data that end too early, Pillow warns."""
+    """The EXIF data of an image end too early, of which Pillow warns."""
     monkeypatch.delenv("COLUMNS", raising=False)
     photo(0).save(data / "train/cat/0.png", exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01\x03\0\x01")
     code, out = check(capsys, data)

@@ -192,28 +192,19 @@ def images(tmp_path):
     return Images.of_files(tmp_path, paths, labels)
 
 
-def test_images_subset_keeps_order(images):
-    part = images.subset([5, 0])
-    assert (len(part), part.labels, part.names) == (2, [2, 0], ["inner/5.png", "inner/0.png"])
-    assert [(class_of(image), label) for image, label in (part[0], part[1])] == [(2, 2), (0, 0)]
-    assert len(images) == 6
-
-
-def test_images_subset_classes_relabels(images):
-    part = images.subset_classes([2, 0])
-    assert part.labels == [1, 0, 1, 0]
-    assert [(class_of(part[i][0]), part[i][1]) for i in range(4)] == [(0, 1), (2, 0), (0, 1), (2, 0)]
-    again = part.subset_classes([0])
-    assert (again.labels, again.names) == ([0, 0], ["inner/2.png", "inner/5.png"])
-    assert class_of(again[1][0]) == 2
-    assert len(images.subset_classes([])) == 0
-
-
-def test_images_with_transform_copies(images):
-    assert images.with_transform(class_of)[4] == (1, 1)
-    assert isinstance(images[4][0], Image.Image)
-    assert images.with_transform(class_of).subset([4])[0] == (1, 1)
-    assert isinstance(images.with_transform(class_of).with_transform(None)[4][0], Image.Image)
+def test_parts_of_images_are_copies(images):
+    """In a given order, and with labels in the order of the classes; also parts of parts."""
+    parts = {
+        "images": (images, [(0, 0), (1, 1), (2, 2), (0, 0), (1, 1), (2, 2)], "012345"),
+        "subset": (images.subset([5, 0]), [(2, 2), (0, 0)], "50"),
+        "classes": (images.subset_classes([2, 0]), [(0, 1), (2, 0), (0, 1), (2, 0)], "0235"),
+        "both": (images.subset_classes([2, 0]).subset_classes([0]).subset([1]), [(2, 0)], "5"),
+        "none": (images.subset_classes([]), [], ""),
+    }
+    for name, (part, found, numbers) in parts.items():
+        assert (part.labels, part.names) == ([label for _, label in found], [f"inner/{n}.png" for n in numbers]), name
+        assert [part.with_transform(class_of)[index] for index in range(len(part))] == found, name
+        assert all(isinstance(part[index][0], Image.Image) for index in range(len(part))), name
 
 
 def test_images_label_count():
