@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -116,29 +116,20 @@ def from_datasets(
     datasets = {split: dataset for split, dataset in given.items() if dataset is not None}
     if not datasets:
         raise InputError(f"{name} must have a dataset; got none. Give train=, val= or test=.", function="from_datasets")
-    if classes is None:
-        classes = next((own for d in datasets.values() if (own := _names_of(d)) is not None), None)
-    if classes is None:
-        raise InputError(f"{name} has no class names. Give classes=[…], names by label.", "classes", "from_datasets")
-    if isinstance(classes, str) or not hasattr(classes, "__len__"):
-        raise InputError(
-            f"{name}: classes must be names by label, a list; got {classes!r}.", "classes", "from_datasets"
-        )
-    names = class_names(name, classes, "give others as classes=[…]", "classes")
-    splits: dict[Split, Images] = {}
-    for split, dataset in datasets.items():
-        own = getattr(dataset, "names", None)
-        images = Images(dataset, names=own if isinstance(own, (list, tuple)) else None)
-        outside = [(i, label) for i, label in enumerate(images.labels) if not 0 <= label < len(classes)]
-        if outside:
-            raise InputError(
-                f"{name}: labels must be from 0 to {len(classes) - 1}, as there are {len(classes)} "
-                f"classes; got {outside[0][1]} for item {outside[0][0]} of {split}. Name all classes, or relabel.",
-                split,
-                "from_datasets",
-            )
-        splits[split] = images
+    names = _class_names(name, datasets.values(), classes)
+    splits = {split: _labelled_images(name, split, dataset, len(names)) for split, dataset in datasets.items()}
     return Source(name, names, resolve_templates(None, templates), splits=splits)
+
+
+def _class_names(name: str, datasets: Iterable[Any], given: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the given names of the classes, or those of the first dataset that has some."""
+    own = (_names_of(dataset) for dataset in datasets)
+    names = next((each for each in own if each is not None), None) if given is None else given
+    if names is None:
+        raise InputError(f"{name} has no class names. Give classes=[…], names by label.", "classes", "from_datasets")
+    if isinstance(names, str) or not hasattr(names, "__len__"):
+        raise InputError(f"{name}: classes must be names by label, a list; got {names!r}.", "classes", "from_datasets")
+    return class_names(name, names, "give others as classes=[…]", "classes")
 
 
 def _names_of(dataset: Any) -> Sequence[str] | None:
@@ -146,3 +137,18 @@ def _names_of(dataset: Any) -> Sequence[str] | None:
     features = getattr(dataset, "features", None)
     label = features.get("label") if isinstance(features, Mapping) else None
     return getattr(dataset, "classes", getattr(label, "names", None))
+
+
+def _labelled_images(name: str, split: Split, dataset: SizedDataset, classes: int) -> Images:
+    """Return the images of a dataset, with labels from 0 to `classes` − 1."""
+    own = getattr(dataset, "names", None)
+    images = Images(dataset, names=own if isinstance(own, (list, tuple)) else None)
+    for index, label in enumerate(images.labels):
+        if not 0 <= label < classes:
+            raise InputError(
+                f"{name}: labels must be from 0 to {classes - 1}, as there are {classes} "
+                f"classes; got {label} for item {index} of {split}. Name all classes, or relabel.",
+                split,
+                "from_datasets",
+            )
+    return images
