@@ -77,7 +77,7 @@ def blend(
         >>> blended["blend"]["chosen"], blended["blend"]["accuracy"]["base"][10] == tuned["tuned"]["base"]
         (0.3, True)
     """
-    if alpha != "auto" and not (type(alpha) in (int, float) and 0 <= alpha <= 1):
+    if alpha != "auto" and (isinstance(alpha, (bool, str)) or not 0 <= alpha <= 1):
         raise InputError(f'must be from 0 to 1, or "auto"; got {alpha!r}.', "alpha", "blend")
     folder, target = _folders(run, out)
     config = _config_of_run(folder, device, trust=trust)

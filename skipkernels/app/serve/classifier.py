@@ -333,8 +333,7 @@ def check_counts(**counts: int | None) -> None:
 
 def check_threshold(threshold: float | None) -> None:
     """Raise an InputError if the threshold is not a number from 0 to 1, or None."""
-    number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
-    if threshold is not None and not (number and 0 <= threshold <= 1):
+    if threshold is not None and (isinstance(threshold, (bool, str)) or not 0 <= threshold <= 1):
         raise InputError(
             f"must be a number from 0 to 1; got {threshold!r}. The run's report.html has "
             "thresholds with their accuracy.",
