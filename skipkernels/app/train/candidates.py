@@ -299,7 +299,7 @@ class Search:
         if not self.allowed:
             raise FloatingPointError(f"tune: the training of every candidate diverged. {REMEDY}")
         if self.tests_new:
-            return self.allowed[-1], "new classes are tested, which held-out images do not show"
+            return self.allowed[-1], "new classes are tested, and held-out images do not show what these lose"
         top, equal = best(self.allowed, balanced=self.config.balances)
         because = f"highest {'balanced ' * self.config.balances}accuracy on {len(self.labels)} held-out images"
         return top, because + (f", equal to {plural(equal, 'other')}; lowest loss" if equal else "")

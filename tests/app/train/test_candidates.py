@@ -212,7 +212,7 @@ def test_where_new_classes_are_tested_the_accuracy_does_not_choose(changes, name
     assert [trial.candidate.name for trials in search.run() for trial in trials] == names
     choice = search.choice(stopped=False)
     assert choice.name == (names[-1] if names else "Skip Tuning, blended + Gaussian head")
-    assert not names or choice.because == "new classes are tested, which held-out images do not show"
+    assert not names or choice.because == "new classes are tested, and held-out images do not show what these lose"
 
 
 @pytest.mark.parametrize(("rights", "chosen", "equal"), [([12, 15, 13], 1.0, 0), ([12, 15, 15], 1.0, 1)])
