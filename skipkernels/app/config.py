@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -38,6 +39,7 @@ RATES = ("text_lr", "image_lr")
 
 # Types are not converted: `epochs: true` and `seed: "3"` are errors.
 _SCHEMA = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+_WORDS = re.compile("^Input (should be|is not) ")
 
 
 def setting_error(error: ValidationError) -> InputError:
@@ -49,7 +51,7 @@ def setting_error(error: ValidationError) -> InputError:
         hint = f"; did you mean {close[0]}?" if close else "."
         return InputError(f"unknown setting {setting!r}{hint}", function="TuneConfig")
     # a message for each type of a union
-    expected = [one["msg"].removeprefix("Input should be ") for one in errors if one["loc"][0] == setting]
+    expected = [_WORDS.sub("", one["msg"]) for one in errors if one["loc"][0] == setting]
     got = repr(errors[0]["input"])
     return InputError(f"must be {' or '.join(dict.fromkeys(expected))}; got {got}.", setting, "TuneConfig")
 
@@ -67,12 +69,6 @@ class TuneConfig(Settings):
     dataset_identity: str | None = None
     """Digest of a dataset that was passed to `tune`, which sets it."""
 
-    @field_validator("root", "cache", "out", mode="before")
-    @classmethod
-    def _path(cls, value: Any) -> Any:
-        """Accept a string as a path."""
-        return Path(value) if isinstance(value, str) else value
-
     @field_validator("method")
     @classmethod
     def _known(cls, value: str) -> str:
@@ -80,12 +76,6 @@ class TuneConfig(Settings):
         if value not in (AUTO, *METHODS):
             raise PydanticCustomError("method", "one of {names}", {"names": ", ".join([AUTO, *METHODS])})
         return value
-
-    @field_validator("template", mode="before")
-    @classmethod
-    def _tuple(cls, value: Any) -> Any:
-        """Accept a list as a tuple."""
-        return tuple(value) if isinstance(value, list) else value
 
     def resolved(self, open_data: Callable[[], Source] | None = None) -> TuneConfig:
         """Return the configuration with all defaults filled in, some of which depend on the number of classes.

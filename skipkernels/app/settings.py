@@ -33,16 +33,17 @@ from ..options import (
 from .methods.registry import AUTO, METHOD_HELP
 
 
-def option(default: Any, *, results: bool = True, help: str | None = None, **bounds: float) -> Any:
+def option(default: Any, *, results: bool = True, help: str | None = None, **schema: Any) -> Any:
     """Field of `Settings`.
 
     Args:
         default: Default value.
         results: False if it changes the results by rounding at most, so that a resumed run may have another value.
         help: Help text; by default the text below the field.
-        bounds: Bounds of a number as for `pydantic.Field`: ge, gt, le, lt.
+        schema: Arguments of `pydantic.Field`: bounds of a number (ge, gt, le, lt); and strict, where False also takes a
+            text as a path, or a list as a tuple.
     """
-    return dataclasses.field(default=default, metadata={"results": results, "help": help, **bounds})
+    return dataclasses.field(default=default, metadata={"results": results, "help": help, **schema})
 
 
 _NO_EFFECT = {"resume", "overwrite", "config", "print_config", "trust"}  # on what is computed
@@ -57,9 +58,9 @@ class Settings:
     data: str = "pictograms"
     """Dataset: imagefolder:PATH, csv:PATH, hf:PATH or hf:NAME of Hugging Face, coop:NAME of CoOp's benchmarks (with
     --root), or pictograms and pictograms:TASK, such as pictograms:animals."""
-    root: Path | None = option(None, results=False)
+    root: Path | None = option(None, results=False, strict=False)
     """Folder that contains the datasets of coop:, or the images of csv:."""
-    template: tuple[str, ...] | None = None
+    template: tuple[str, ...] | None = option(None, strict=False)
     """Prompts such as "a photo of a {}.", or paper or coop for the prompts of these papers. Training uses the first;
     for evaluation the embeddings of all are averaged. By default paper."""
     shots: Shots | None = None
@@ -184,7 +185,7 @@ class Settings:
 
     # Feature cache
 
-    cache: Path | None = option(None, results=False)
+    cache: Path | None = option(None, results=False, strict=False)
     """Folder that stores features at the cut, also for later runs. By default features are kept in memory."""
     cache_dtype: CacheDtype = "bf16"
     """Type of the stored features. int8 is lossy."""
@@ -203,7 +204,7 @@ class Settings:
 
     # Run folder
 
-    out: Path | None = option(None, results=False)
+    out: Path | None = option(None, results=False, strict=False)
     """Folder of the results. By default runs/DATA-METHOD."""
     overwrite: bool = option(False, results=False)
     """Replace an earlier run in the folder."""

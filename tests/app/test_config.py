@@ -125,6 +125,7 @@ WRONG = {
     "text_lr: .nan": "text_lr must be a finite number; got nan.",
     "shots: many": "shots must be a valid integer or 'all'; got 'many'.",
     "template: 'a {}.'": "template must be a valid tuple; got 'a {}.'.",
+    "root: 1": "root must be a valid path for <class 'pathlib.Path'>; got 1.",
     "resume: 1": "resume must be a valid boolean; got 1.",
     "method: skipp": f"method must be one of auto, {', '.join(METHODS)}; got 'skipp'.",
     "optimizer: adamv": "optimizer must be 'sgd' or 'adamw'; got 'adamv'.",

@@ -61,6 +61,7 @@ def _show(config: TuneConfig, metrics: dict[str, Any], out: Terminal) -> None:
     """Print the tables of a run, and the names of its files."""
     from skipkernels.app.report import summary
     from skipkernels.app.report.words import title_of
+    from skipkernels.app.results.files import RUN_FILES
 
     assert config.out is not None
     if metrics["candidates"]:
@@ -70,9 +71,7 @@ def _show(config: TuneConfig, metrics: dict[str, Any], out: Terminal) -> None:
         if text is not None:
             out.print(text, soft_wrap=True)
     out.print(summary.cost_table(config, metrics).in_terminal())
-    names = ["report.html", "README.md", "metrics.json", "metrics.jsonl", metrics["checkpoint"]["file"]]
-    names += ["config.yaml", "classifier.json", "open_clip_config.json"]
-    files = "  ".join(name for name in names if (config.out / name).exists())
+    files = "  ".join(name for name in RUN_FILES if (config.out / name).exists())
     out.print(f"{config.out}:  {files}", soft_wrap=True)
 
 
