@@ -37,20 +37,6 @@ class Result(NamedTuple):
     folder: str
 
 
-class Planned(NamedTuple):
-    """A run to start, to resume, or that is complete."""
-
-    variant: str
-    config: TuneConfig  # resolved, with the folder of the run
-    folder: str  # relative to that of the study
-    metrics: dict[str, Any] | None  # of the complete run
-
-    @property
-    def title(self) -> str:
-        """Variant and seed."""
-        return f"{self.variant}, seed {self.config.seed}"
-
-
 def run_variants(
     variants: Mapping[str, TuneConfig],
     seeds: Sequence[int],
@@ -69,44 +55,48 @@ def run_variants(
     With `keep_diverged`, a run with an infinite or NaN loss is a result, with the status "diverged" and its time.
     """
     planned = [
-        _plan(name, variants[name], seed, folder, overwrite=overwrite)
+        (name, *_plan(name, variants[name], seed, folder, overwrite=overwrite))
         for seed, name in itertools.product(seeds, variants)
     ]
-    waiting = [run for run in planned if run.metrics is None]
-    if len(waiting) > 1:
+    waiting = {variant: config for variant, config, metrics in planned if metrics is None}  # one seed of each
+    complete = sum(metrics is not None for _, _, metrics in planned)
+    if len(planned) - complete > 1:
         console.print(plain("checking the settings", "dim"))
-        _in_subprocess(_check, {run.variant: run.config for run in waiting})  # one seed of each variant
-    if len(waiting) < len(planned):
-        print_plain(console, f"{len(planned) - len(waiting)} of {len(planned)} runs are complete in {folder}")
+        _in_subprocess(_check, waiting)
+    if complete:
+        print_plain(console, f"{complete} of {len(planned)} runs are complete in {folder}")
     results = []
-    for number, run in enumerate(planned, 1):
-        metrics = run.metrics
+    for number, (variant, config, metrics) in enumerate(planned, 1):
         if metrics is None:
-            console.print(plain(f"{number} of {len(planned)}", "bold"), plain(f" {run.title}"), soft_wrap=True)
-            started = time.perf_counter()
+            title, started = f"{variant}, seed {config.seed}", time.perf_counter()
+            console.print(plain(f"{number} of {len(planned)}", "bold"), plain(f" {title}"), soft_wrap=True)
             try:
-                metrics = _in_subprocess(_run, run.config)
+                metrics = _in_subprocess(_run, config)
             except FloatingPointError:
                 if not keep_diverged:
                     raise
                 metrics = {"status": "diverged", "cost": {"seconds_total": time.perf_counter() - started}}
-            print_plain(console, f"{run.title}: {_outcome(metrics)}, {duration(time.perf_counter() - started)}")
-        results.append(Result(run.variant, run.config.seed, metrics, run.folder))
+            print_plain(console, f"{title}: {_outcome(metrics)}, {duration(time.perf_counter() - started)}")
+        results.append(Result(variant, config.seed, metrics, _folder(variant, config.seed)))
     return results
 
 
-def _plan(variant: str, config: TuneConfig, seed: int, folder: Path, *, overwrite: bool) -> Planned:
-    """Plan the run of a variant; raise if its folder holds a complete run with other settings."""
-    inner = f"{RUNS}/{file_name(variant)}-{seed}"
-    out = folder / inner
+def _folder(variant: str, seed: int) -> str:
+    return f"{RUNS}/{file_name(variant)}-{seed}"
+
+
+def _plan(
+    variant: str, config: TuneConfig, seed: int, folder: Path, *, overwrite: bool
+) -> tuple[TuneConfig, dict[str, Any] | None]:
+    """Return the configuration of a run, and the metrics if it is complete; raise if that has other settings."""
+    out = folder / _folder(variant, seed)
     config = dataclasses.replace(config, seed=seed, out=out, overwrite=overwrite, resume=False)
     metrics = None
     with _variant_in_errors(variant):
         config = config.resolved()
         if (out / METRICS).exists() and not overwrite:
             metrics = RunFolder(dataclasses.replace(chosen_before(config)[0], resume=True)).finished
-    config = dataclasses.replace(config, resume=not overwrite and (out / CONFIG).exists())
-    return Planned(variant, config, inner, metrics)
+    return dataclasses.replace(config, resume=not overwrite and (out / CONFIG).exists()), metrics
 
 
 def _outcome(metrics: Mapping[str, Any]) -> str:
