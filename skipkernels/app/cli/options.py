@@ -21,8 +21,8 @@ BASIC = {"data", "model", "pretrained", "method", "head", "blend", "shots", "epo
 
 _READ = "read"  # marks a type for tyro's own rule
 
+# Types of the options of commands that take a run.
 Run = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
-"""Type of the positional argument RUN, the folder of a run."""
 
 Trust = Annotated[
     bool,
@@ -31,10 +31,8 @@ Trust = Annotated[
         "in other folders. Code in the folder never runs."
     ),
 ]
-"""Type of the option --trust."""
 
 Top = Annotated[int, tyro.conf.arg(help="Number of classes for each image, best first.")]
-"""Type of the option --top."""
 
 Threshold = Annotated[
     float | None,
@@ -43,13 +41,10 @@ Threshold = Annotated[
         "report.html of the run has thresholds with their accuracy."
     ),
 ]
-"""Type of the option --threshold."""
 
 Device = Annotated[str | None, tyro.conf.arg(help="cpu, cuda, cuda:1, …. By default cuda if there is one, else cpu.")]
-"""Type of the option --device of a command that applies a run."""
 
 PrecisionOption = Annotated[Precision, tyro.conf.arg(help="auto is bf16 on a GPU that has it, else fp32.")]
-"""Type of the option --precision of such a command."""
 
 
 def tune_config(command: Settings, **changes: Any) -> TuneConfig:

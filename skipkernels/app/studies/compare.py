@@ -84,11 +84,6 @@ class Searched(NamedTuple):
     seconds: float
 
 
-def _rates_given(config: TuneConfig) -> bool:
-    """Return True if a learning rate is set, so that none is searched."""
-    return any(getattr(config, name) is not None for name in RATES)
-
-
 def _scaled_rates(config: TuneConfig, multiplier: float) -> dict[str, Any]:
     """Return the learning rates of a method's recipe times a factor; none for a method without steps."""
     resolved = config.resolved()
@@ -99,8 +94,9 @@ def _scaled_rates(config: TuneConfig, multiplier: float) -> dict[str, Any]:
 def _search(configs: dict[str, TuneConfig], folder: Path, console: Console, overwrite: bool) -> dict[str, Searched]:
     """Search the learning rates of each method that has some; see `compare`."""
     config, balanced = next(iter(configs.values())), any(of.balances for of in configs.values())
-    if _rates_given(config) or build_task(config.resolved()).validation is None:
-        why = "they are given" if _rates_given(config) else "there are no validation images"
+    given = any(getattr(config, name) is not None for name in RATES)
+    if given or build_task(config.resolved()).validation is None:
+        why = "they are given" if given else "there are no validation images"
         console.print(plain(f"note: learning rates are not searched, as {why}."))
         return {}
     tried = {
