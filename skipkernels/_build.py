@@ -93,8 +93,8 @@ def main(out: Path | None = None) -> int:
     """Build the library, by default that of the package unless it is there, and print its path, or why it failed."""
     from ._progress import progress
 
-    library = library_path() if out is None else out.absolute()
     try:
+        library = library_path() if out is None else out.absolute()
         if out is not None or not library.is_file():
             sys.stderr.write("building the C++ kernels, one to three minutes\n")
             with progress("building", len(list(source_dir().glob("*.cpp"))) + 1) as advance:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -181,8 +182,8 @@ def _checked_arguments(rank: Any, targets: str | Sequence[str], alpha: float | N
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f"add_lora: rank must be an integer of at least 1; got {rank!r}.")
     numerator = float(rank if alpha is None else alpha)
-    if not numerator > 0:
-        raise ValueError(f"add_lora: alpha must be above 0; got {numerator}.")
+    if not 0 < numerator < math.inf:
+        raise ValueError(f"add_lora: alpha must be above 0 and finite; got {numerator}.")
     chosen = frozenset(TARGETS if targets == "all-linear" else [targets] if isinstance(targets, str) else targets)
     if not chosen or not chosen <= set(TARGETS):
         raise ValueError(f'add_lora: targets must be of {", ".join(TARGETS)}, or "all-linear"; got {targets!r}.')

@@ -103,6 +103,7 @@ def test_compiler_with_arguments_and_further_flags(pretended, monkeypatch, tmp_p
         ("CXXFLAGS", r"CXX or CXXFLAGS cannot be split into words \(No closing quotation\)"),
         ("ninja", r"ninja is not installed \(pip install ninja\)"),
         ("folder", "Not a directory|File exists"),
+        ("sources", "No such file or directory: .*csrc"),
         ("error", r"failed with exit code 1:.*FAILED: .*\.o.*broken header"),
     ],
 )
@@ -114,6 +115,8 @@ def test_failed_build_is_printed(pretended, monkeypatch, tmp_path, capsys, case,
         monkeypatch.setitem(sys.modules, "ninja", None)
     elif case == "folder":
         out = tmp_path / "a compiler" / "kernels.so"
+    elif case == "sources":
+        shutil.rmtree(tmp_path / "package" / "csrc")
     else:
         monkeypatch.setenv(case, {"CXX": "/no/such/compiler", "CXXFLAGS": '"-g'}[case])
     assert _build.main(out) == 1
