@@ -264,8 +264,8 @@ class FeatureCache(Dataset):
 
         Args:
             batch_size: Images per batch.
-            sampler: "class_pure", "random" or "sequential", or lists of image numbers, such as a
-                `torch.utils.data.BatchSampler`. See `BatchSampler`.
+            sampler: "class_pure", "random", "balanced" or "sequential", see `BatchSampler`; or lists of image numbers,
+                such as a `torch.utils.data.BatchSampler`.
             generator: Generator of the order; default: a new one with seed 0.
             rank: Index of this process in `world_size`; a process gets its part of every global batch. Lists of image
                 numbers are not divided.

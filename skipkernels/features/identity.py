@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, TensorDataset
 
 from ..digests import digest_json, digest_tensors
+from ..labels import whole_number
 from .layout import CacheError
 
 _PATH_ATTRIBUTES = ("samples", "imgs", "paths")  # of files, or of pairs that begin with one, as in torchvision
@@ -81,10 +83,13 @@ class _Description:
 def _describe(dataset: Any) -> _Description:
     if isinstance(dataset, ConcatDataset):
         parts = [_describe(part) for part in dataset.datasets]
+        images: list[str | int] = []
+        for part in parts:  # numbers of images that are not listed go on
+            start = len(images)
+            images += [image + start if isinstance(image, int) else image for image in part.images]
+        transforms = [part.transforms for part in parts]
         return _Description(
-            [image for part in parts for image in part.images],
-            [label for part in parts for label in part.labels],
-            [part.transforms for part in parts],
+            images, [label for part in parts for label in part.labels], transforms if any(transforms) else []
         )
     is_subset = hasattr(dataset, "dataset") and hasattr(dataset, "indices")  # such as torch.utils.data.Subset
     indices = [int(index) for index in (dataset.indices if is_subset else range(len(dataset)))]
@@ -146,13 +151,13 @@ def _labels(dataset: Any) -> list[int | None]:
     values: Any = next((value for value in listed if value is not None), None)
     if isinstance(dataset, TensorDataset):
         values = dataset.tensors[-1]
-    try:
-        if isinstance(dataset, (list, tuple)):
-            values = [label for _, label in dataset]
-        labels: list[int | None] = [int(x) for x in (values.tolist() if hasattr(values, "tolist") else values)]
-        return labels if len(labels) == len(dataset) else []
-    except (TypeError, ValueError, RuntimeError, OverflowError):  # not listed, or not numbers
+    elif isinstance(dataset, (list, tuple)):
+        values = [item[1] if isinstance(item, (list, tuple)) and len(item) == 2 else None for item in dataset]
+    values = values.tolist() if hasattr(values, "tolist") else values
+    if not isinstance(values, Sequence) or len(values) != len(dataset):
         return []
+    labels = list(map(whole_number, values))
+    return [] if None in labels else labels
 
 
 def _with_file_status(images: list[str | int]) -> list[Any]:

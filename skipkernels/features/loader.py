@@ -74,7 +74,10 @@ class FeatureLoader:
         self.epoch, self._state = self.epoch + 1, None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position in the epoch; after loading it, the next iteration yields the remaining batches."""
+        """Return the position in the epoch; after loading it, the next iteration yields the remaining batches.
+
+        After the last batch, in the body of the loop, none remain: the next iteration ends at once.
+        """
         state = self._sampler_state() if self._state is None else self._state
         if state is None:
             raise TypeError(

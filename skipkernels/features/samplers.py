@@ -18,7 +18,8 @@ class BatchSampler(Sampler[list[int]]):
 
     Args:
         labels: Label of every item, [n].
-        batch_size: Items per batch of one process; the last batch of an epoch may have fewer.
+        batch_size: Items per batch of one process. The last batch of an epoch may have fewer; with several processes,
+            its parts may differ by one item, and have one more: items that are fewer than the processes join it.
         kind: "class_pure" (default): full batches of one class, and batches that mix the remaining images of all
             classes; "random"; "sequential". With these every image is in one batch per epoch. "balanced": as many
             images are drawn with replacement, each class with the same probability.

@@ -196,8 +196,12 @@ class Named(Dataset):
         return 4
 
 
-def test_images_that_are_not_listed():
-    assert dataset_identity(Named())["images"] == dataset_identity([("an image", 0)])["images"] == "not listed"
+@pytest.mark.parametrize(
+    "dataset", [Named(), ConcatDataset([Named(), Named()]), [("an image", None), ("an image", 0.5)]], ids=repr
+)
+def test_what_is_not_listed(dataset):
+    found = dataset_identity(dataset)
+    assert (found["images"], found["labels"], found["image transform"]) == ("not listed", "not listed", "none")
 
 
 # ---- transforms that cannot be compared, and a given identity --------------------------------------------------------
