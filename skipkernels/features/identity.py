@@ -84,7 +84,7 @@ def _describe(dataset: Any) -> _Description:
     if isinstance(dataset, ConcatDataset):
         parts = [_describe(part) for part in dataset.datasets]
         images: list[str | int] = []
-        for part in parts:  # numbers of images that are not listed go on
+        for part in parts:  # images that are not listed are numbered over all parts
             start = len(images)
             images += [image + start if isinstance(image, int) else image for image in part.images]
         transforms = [part.transforms for part in parts]

@@ -6,7 +6,6 @@ call `extend_cfg(cfg)` where the project extends its configuration; `set_publish
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .. import published
+from ..checks import warn_caller
 from ..clip import SkipCLIP
 from ..features import BatchSampler
 from ..options import Protocol
@@ -68,6 +68,7 @@ def set_published(cfg: Any, protocol: Protocol = "base-to-new") -> None:
     """Set the published settings of Skip Tuning for DATASET.NAME, but fp32 for fp16.
 
     Call it after the file of the dataset is merged, and before the options of the command line, which take precedence.
+    TEMPLATE and MEMORY of TRAINER.SKIPKERNELS keep what the file set.
 
     Args:
         cfg: Dassl configuration.
@@ -95,13 +96,15 @@ def set_published(cfg: Any, protocol: Protocol = "base-to-new") -> None:
         "INPUT.PIXEL_STD": list(OPENAI_DATASET_STD),
         "INPUT.TRANSFORMS": ("random_resized_crop", "random_flip", "normalize"),
         "MODEL.BACKBONE.NAME": "ViT-B/16",
-        "TRAINER.SKIPKERNELS.TEXT_LR": rates.text_lr,
-        "TRAINER.SKIPKERNELS.IMAGE_LR": rates.image_lr,
-        "TRAINER.SKIPKERNELS.TAIL": "fixed",
     }
     if hasattr(cfg.TRAINER, "PREC"):
         settings["TRAINER.PREC"] = "fp32"
-    extend_cfg(cfg)
+    own = {"TEXT_LR": rates.text_lr, "IMAGE_LR": rates.image_lr, "TAIL": "fixed"}
+    for name, value in (DEFAULTS | own).items():
+        if name not in ("TEMPLATE", "MEMORY"):
+            settings[f"TRAINER.SKIPKERNELS.{name}"] = value
+    if not hasattr(cfg.TRAINER, "SKIPKERNELS"):
+        extend_cfg(cfg)
     cfg.merge_from_list([part for setting in settings.items() for part in setting])
 
 
@@ -176,10 +179,9 @@ class SkipKernels(TrainerX):
         "ViT-B/16".
         """
         name, weights = self.cfg.MODEL.BACKBONE.NAME, self.cfg.MODEL.INIT_WEIGHTS
-        with contextlib.suppress(ImportError):
-            clip = importlib.import_module("clip")
-            if not weights and name in clip.available_models():
-                return clip.load(name, device="cpu")[0], clip.tokenize
+        clip = _own_clip()
+        if not weights and hasattr(clip, "available_models") and name in clip.available_models():
+            return clip.load(name, device="cpu")[0], clip.tokenize
         config = name.replace("/", "-")
         if config in open_clip.list_openai_models():
             config, weights = f"{config}-quickgelu", weights or "openai"
@@ -220,6 +222,16 @@ class SkipKernels(TrainerX):
             path = Path(directory, "model", "model-best.pth.tar" if epoch is None else f"model.pth.tar-{epoch}")
             weights = load_checkpoint(str(path))["state_dict"]
             self.model.load_state_dict(weights | {"_extra_state": self.model.get_extra_state()})
+
+
+def _own_clip() -> Any:
+    """Return the package `clip`, None if it is not there or, with a warning, if what it imports is not."""
+    try:
+        return importlib.import_module("clip")
+    except ImportError as error:
+        if error.name != "clip":
+            warn_caller(f"SkipKernels: the package clip cannot be imported ({error}), so open_clip loads the model.")
+        return None
 
 
 def _option(cfg: Any, name: str) -> Any:

@@ -6,6 +6,7 @@ the state of its class sampler, so a run that is resumed from a checkpoint of th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from ..clip import SkipCLIP, check_clip
 from ..labels import whole_number
 from ..optimizer import FusedSGD
+from ..retrieval import largest
 
 
 def trainer_arguments(
@@ -146,13 +148,13 @@ def class_logits(outputs: tuple[Tensor, ...] | Tensor, labels: Tensor | None) ->
 
 
 def top_classes(outputs: tuple[Tensor, ...] | Tensor, labels: Tensor | None, *, top_k: int) -> Tensor:
-    """Return the classes with the top_k largest logits, int64 [B, top_k], from the outputs of an evaluation step."""
+    """Return the classes of the top_k largest logits, int64 [B, top_k]; of equal ones, the lower class first."""
     logits = class_logits(outputs, labels)
     if not 1 <= top_k <= logits.shape[1]:
         raise ValueError(
             f"trainer_arguments: top_k must be a number of classes, from 1 to {logits.shape[1]}; got {top_k}."
         )
-    return logits.topk(top_k).indices
+    return largest(logits, top_k)[1]
 
 
 class Accuracy:
@@ -175,7 +177,7 @@ class Accuracy:
         self._count += len(labels)
         if not compute_result:
             return {}
-        shares = [float(hits) / self._count for hits in sum(self._hits)]
+        shares = [float(hits) / self._count if self._count else math.nan for hits in sum(self._hits)]
         self._hits, self._count = [], 0
         names = {"accuracy": shares[0]}
         return names if self.top_k is None else names | {f"top_{self.top_k}_accuracy": sum(shares)}

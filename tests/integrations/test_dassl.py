@@ -149,12 +149,17 @@ def test_options(dassl, problem):
 )
 def test_set_published(dassl, problem, dataset, protocol, epochs, image_lr):
     cfg = runner.config(problem)
+    file = {"PREC": "amp", "MAX_TAIL": 7, "TEMPLATE": "a {}.", "MEMORY": "min"}
+    dassl.extend_cfg(cfg)
+    vars(cfg.TRAINER.SKIPKERNELS).update(file)
     cfg.DATASET.NAME, cfg.TRAINER.PREC, cfg.OPTIM.STAGED_LR = dataset, "fp16", True
     dassl.set_published(cfg, protocol)
     dassl.SkipKernels.check_cfg(None, cfg)
-    assert (cfg.OPTIM.MAX_EPOCH, cfg.TRAINER.SKIPKERNELS.IMAGE_LR) == (epochs, image_lr)
-    rates = {"TEXT_LR": cfg.OPTIM.LR, "IMAGE_LR": image_lr}
-    assert vars(cfg.TRAINER.SKIPKERNELS) == dassl.DEFAULTS | rates | {"TAIL": "fixed"}
+    own = {"TEXT_LR": cfg.OPTIM.LR, "IMAGE_LR": image_lr, "TAIL": "fixed", "TEMPLATE": "a {}.", "MEMORY": "min"}
+    assert vars(cfg.TRAINER.SKIPKERNELS) == dassl.DEFAULTS | own and epochs == cfg.OPTIM.MAX_EPOCH
+    del cfg.TRAINER.SKIPKERNELS
+    dassl.set_published(cfg, protocol)
+    assert vars(cfg.TRAINER.SKIPKERNELS) == dassl.DEFAULTS | own | {"TEMPLATE": "", "MEMORY": "auto"}
 
 
 def test_prompts(dassl, problem):
@@ -166,10 +171,17 @@ def test_prompts(dassl, problem):
     assert dassl.SkipKernels.prompts(trainer, NAMES)[1] == "class 1!"
 
 
+def unloadable(name: str, device: str) -> None:
+    raise ImportError("no ftfy")
+
+
 def test_loads_clip(dassl, problem, monkeypatch):
     """The project's own `clip` where it knows the name, open_clip otherwise."""
     cfg = runner.config(problem)
-    model, tokenize = dassl.SkipKernels.load_clip(SimpleNamespace(cfg=cfg))
+    monkeypatch.setitem(sys.modules, "clip.clip", None)
+    monkeypatch.delitem(sys.modules, "clip", raising=False)
+    with pytest.warns(UserWarning, match=r"clip cannot be imported \(.*clip\.clip.*\), so open_clip loads the model"):
+        model, tokenize = dassl.SkipKernels.load_clip(SimpleNamespace(cfg=cfg))
     assert isinstance(model, open_clip.CLIP)
     assert tokenize("a").shape == (1, problem.tokens.shape[1])
     clip: Any = ModuleType("clip")
@@ -178,7 +190,10 @@ def test_loads_clip(dassl, problem, monkeypatch):
     monkeypatch.setitem(sys.modules, "clip", clip)
     cfg.MODEL.BACKBONE.NAME = "ViT-B/16"
     assert dassl.SkipKernels.load_clip(SimpleNamespace(cfg=cfg)) == ("ViT-B/16 on cpu", "tokenize")
-    monkeypatch.setitem(sys.modules, "clip", None)
+    with monkeypatch.context() as patch, pytest.raises(ImportError, match="no ftfy"):
+        patch.setattr(clip, "load", unloadable)
+        dassl.SkipKernels.load_clip(SimpleNamespace(cfg=cfg))
+    monkeypatch.setitem(sys.modules, "clip", ModuleType("clip"))  # of another project
     found = {}
     monkeypatch.setattr(open_clip, "create_model", lambda name, pretrained: found.update({name: pretrained}))
     dassl.SkipKernels.load_clip(SimpleNamespace(cfg=cfg))

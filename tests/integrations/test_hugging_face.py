@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import TensorDataset
-from transformers import Trainer, TrainingArguments
+from transformers import EvalPrediction, Trainer, TrainingArguments
 
 import skipkernels as sk
 from skipkernels.integrations import hugging_face
@@ -81,6 +82,12 @@ def test_accuracy(top_k, by_batch, trained, short, tmp_path):
         assert predictions.tolist() == ranked[:, :3].tolist()
     else:
         torch.testing.assert_close(torch.from_numpy(predictions), clip.predict(short.images), rtol=1e-4, atol=1e-4)
+
+
+def test_top_classes_of_equal_logits_and_accuracy_of_nothing():
+    assert hugging_face.top_classes(torch.zeros(1, 99), None, top_k=3).tolist() == [[0, 1, 2]]
+    nothing = EvalPrediction(np.zeros((0, 9)), np.zeros(0, dtype=np.int64))
+    assert math.isnan(hugging_face.Accuracy()(nothing)["accuracy"])
 
 
 @pytest.mark.parametrize("top_k", [None, 3])
