@@ -102,7 +102,8 @@ def path_inside(folder: str | Path, path: str) -> str | None:
     """
     start = os.path.join(os.path.normpath(folder), "")
     full = os.path.normpath(os.path.join(start, path))
-    return full[len(start) :].replace(os.sep, "/") if full.startswith(start) else None
+    inside = os.path.normcase(full).startswith(os.path.normcase(start))
+    return full[len(start) :].replace(os.sep, "/") if inside else None
 
 
 def read_text(path: Path) -> str:
