@@ -66,25 +66,18 @@ def find_images(root: Path, folders: Mapping[str, Key]) -> tuple[list[tuple[str,
         The path of each image relative to `root`, with "/", and the key of its folder, sorted by key and path; and the
         number of other files by extension. Hidden files are left out.
     """
+    images: list[tuple[str, Key]] = []
     others: Counter[str] = Counter()
     top = os.path.join(root, "")
-
-    def relative(path: str) -> str:
-        return path[len(top) :].replace(os.sep, "/")
-
-    def is_image(path: str) -> bool:
-        if not _is_visible(relative(path)):
-            return False
-        extension = os.path.splitext(path)[1].lower()
-        if extension not in IMAGE_EXTENSIONS:
-            others[extension or "no extension"] += 1
-        return extension in IMAGE_EXTENSIONS
-
-    images: list[tuple[str, Key]] = []
     for folder, key in folders.items():
         for parent, _, names in os.walk(os.path.join(top, folder), followlinks=True):
-            paths = (os.path.join(parent, name) for name in names)
-            images += [(relative(path), key) for path in paths if is_image(path)]
+            for name in names:
+                path = os.path.join(parent, name)[len(top) :].replace(os.sep, "/")
+                extension = os.path.splitext(name)[1].lower()
+                if _is_visible(path) and extension in IMAGE_EXTENSIONS:
+                    images.append((path, key))
+                elif _is_visible(path):
+                    others[extension or "no extension"] += 1
     return sorted(images, key=lambda image: (image[1], image[0])), others
 
 
