@@ -94,7 +94,9 @@ def groups_of(config: TuneConfig, *, tests_new: bool) -> list[list[Candidate]]:
     """
     auto = config.method == AUTO
     method = "skip" if auto else config.method
-    factors: tuple[float, ...] = FACTORS if auto and not tests_new else (1.0,)
+    factors: tuple[float, ...] = FACTORS if auto else (1.0,)
+    if auto and tests_new:
+        factors = FACTORS[1:2]  # the blend halves what training changes
     if not config.epochs:  # nothing is trained
         factors = ()
     blends = BLENDS[1:] if tests_new else BLENDS

@@ -200,9 +200,9 @@ def test_a_training_that_diverges_is_left_out(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "names"),
     [
-        ({}, ["zero-shot", "frozen + anchored probe", "Skip Tuning, blended + Gaussian head"]),
+        ({}, ["zero-shot", "frozen + anchored probe", "Skip Tuning ×3, blended + Gaussian head"]),
         ({"epochs": 0}, ["zero-shot", "frozen + anchored probe"]),
-        ({"head": "anchored"}, ["zero-shot", "frozen + anchored probe", "Skip Tuning, blended + anchored probe"]),
+        ({"head": "anchored"}, ["zero-shot", "frozen + anchored probe", "Skip Tuning ×3, blended + anchored probe"]),
         ({"method": "lora", "head": "auto"}, ["zero-shot", "LoRA + Gaussian head"]),
         ({"shots": 1}, []),
     ],
@@ -211,7 +211,7 @@ def test_where_new_classes_are_tested_the_accuracy_does_not_choose(changes, name
     search = search_of(protocol="base-to-new", **changes)
     assert [trial.candidate.name for trials in search.run() for trial in trials] == names
     choice = search.choice(stopped=False)
-    assert choice.name == (names[-1] if names else "Skip Tuning, blended + Gaussian head")
+    assert choice.name == (names[-1] if names else "Skip Tuning ×3, blended + Gaussian head")
     assert not names or choice.because == "new classes are tested, and held-out images do not show what these lose"
 
 
