@@ -113,6 +113,8 @@ class Service:
             async with self._busy:
                 status, found = await run_in_threadpool(self._answer, uploads)
             return JSONResponse(found, status, {"Cache-Control": "no-store"})
+        except asyncio.CancelledError:  # Ctrl-C, and the images take longer than uvicorn waits
+            raise HTTPException(503, "the server was stopped.") from None
         finally:
             await request.close()  # deletes the temporary files of a form
 

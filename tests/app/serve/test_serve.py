@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
@@ -181,18 +182,28 @@ def test_server_in_the_network_says_so(run, loaded, capsys, monkeypatch):
     assert "everyone" not in printed.err and "is served at http://127.0.0.1:" in printed.out
 
 
-def test_ctrl_c_ends_the_server(run, loaded, capsys, monkeypatch):
-    """A request over the network to a real server, then SIGINT."""
-    answers, original = [], uvicorn.Server.run
+@pytest.mark.parametrize("seconds", [0, 3], ids=["answered", "in work"])
+def test_ctrl_c_ends_the_server(run, loaded, capsys, monkeypatch, seconds):
+    """A request over the network to a real server, and SIGINT after it, or in one that takes longer than it waits."""
+    answers, original, answer_of = [], uvicorn.Server.run, Service._answer
+
+    def answer(self, uploads):
+        if seconds:
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(seconds)
+        return answer_of(self, uploads)
 
     def used(self, sockets):
         def use() -> None:
             try:
                 url = f"http://127.0.0.1:{sockets[0].getsockname()[1]}/predict"
-                with urllib.request.urlopen(urllib.request.Request(url, BLACK), timeout=30) as answer:
-                    answers.append(answer.read())
+                with urllib.request.urlopen(urllib.request.Request(url, BLACK), timeout=30) as found:
+                    answers.append(found.read())
+            except urllib.error.HTTPError as error:
+                answers.append(error.read())
             finally:
-                os.kill(os.getpid(), signal.SIGINT)
+                if not seconds:
+                    os.kill(os.getpid(), signal.SIGINT)
 
         thread = threading.Thread(target=use)  # its connection waits until the server accepts it
         thread.start()
@@ -201,8 +212,11 @@ def test_ctrl_c_ends_the_server(run, loaded, capsys, monkeypatch):
         finally:
             thread.join()
 
+    monkeypatch.setattr(Service, "_answer", answer)
     monkeypatch.setattr(uvicorn.Server, "run", used)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # may be ignored, in a process in the background
     code = main(["serve", str(run.folder), "--port", "0", "--device", "cpu"])
     signal.signal(signal.SIGINT, before)
-    assert (code, capsys.readouterr().err) == (130, "interrupted\n") and b"predictions" in answers[0]
+    error = capsys.readouterr().err
+    assert code == 130 and (error == "interrupted\n" or (seconds and error.endswith("exceeded\ninterrupted\n")))
+    assert (b"the server was stopped" if seconds else b"predictions") in answers[0]
