@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -84,16 +83,6 @@ class ImageEncoder:
         raise ValueError(
             f"SkipCLIP: pixel_values must be images [B, 3, height, width]{features}; got {list(pixel_values.shape)}."
         )
-
-    def lower_copy(self) -> Callable[[Tensor], Tensor]:
-        """Return `compute_features` of copied modules that share the weights and stay in evaluation mode."""
-        self.watch()
-        copied = copy.copy(self)
-        copied.tower = sharing_weights(self.tower, self.tower.model)
-        for part in copied.tower.lower_parts():
-            if isinstance(part, nn.Module):
-                part.eval()
-        return copied.compute_features
 
 
 def sharing_weights(part: Any, model: nn.Module) -> Any:

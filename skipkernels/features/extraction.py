@@ -28,16 +28,11 @@ Write = Callable[[int, Tensor, Tensor], object]  # first row, features [n, …],
 
 
 class Encoder:
-    """Function from images to features at the cut, on the CPU.
-
-    Runs a copy of the modules below the cut that shares their weights, as the model may be in use by training, with the
-    autocast at its construction.
-    """
+    """Function from images to features at the cut, on the CPU."""
 
     def __init__(self, clip: SkipCLIP):
-        self._device, self._image_size = clip.prototypes.device, clip.image_size
-        self._lower, self._autocast = clip.images.lower_copy(), autocast_dtype(self._device)
-        self._weights = clip.images.tower.lower_identity()
+        self._images, self._device, self._image_size = clip.images, clip.prototypes.device, clip.image_size
+        self._images.watch()
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -47,8 +42,7 @@ class Encoder:
                 f"FeatureCache.build: images must be [3, {self._image_size[0]}, {self._image_size[1]}], the model's "
                 f"input size; got {list(images.shape[1:])}. Give the dataset the model's own preprocessing."
             )
-        with torch.autocast(self._device.type, self._autocast, enabled=self._autocast is not None):
-            return self._lower(images.to(self._device, non_blocking=True)).cpu()
+        return self._images.compute_features(images.to(self._device, non_blocking=True)).cpu()
 
     def probe(self) -> Tensor:
         """Features of a fixed image."""
@@ -57,8 +51,10 @@ class Encoder:
 
     def identity(self) -> dict[str, str | int]:
         """Return what features depend on below the cut: weights, buffers, the cut and autocast."""
-        autocast = "none" if self._autocast is None else NAMES[self._autocast]
-        return {f"image {name}": value for name, value in self._weights.items()} | {"autocast": autocast}
+        weights, autocast = self._images.tower.lower_identity(), autocast_dtype(self._device)
+        return {f"image {name}": value for name, value in weights.items()} | {
+            "autocast": "none" if autocast is None else NAMES[autocast]
+        }
 
 
 @dataclass
