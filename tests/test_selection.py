@@ -176,6 +176,14 @@ def test_state_continues_after_a_larger_batch(tail):
     assert other.draw(100, 4).equal(sampler.draw(100, 4))
 
 
+def test_state_that_is_not_one_changes_nothing():
+    sampler, other = RankSampler(), RankSampler(generator=torch.Generator().manual_seed(9))
+    for wrong in ({"generator": other.generator.get_state()}, other.state_dict() | {"largest_batch": "many"}, {}):
+        with pytest.raises(ValueError, match="^RankSampler: the state is not that of a generator on cpu: "):
+            sampler.load_state_dict(wrong)
+    assert sampler.draw(100, 4).equal(RankSampler().draw(100, 4))
+
+
 @pytest.mark.parametrize("labelled", [60, 100])
 @pytest.mark.parametrize("tail", ["fixed", "resample"])
 def test_counted_labels_of_a_batch_are_of_this_batch_alone(tail, labelled):

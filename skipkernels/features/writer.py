@@ -38,7 +38,6 @@ from .layout import (
     header_of,
     quantise,
     read_identity,
-    read_rows,
 )
 
 if TYPE_CHECKING:
@@ -90,10 +89,9 @@ class TableWriter:
             sweep(self.folder)
             if not self._check_folder():  # again: another process may have written before it released the lock
                 self._start()
-            self._create_files()
+            self._files = {name: held.enter_context(self._open_file(name)) for name in self._arrays}
+            sync(self.folder)
             self._find_missing()
-            for name in self._arrays:
-                self._files[name] = held.enter_context((self.folder / name).open("r+b"))
             self._held = held.pop_all()
         return self
 
@@ -184,17 +182,14 @@ class TableWriter:
             (self.folder / name).unlink(missing_ok=True)
         replace_text(self.folder / IDENTITY, self.layout.to_json())
 
-    def _create_files(self) -> None:
-        """Give every file its header and size. Bytes that are there stay: checksums tell which rows are whole."""
-        for name, array in self._arrays.items():
-            path = self.folder / name
-            try:
-                read_rows(path, *array, [])
-            except CacheError:
-                with path.open("r+b" if path.exists() else "w+b") as file:
-                    file.write(header_of(*array))
-                    file.truncate(file_size(*array))
-        sync(self.folder)
+    def _open_file(self, name: str) -> BinaryIO:
+        """Open an array, with its header and size. Bytes that are there stay: checksums tell which rows are whole."""
+        path, array = self.folder / name, self._arrays[name]
+        path.touch()
+        file = path.open("r+b")
+        file.write(header_of(*array))
+        file.truncate(file_size(*array))
+        return file
 
     def _find_missing(self) -> None:
         """Set `missing`; a CacheError if these rows are larger than the free space."""

@@ -184,16 +184,18 @@ class RankSampler:
             ValueError: If it is not the state of a generator on this device.
         """
         try:
-            self.generator.set_state(state["generator"])
-            self._largest_batch, self._fixed = int(state["largest_batch"]), state.get("fixed")
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            tensors = {name: tensor.cpu() for name, tensor in state.items()}
+            largest_batch = int(tensors["largest_batch"])
+            self.generator.set_state(tensors["generator"])
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(
                 f"RankSampler: the state is not that of a generator on {self.generator.device}: {error}."
             ) from error
+        self._largest_batch, self._fixed = largest_batch, tensors.get("fixed")
 
     def __getstate__(self) -> dict[str, Any]:
-        # A generator cannot be pickled; its device and state can. The state is pickled as bytes, because a spawned
-        # process would open the shared memory of a tensor after this process has freed it.
+        # The state of the generator as bytes: its own pickle has a tensor, whose shared memory a spawned process would
+        # open after this process has freed it (github.com/pytorch/pytorch/issues/146828).
         generator = self.generator.device, self.generator.get_state().numpy().tobytes()
         return vars(self) | {"generator": generator}
 
