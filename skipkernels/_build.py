@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -91,14 +90,11 @@ def library_path() -> Path:
 
 def main(out: Path | None = None) -> int:
     """Build the library, by default that of the package unless it is there, and print its path, or why it failed."""
-    from ._progress import progress
-
     try:
         library = library_path() if out is None else out.absolute()
         if out is not None or not library.is_file():
             sys.stderr.write("building the C++ kernels, one to three minutes\n")
-            with progress("building", len(list(source_dir().glob("*.cpp"))) + 1) as advance:
-                build(library, lambda: advance(1))
+            build(library)
     except (OSError, BuildError) as error:
         sys.stderr.write(f"skipkernels build: {error}\n")
         return 1
@@ -106,8 +102,8 @@ def main(out: Path | None = None) -> int:
     return 0
 
 
-def build(library: Path, after_step: Callable[[], None] = lambda: None) -> None:
-    """Build the library; call `after_step` after the compilation of each file and the link.
+def build(library: Path) -> None:
+    """Build the library.
 
     The compiler is that of the environment variable CXX, its further flags are those of CXXFLAGS.
 
@@ -119,7 +115,7 @@ def build(library: Path, after_step: Callable[[], None] = lambda: None) -> None:
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         built, copy = Path(folder, "_C.so"), library.with_name(f"{library.name}.{os.getpid()}.new")
-        _run_ninja(compiler, built, after_step)
+        _run_ninja(compiler, built)
         shutil.copyfile(built, copy)
         os.replace(copy, library)  # never a part of a library, also if two processes build it
 
@@ -152,7 +148,7 @@ def _compiler() -> list[str]:
     raise BuildError(f"no C++ compiler found ({f'CXX={shlex.join(asked)}' if asked else 'tried c++, g++, clang++'})")
 
 
-def _run_ninja(compiler: list[str], library: Path, after_step: Callable[[], None]) -> None:
+def _run_ninja(compiler: list[str], library: Path) -> None:
     """Compile csrc/, all files in parallel, and link the library. The objects are put beside it."""
     import torch
 
@@ -166,24 +162,15 @@ def _run_ninja(compiler: list[str], library: Path, after_step: Callable[[], None
     lines = [
         "rule compile",
         f"  command = {command} -fPIC -isystem {torch_dir}/include -c $in -o $out",
+        "  description = compile $in",
         "rule link",
         f"  command = {command} -shared $in -o $out -L{torch_dir}/lib -ltorch_cpu",
+        "  description = link",
         *(f"build {name}: compile {path}" for name, path in zip(objects, paths, strict=True)),
         f"build {library.name}: link {' '.join(objects)}",
     ]
     library.with_name("build.ninja").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    _run([sys.executable, "-m", "ninja", "-C", str(library.parent), library.name], after_step)
-
-
-def _run(command: list[str], after_step: Callable[[], None]) -> None:
-    """Run ninja; call `after_step` after each line about a step that has ended."""
-    output: list[str] = []
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
-    with subprocess.Popen(command, **options) as process:  # type: ignore[call-overload]
-        for line in process.stdout:
-            output.append(line)
-            if line.startswith("["):  # [3/12] …
-                after_step()
-    if process.returncode != 0:
-        last_lines = "".join(output[-20:]).strip()
-        raise BuildError(f"`{shlex.join(command)}` failed with exit code {process.returncode}:\n{last_lines}\n")
+    # ninja shows its progress and the errors of the compiler on stderr.
+    code = subprocess.run([sys.executable, "-m", "ninja", library.name], cwd=library.parent, stdout=2).returncode
+    if code != 0:
+        raise BuildError(f"ninja, of which the output is above, failed with exit code {code}")
