@@ -21,25 +21,26 @@ class Kind(NamedTuple):
     form: str  # of their names
     opener: str  # module and function, which takes the name after the colon
     has_root: bool = False  # the function takes `root`
+    own: bool = False  # the user's data, of which all classes are trained, and which exports do not name
+    remote: bool = False  # opening it may download it
 
 
 KINDS = {
-    "imagefolder": Kind("imagefolder:PATH", "image_folder:open_image_folder"),
-    "csv": Kind("csv:PATH", "csv_files:open_csv", has_root=True),
-    "hf": Kind("hf:PATH or hf:NAME such as hf:food101", "hugging_face_sets:open_hugging_face"),
+    "imagefolder": Kind("imagefolder:PATH", "image_folder:open_image_folder", own=True),
+    "csv": Kind("csv:PATH", "csv_files:open_csv", has_root=True, own=True),
+    "hf": Kind("hf:PATH or hf:NAME such as hf:food101", "hugging_face_sets:open_hugging_face", own=True, remote=True),
     "coop": Kind("coop:NAME such as coop:dtd (with `root`)", "coop:open_coop", has_root=True),
     "pictograms": Kind("pictograms, pictograms:TASK such as pictograms:animals", "pictograms:open_pictograms"),
 }
 """Kinds by the beginning of their names."""
 IN_PYTHON = "dataset"
 """Kind of a dataset that was passed in Python."""
-OWN = ("imagefolder", "csv", "hf", IN_PYTHON)
-"""Kinds of the user's own data, of which all classes are trained, and which exports do not name."""
 
 
 def is_own(data: str) -> bool:
     """Return True if a dataset is the user's own, not a published or packaged one."""
-    return data.partition(":")[0] in OWN
+    kind = data.partition(":")[0]
+    return kind == IN_PYTHON or (kind in KINDS and KINDS[kind].own)
 
 
 def is_remote(data: str) -> bool:
@@ -48,7 +49,8 @@ def is_remote(data: str) -> bool:
     >>> is_remote("hf:food101"), is_remote("imagefolder:/home/me/photos")
     (True, False)
     """
-    return data.partition(":")[0] == "hf" or "://" in data
+    kind = data.partition(":")[0]
+    return (kind in KINDS and KINDS[kind].remote) or "://" in data
 
 
 def open_source(data: str, root: str | Path | None = None, templates: Templates = None) -> Source:
@@ -72,12 +74,12 @@ def open_source(data: str, root: str | Path | None = None, templates: Templates 
     """
     kind, _, name = data.partition(":")
     if kind in KINDS:
-        form, opener, has_root = KINDS[kind]
+        record = KINDS[kind]
         if not name and kind != "pictograms":
-            raise open_error(f"{kind}: needs a path or a name: {form}.")
-        module, function = opener.split(":")
-        opened = getattr(importlib.import_module(f".{module}", __package__), function)
-        return opened(name, templates=templates, **({"root": root} if has_root else {}))
+            raise open_error(f"{kind}: needs a path or a name: {record.form}.")
+        module, function = record.opener.split(":")
+        opener = getattr(importlib.import_module(f".{module}", __package__), function)
+        return opener(name, templates=templates, **({"root": root} if record.has_root else {}))
     if kind == IN_PYTHON:
         raise open_error(f"{name} was passed to tune in Python. Pass it again as `dataset=`.")
     if os.path.exists(data):  # Path.exists raises an error for a name that is too long

@@ -15,7 +15,7 @@ from ...folders import replace_tensors, replace_text, replaced_files
 from ..config import CONFIG, TuneConfig
 from ..data import InputError
 from ..data.base import check_choice
-from ..data.registry import KINDS, OWN
+from ..data.registry import IN_PYTHON, KINDS
 from ..methods import METHODS
 from ..results.files import CARD, HEAD, METRICS, existing_run, read_metrics, writing
 from ..train.checkpoint import FOLDER as CHECKPOINT
@@ -162,7 +162,7 @@ def _public(name: str) -> str:
     if kind in ("hf", "hf-hub"):
         public = re.fullmatch(r"[\w.-]+(/[\w.-]+)?(\?.*)?", rest) and not Path(rest).exists()
     else:
-        public = not re.search(r"[/\\]", rest) and (kind == "dataset" or (kind in KINDS and kind not in OWN))
+        public = not re.search(r"[/\\]", rest) and (kind == IN_PYTHON or (kind in KINDS and not KINDS[kind].own))
     return name if public or not rest else kind
 
 
