@@ -56,13 +56,25 @@ class PredictCommand:
     def execute(self, out: Terminal, err: Terminal) -> int:
         """Classify the images. Returns 0, or 1 if a file could not be read."""
         from skipkernels.app.data.files import format_others
-        from skipkernels.app.serve.output import check_none, labelled
+        from skipkernels.app.serve.output import check_file, check_none, labelled
 
-        self._check_files()
+        if self.out is not None:
+            check_file(self.out, "predict")
+        if self.embeddings is not None:
+            check_file(self.embeddings, "predict", "embeddings", ".npy")
         images, others = _find_images(self.images)
         check_run(self.run, "predict", err)
         import_torch(err)
-        classifier = self._load()
+        from skipkernels.app.serve.classifier import Classifier
+
+        classifier = Classifier.load(
+            self.run,
+            classes=None if self.classes is None else _names(self.classes),
+            templates=self.template,
+            device=self.device,
+            precision=self.precision,
+            trust=self.trust,
+        )
         if self.threshold is not None:
             check_none(classifier.classes)
         batches = classifier.predict_batches(
@@ -94,27 +106,6 @@ class PredictCommand:
             err.print(format_others(others), soft_wrap=True)
         self._print_summary(classifier, rows, unreadable, err)
         return 1 if unreadable else 0
-
-    def _check_files(self) -> None:
-        """Raise an InputError for a file that can't be written, before the work is done."""
-        from skipkernels.app.serve.output import check_file
-
-        if self.out is not None:
-            check_file(self.out, "predict")
-        if self.embeddings is not None:
-            check_file(self.embeddings, "predict", "embeddings", ".npy")
-
-    def _load(self) -> Classifier:
-        from skipkernels.app.serve.classifier import Classifier
-
-        return Classifier.load(
-            self.run,
-            classes=None if self.classes is None else _names(self.classes),
-            templates=self.template,
-            device=self.device,
-            precision=self.precision,
-            trust=self.trust,
-        )
 
     def _write(self, rows: list[Row], embeddings: list[Tensor], out: Terminal) -> None:
         """Write or print the results."""

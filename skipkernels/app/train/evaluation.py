@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from torch import Tensor
 from ...features import FeatureCache
 from ..config import CONFIG, TuneConfig
 from ..console import print_plain
-from ..data import InputError, Source
+from ..data import InputError
 from ..data.base import SizedDataset
 from ..data.files import format_names
 from ..data.registry import IN_PYTHON
@@ -149,7 +149,11 @@ def evaluate_run(
     given = {name: value for name, value in settings.items() if value is not None}
     own = OwnData(dataset, test, classes=classes)
     config, open_data = own.applied(_config_of_run(folder, own, given, trust), "evaluate_run")
-    setup = _tuned_setup(folder, config, open_data)
+    config = config.resolved(open_data)
+    described, file = read_model(folder)
+    loaded = load_run_model(folder, described, file, torch.device(config.device), trust=config.trust)
+    setup = build_run(config, open_data=open_data, loaded=loaded, train=False)
+    load_run_method(setup.method, described, file)
     for note in setup.task.notes:
         print_plain(console, f"note: {note}")
     for each in setup.task.tests:
@@ -164,20 +168,10 @@ def _config_of_run(folder: Path, own: OwnData, given: dict[str, Any], trust: boo
     config = TuneConfig.from_yaml(folder / CONFIG, trust=trust, given=replaced)  # the model is checked later
     if config.test == "none" and "data" not in given and own.test is None:
         raise InputError(f"must be given: all images of {config.data} trained or validated.", "data", "evaluate_run")
-    changes: dict[str, Any] = {"trust": trust, "workers": 0, "test": "split"}
+    changes: dict[str, Any] = {"trust": trust, "workers": 0, "cache": None, "test": "split"}
     changes |= {"refresh": "never", "validation": "none", "class_weight": None}
     if own.dataset is not None and "data" not in given and config.data.partition(":")[0] != IN_PYTHON:
         changes["data"] = f"{IN_PYTHON}:"  # `OwnData.applied` adds the name of the dataset
     if (changes | given).get("data", config.data) != config.data:
         changes["max_classes"] = None
     return replace(config, **changes | given)
-
-
-def _tuned_setup(folder: Path, config: TuneConfig, open_data: Callable[[], Source] | None) -> RunSetup:
-    """Load the model of a run, its test images and its method with the tuned weights."""
-    described, file = read_model(folder)
-    config = replace(config, cache=None).resolved(open_data)
-    loaded = load_run_model(folder, described, file, torch.device(config.device), trust=config.trust)
-    setup = build_run(config, open_data=open_data, loaded=loaded, train=False)
-    load_run_method(setup.method, described, file)
-    return setup
