@@ -118,23 +118,22 @@ class TuneConfig(Settings):
 
     def _recipe(self, open_data: Callable[[], Source]) -> dict[str, Any]:
         """Training settings of the method for the data and the protocol."""
-        reference, method = self.preset == "reference", self.method_class()
-        shots = self.shots if isinstance(self.shots, int) else _SHOTS
-        settings = dataclasses.asdict(
-            method.recipe("" if reference else self.model, self.protocol or "few-shot", shots)
-        )
-        steps = settings.pop("steps")
-        if self.epochs is None and settings["epochs"] is None:
+        from .methods import TrainingData
+
+        def trained_classes() -> int:
             classes = min(len(open_data().classes), self.max_classes or sys.maxsize)
-            trained = math.ceil(classes / 2) if self.protocol == "base-to-new" else classes
-            settings["epochs"] = math.ceil(steps / math.ceil(shots * trained / settings["batch_size"]))
-        if self.data in method.published_quarter:
-            settings["epochs"] //= 4
-        if (reference and self.method == "skip" and shots < 4) or self.class_weight is not None:
-            settings["sampler"] = "random"
-        if "tail" in method.settings:
-            settings["tail"] = "fixed" if reference else "resample"
-        return settings
+            return math.ceil(classes / 2) if self.protocol == "base-to-new" else classes
+
+        reference = self.preset == "reference"
+        data = TrainingData(
+            name=self.data,
+            protocol=self.protocol or "few-shot",
+            shots=self.shots if isinstance(self.shots, int) else _SHOTS,
+            classes=trained_classes if self.epochs is None else lambda: 1,
+            reference=reference,
+        )
+        recipe = dataclasses.asdict(self.method_class().recipe("" if reference else self.model, data))
+        return recipe if self.class_weight is None else recipe | {"sampler": "random"}
 
     @property
     def folder(self) -> Path:
@@ -173,7 +172,7 @@ class TuneConfig(Settings):
     def _unused(self) -> list[str]:
         """Names of settings that the method does not use, and that have another value than without them."""
         method = self.method_class()
-        recipe = dataclasses.asdict(method.recipe(self.model, "few-shot", _SHOTS))
+        recipe = dataclasses.asdict(method.recipe(self.model))
         unused = {name for other in METHODS.values() for name in other.settings} - {*method.settings}
         unused |= recipe.keys() if not self.has_steps else {name for name in RATES if recipe[name] is None}
         unused |= set() if method.takes_head else {"head", "prior"}
@@ -214,7 +213,7 @@ class TuneConfig(Settings):
     @property
     def has_steps(self) -> bool:
         """True if the method trains in steps, not by `fit`."""
-        return self.method_class().recipe(self.model, "few-shot", _SHOTS).epochs != 0
+        return self.method_class().recipe(self.model).epochs != 0
 
     @property
     def balances(self) -> bool:

@@ -14,7 +14,7 @@ import yaml
 from skipkernels.app.cli.main import main
 from skipkernels.app.config import TuneConfig
 from skipkernels.app.data import InputError
-from skipkernels.app.methods import METHODS
+from skipkernels.app.methods import METHODS, TrainingData
 from skipkernels.options import Protocol
 from tests.app.runs import SMALL, fails, small
 
@@ -39,8 +39,8 @@ def test_strings_are_paths_and_lists_tuples(tmp_path):
 @pytest.mark.parametrize("protocol", get_args(Protocol))
 def test_resolved_uses_published_recipe(protocol):
     """By default for another model, and by the preset; `test_published_recipes` has the values."""
-    recipe = dataclasses.asdict(METHODS["skip"].recipe("ViT-B-16", protocol, 16))
-    del recipe["steps"]
+    recipe = dataclasses.asdict(METHODS["skip"].recipe("ViT-B-16", TrainingData(protocol=protocol)))
+    del recipe["tail"]
     default = TuneConfig(method="skip", model="ViT-B-16", pretrained="random", protocol=protocol)
     for config, tail in ((default, "resample"), (TuneConfig(preset="reference", protocol=protocol), "fixed")):
         assert {name: getattr(config.resolved(), name) for name in recipe} == recipe

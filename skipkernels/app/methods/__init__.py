@@ -8,8 +8,8 @@ from ..._lazy import lazy_names
 from .registry import METHODS
 
 if TYPE_CHECKING:
-    from .base import Method, Recipe, StepOutput
+    from .base import Method, Recipe, StepOutput, TrainingData
 
-__all__ = ["METHODS", "Method", "Recipe", "StepOutput"]
+__all__ = ["METHODS", "Method", "Recipe", "StepOutput", "TrainingData"]
 
-__getattr__ = lazy_names(__name__, {"base": ("Method", "Recipe", "StepOutput")})
+__getattr__ = lazy_names(__name__, {"base": ("Method", "Recipe", "StepOutput", "TrainingData")})

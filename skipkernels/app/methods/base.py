@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ...boundary import DEFAULT_CHUNK
 from ...clip import SkipCLIP
-from ...options import OptimizerName, Protocol, SamplerKind
+from ...options import OptimizerName, Protocol, SamplerKind, Tail
 from ...reference import unit_norm
 from ...selection import RankSampler
 from ..data import InputError, Task
@@ -28,12 +28,24 @@ Tokenizer = Callable[[list[str]], Tensor]
 """Function from texts to tokens [n, L], such as a tokenizer of `open_clip.get_tokenizer`."""
 
 
+class TrainingData(NamedTuple):
+    """What the recipe of a method may depend on, besides the model."""
+
+    name: str = ""  # of the dataset
+    protocol: Protocol = "few-shot"
+    shots: int = 16  # images of each class
+    classes: Callable[[], int] = lambda: 1  # number of trained classes; may open the dataset
+    reference: bool = False  # as in the published code, where the default differs
+
+
+_ANY = TrainingData()
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Default training settings of a method; None for settings that it does not use."""
 
-    epochs: int | None  # Passes over the training images; 0 for a method without steps
-    steps: int | None = None  # Published number of steps, in place of `epochs`
+    epochs: int  # Passes over the training images; 0 for a method without steps
     batch_size: int | None = None  # Images per step
     optimizer: OptimizerName | None = None
     text_lr: float | None = None  # Learning rate of the weights on the text side
@@ -43,6 +55,7 @@ class Recipe:
     warmup_epochs: int | None = None  # Epochs at the warm-up rate, before the cosine
     warmup_lr: float | None = None  # Learning rate of the warm-up
     sampler: SamplerKind | None = None  # "class_pure" or "random"
+    tail: Tail | None = None  # Ranks of the tail of Skip Tuning
 
 
 def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
@@ -86,7 +99,6 @@ class Method:
             with the model before.
         head_code: Python that computes `logits` from `image`, the embeddings of `model`, and `head`, the state dict of
             `head()`, for the model card; empty if the model itself has all that classifies.
-        published_quarter: Datasets on which the published recipe trains a quarter of the epochs.
         class_sampler: Sampler of the classes of a step, of which the state is part of a checkpoint; None: all classes.
         caches: SkipCLIP of which the features at the cut can be cached on disk; None: they cannot.
         fitted: Head that classifies instead of the texts, set by `use_head`; None: the texts.
@@ -109,7 +121,6 @@ class Method:
     takes_head: ClassVar[bool] = True
     trains_model: ClassVar[bool] = False
     head_code: str = ""
-    published_quarter: ClassVar[tuple[str, ...]] = ()
     class_sampler: RankSampler | None = None
     caches: SkipCLIP | None = None
     fitted: Head | None = None
@@ -128,7 +139,7 @@ class Method:
     # ---- what a method defines ---------------------------------------------------------------------------------------
 
     @classmethod
-    def _published(cls, protocol: Protocol, shots: int) -> Recipe:
+    def _published(cls, data: TrainingData) -> Recipe:
         """Return the recipe of the paper. By default there are no steps."""
         return Recipe(epochs=0)
 
@@ -182,10 +193,10 @@ class Method:
     # ---- settings ----------------------------------------------------------------------------------------------------
 
     @classmethod
-    def recipe(cls, model_name: str, protocol: Protocol, shots: int) -> Recipe:
+    def recipe(cls, model_name: str, data: TrainingData = _ANY) -> Recipe:
         """Return the default recipe: the published one, with the changes of the packaged model."""
         changes = packaged().RECIPES.get(cls.name, {}) if model_name == PACKAGED else {}
-        return replace(cls._published(protocol, shots), **changes)
+        return replace(cls._published(data), **changes)
 
     # ---- training ----------------------------------------------------------------------------------------------------
 

@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...options import Protocol
 from ..data import Task
 from ..heads import AffineHead, Head
-from .base import Recipe, StepOutput, Tokenizer
+from .base import Recipe, StepOutput, Tokenizer, TrainingData
 from .coop import CoOp
 from .frozen import FrozenModel
 
@@ -76,8 +75,8 @@ image = {_RATIO} * F.relu(hidden @ head["up"].T) + {1 - _RATIO} * image
         return nn.Parameter(weight.uniform_(-bound, bound, generator=self._generator).to(embedding))
 
     @classmethod
-    def _published(cls, protocol: Protocol, shots: int) -> Recipe:
-        return replace(CoOp._published("few-shot", 16), text_lr=None, image_lr=2e-3)
+    def _published(cls, data: TrainingData) -> Recipe:
+        return replace(CoOp._published(TrainingData()), text_lr=None, image_lr=2e-3)
 
     def embed(self, inputs: Tensor) -> Tensor:
         """Adapted embeddings x' [B, D] of images or embeddings."""

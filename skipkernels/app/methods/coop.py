@@ -9,10 +9,9 @@ from open_clip.model import CLIP, CustomTextCLIP
 from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 
-from ...options import Protocol
 from ..data import InputError, Task
 from ..heads import AffineHead
-from .base import Recipe, Tokenizer, at_least_fp32
+from .base import Recipe, Tokenizer, TrainingData, at_least_fp32
 from .frozen import FrozenModel
 
 
@@ -100,10 +99,10 @@ class CoOp(FrozenModel):
         )
 
     @classmethod
-    def _published(cls, protocol: Protocol, shots: int) -> Recipe:
-        few_shot = 200 if shots >= 8 else 100 if shots >= 2 else 50
+    def _published(cls, data: TrainingData) -> Recipe:
+        few_shot = 200 if data.shots >= 8 else 100 if data.shots >= 2 else 50
         return Recipe(
-            epochs=few_shot if protocol == "few-shot" else 50,
+            epochs=few_shot if data.protocol == "few-shot" else 50,
             batch_size=32,
             optimizer="sgd",
             text_lr=2e-3,

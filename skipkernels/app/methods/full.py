@@ -7,9 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ...options import Protocol
 from ..data import Task
-from .base import Recipe, StepOutput, Tokenizer, check_open_clip
+from .base import Recipe, StepOutput, Tokenizer, TrainingData, check_open_clip
 from .skip import Skip
 from .tuned import TunedModel
 
@@ -27,15 +26,14 @@ class Full(TunedModel):
     """
 
     name = "full"
-    published_quarter = Skip.published_quarter
 
     def __init__(self, model: nn.Module, tokenizer: Tokenizer, task: Task, *, generator: torch.Generator | None = None):
         check_open_clip(self.name, model)
         super().__init__(model, tokenizer, task, skip_layers=0, generator=generator)
 
     @classmethod
-    def _published(cls, protocol: Protocol, shots: int) -> Recipe:
-        return replace(Skip._published(protocol, shots), sampler="random")
+    def _published(cls, data: TrainingData) -> Recipe:
+        return replace(Skip._published(data), sampler="random", tail=None)
 
     def step(self, inputs: Tensor, labels: Tensor) -> StepOutput:
         """Compute the loss of images [B, 3, H, W] over all classes."""

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from ...clip import SkipCLIP
 from ...lora import add_lora, merge_lora
-from ...options import Protocol
 from ...towers.low_rank import low_rank_updates
 from ..data import InputError, Task
-from .base import Recipe, Tokenizer, check_open_clip
+from .base import Recipe, Tokenizer, TrainingData, check_open_clip
 from .tuned import ClipMethod
 
-_RANK = 2
+_RANK, _BATCH_SIZE = 2, 32
 
 
 class LoRA(ClipMethod):
@@ -47,11 +48,11 @@ class LoRA(ClipMethod):
             raise InputError(f"{self.name}: {error}") from error
 
     @classmethod
-    def _published(cls, protocol: Protocol, shots: int) -> Recipe:
+    def _published(cls, data: TrainingData) -> Recipe:
+        steps_per_epoch = math.ceil(data.shots * data.classes() / _BATCH_SIZE)
         return Recipe(
-            epochs=None,
-            steps=500 * shots,
-            batch_size=32,
+            epochs=math.ceil(500 * data.shots / steps_per_epoch),
+            batch_size=_BATCH_SIZE,
             optimizer="adamw",
             text_lr=2e-4,
             image_lr=2e-4,

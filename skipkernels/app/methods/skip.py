@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from ... import published
 from ...graphs import graphed
-from ...options import Protocol
 from ..data import Task
-from .base import Recipe, StepOutput, Tokenizer
+from .base import Recipe, StepOutput, Tokenizer, TrainingData
 from .tuned import TunedModel, step_output
+
+_QUARTER = ("coop:imagenet", "coop:sun397", "coop:food101")  # published with a quarter of the epochs
 
 
 class Skip(TunedModel):
@@ -33,7 +34,6 @@ class Skip(TunedModel):
         *("skip_layers", "keep_ratio", "max_keep", "decay", "tail", "max_tail", "train_text"),
         *("class_weight", "memory", "cache"),
     )
-    published_quarter = ("coop:imagenet", "coop:sun397", "coop:food101")
 
     def __init__(
         self, model: nn.Module, tokenizer: Tokenizer, task: Task, *, skip_layers: int | float = 0.5, **options: Any
@@ -42,14 +42,18 @@ class Skip(TunedModel):
         self.caches = self.clip if self.clip.skip_layers[0] > 0 else None
 
     @classmethod
-    def _published(cls, protocol: Protocol, shots: int) -> Recipe:
+    def _published(cls, data: TrainingData) -> Recipe:
+        rates = published.RATES[data.protocol]
+        if data.name in _QUARTER:
+            rates = rates._replace(epochs=rates.epochs // 4)
         return Recipe(
             batch_size=published.BATCH_SIZE,
             optimizer="sgd",
             momentum=published.MOMENTUM,
             weight_decay=published.WEIGHT_DECAY,
-            sampler="class_pure",
-            **published.RATES[protocol]._asdict(),
+            sampler="random" if data.reference and data.shots < 4 else "class_pure",
+            tail="fixed" if data.reference else "resample",
+            **rates._asdict(),
         )
 
     @torch.no_grad()

@@ -63,9 +63,7 @@ class TunedModel(ClipMethod):
             tokens = torch.stack(templates, dim=1) if several else templates[0]
             try:
                 return SkipCLIP(model, tokens, text_cache=folder, **settings, **training)
-            except ValueError as error:
-                raise InputError(str(error)) from error
-            except RuntimeError as error:  # of the comparison of SkipCLIP with the model
+            except (ValueError, RuntimeError) as error:  # RuntimeError: of the comparison of SkipCLIP with the model
                 if out_of_memory(error):
                     raise
                 raise InputError(str(error)) from error

@@ -21,7 +21,7 @@ BASE = ["ash", "birch tree", "cedar", "dwarf fir", "elm"]
 NEW = ["fig", "grey alder tree", "hazel"]
 TEMPLATES = ("a photo of {}.", "{} in winter.")
 START, END = 57, 59
-STEPS = [name for name, method in METHODS.items() if method.recipe("ViT-B-16", "few-shot", 16).epochs != 0]
+STEPS = [name for name, method in METHODS.items() if method.recipe("ViT-B-16").epochs != 0]
 
 
 def tokenizer(texts: list[str]) -> Tensor:

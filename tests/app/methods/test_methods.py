@@ -11,7 +11,7 @@ from torch import nn
 
 from skipkernels.app.data import InputError
 from skipkernels.app.heads import Head
-from skipkernels.app.methods import METHODS, Recipe
+from skipkernels.app.methods import METHODS, Recipe, TrainingData
 from tests.app.methods.method_tasks import (
     BASE,
     CONTEXT,
@@ -241,11 +241,11 @@ def test_methods_refuse(name, make, settings, new, message):
 
 
 def test_published_recipes():
-    def of(name: str, protocol: str, shots: int = 16) -> Recipe:
-        return METHODS[name].recipe("ViT-B-16-quickgelu", protocol, shots)
+    def of(name: str, protocol: str, shots: int = 16, **data) -> Recipe:
+        return METHODS[name].recipe("ViT-B-16-quickgelu", TrainingData(protocol=protocol, shots=shots, **data))
 
     sgd = {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 5e-4}
-    skip = {"batch_size": 4, "sampler": "class_pure", **sgd}
+    skip = {"batch_size": 4, "sampler": "class_pure", "tail": "resample", **sgd}
     warm = {"warmup_epochs": 1}
     base_to_new = Recipe(epochs=20, text_lr=2e-5, image_lr=5e-6, warmup_lr=1e-6, **warm, **skip)
     assert of("skip", "base-to-new") == base_to_new
@@ -253,7 +253,7 @@ def test_published_recipes():
         assert of("skip", protocol) == Recipe(epochs=20, text_lr=1e-5, image_lr=1e-6, warmup_lr=1e-8, **warm, **skip)
     few_shot = Recipe(epochs=40, text_lr=1e-5, image_lr=1e-5, warmup_epochs=0, warmup_lr=0.0, **skip)
     assert of("skip", "few-shot") == few_shot
-    assert of("full", "few-shot") == Recipe(**(vars(few_shot) | {"sampler": "random"}))
+    assert of("full", "few-shot") == Recipe(**(vars(few_shot) | {"sampler": "random", "tail": None}))
 
     coop = {"batch_size": 32, "warmup_epochs": 1, "warmup_lr": 1e-5, "sampler": "random", **sgd}
     assert of("coop", "base-to-new") == Recipe(epochs=50, text_lr=2e-3, **coop)
@@ -262,5 +262,5 @@ def test_published_recipes():
     assert (of("zero-shot", "few-shot").epochs, of("linear-probe", "few-shot").epochs) == (0, 0)
 
     adamw = {"optimizer": "adamw", "weight_decay": 1e-2, "warmup_epochs": 0, "warmup_lr": 0.0, "sampler": "random"}
-    lora = Recipe(epochs=None, steps=2000, batch_size=32, text_lr=2e-4, image_lr=2e-4, **adamw)
-    assert of("lora", "few-shot", 4) == lora
+    lora = Recipe(epochs=200, batch_size=32, text_lr=2e-4, image_lr=2e-4, **adamw)
+    assert of("lora", "few-shot", 4, classes=lambda: 78) == lora, "2,000 steps in epochs of 10"
