@@ -29,7 +29,7 @@ Tokenizer = Callable[[list[str]], Tensor]
 
 
 class TrainingData(NamedTuple):
-    """What the recipe of a method may depend on, besides the model."""
+    """Properties of the data, on which the recipe of a method may depend."""
 
     name: str = ""  # of the dataset
     protocol: Protocol = "few-shot"

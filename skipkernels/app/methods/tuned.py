@@ -64,7 +64,7 @@ class TunedModel(ClipMethod):
             try:
                 return SkipCLIP(model, tokens, text_cache=folder, **settings, **training)
             except (ValueError, RuntimeError) as error:  # RuntimeError: of the comparison of SkipCLIP with the model
-                if out_of_memory(error):
+                if isinstance(error, RuntimeError) and out_of_memory(error):
                     raise
                 raise InputError(str(error)) from error
 
