@@ -139,22 +139,18 @@ def test_load_model_random_weights_follow_seed():
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
-def test_tune_writes_to_loggers(tmp_path, caplog):
-    mine, written = Mock(), []
-    mine.write = lambda row: written.append(row["epoch"])
-    with caplog.at_level("INFO", "skipkernels"):
-        tune(small(tmp_path, epochs=1, max_classes=4, shots=1), loggers=[mine])
-    mine.close.assert_called_once_with()
-    assert written == [1] and "epoch 1/1: loss" in caplog.text
-
-
-@pytest.mark.parametrize("settings", [{"method": "zero-shot"}, {"data": "imagefolder:missing"}], ids=str)
-def test_tune_closes_loggers_without_epochs(tmp_path, settings):
+@pytest.mark.parametrize(
+    ("settings", "epochs"),
+    [({"epochs": 1, "max_classes": 4}, [1]), ({"method": "zero-shot", "epochs": None}, []), ({"data": "csv:none"}, [])],
+    ids=["epochs", "no epochs", "error"],
+)
+def test_loggers_get_each_epoch_and_are_closed(tmp_path, caplog, settings, epochs):
     mine = Mock()
-    with contextlib.suppress(InputError):
+    with caplog.at_level("INFO", "skipkernels"), contextlib.suppress(InputError):
         tune(small(tmp_path, **settings), loggers=[mine])
+    assert [call.args[0]["epoch"] for call in mine.write.call_args_list] == epochs
+    assert ("epoch 1/1: loss" in caplog.text) == bool(epochs)
     mine.close.assert_called_once_with()
-    mine.write.assert_not_called()
 
 
 # ---- precision ------------------------------------------------------------------------------------------------------
