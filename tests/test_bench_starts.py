@@ -15,7 +15,7 @@ SMALL_GPU_MODEL = {"MODEL": "vit-tiny", "SKIP_LAYERS": 3, "BATCHES": (2,), "CLAS
 # Options, and smaller values of names of the module.
 COMMANDS = {
     "cache": ("--model vit-tiny --classes 20 --batch 4 --skip-layers 3", {}),
-    "default": ("--rounds 1", {"COMMANDS": {"zero-shot": ("--method", "zero-shot")}}),
+    "default": ("--rounds 1", {"COMMANDS": {"help": ("--help",)}}),
     "equivalence": ("--steps 1 --precision fp32", {"_CASES": equivalence._CASES[:1]}),
     "fuse": ("--model vit-tiny --batch 2 --rounds 1 --part image --implementations eager fuse-min", {}),
     "gpu_model": ("", SMALL_GPU_MODEL),

@@ -84,27 +84,24 @@ def found(tmp_path_factory) -> list[dict[str, Any]]:
     return run_in_processes(2, tmp_path_factory.mktemp("errors"), errors)
 
 
-@pytest.mark.parametrize(
-    ("name", "error", "call"),
-    [
-        ("images of one", "ValueError: .*NaN", "a training step"),
-        ("labels of one", "ValueError: .*labels must be", "a training step"),
-        ("labels of loss", "ValueError: .*labels must be", "a training step"),
-        (
-            "captions of one",
-            "ValueError: pair_loss: captions",
-            "pair_loss with loss='softmax' and captions of 1 dimensions",
-        ),
-        ("many of one", "ValueError: sigmoid_loss: labels must be 0 or 1", "sigmoid_loss with max_labels=1"),
-        ("predict of one", "ValueError: .*NaN", "predict"),
-        ("new tokens of one", "ValueError: SkipCLIP: tokens must be", "set_classes"),
-    ],
-)
-def test_error_of_one_process_is_raised_on_every_process(found, name, error, call):
+# Arguments of process 1 alone, and words of its error
+OF_ONE = {
+    "images of one": "NaN",
+    "labels of one": "labels must be",
+    "labels of loss": "labels must be",
+    "captions of one": "pair_loss: captions",
+    "many of one": "sigmoid_loss: labels must be 0 or 1",
+    "predict of one": "NaN",
+    "new tokens of one": "SkipCLIP: tokens must be",
+}
+
+
+@pytest.mark.parametrize(("name", "words"), OF_ONE.items(), ids=OF_ONE)
+def test_error_of_one_process_is_raised_on_every_process(found, name, words):
     """Before a message that others wait for; the next calls work."""
     first, second = (got[name] for got in found)
-    announced = f"RuntimeError: ShardedSkipCLIP: process 1 of process_group refused its arguments of {call}. "
-    assert re.match(announced, first) and re.match(error, second)
+    assert first.startswith("RuntimeError: ShardedSkipCLIP: process 1 of process_group refused its arguments of ")
+    assert re.match(f"ValueError: .*{words}", second)
 
 
 def test_error_of_one_process_in_evaluation_is_its_own(found):
@@ -124,18 +121,11 @@ def test_error_of_one_process_in_evaluation_is_its_own(found):
         ("set_classes", ["tokens must be equal on all processes"] * 2),
         ("classes", ["^18$"] * 2),  # after this error the previous classes are in use
         ("pairs", ["got ShardedSkipCLIP with 9 of them. Call parallel.pair_loss"] * 2),
-        (
-            "modes",
-            [
-                "process 1 of process_group does not call a training step, as process 0 does",
-                "process 0 .* does not call predict",
-            ],
-        ),
+        ("modes", ["process 1 .* does not call a training step, as process 0 does", "process 0 .* not call predict"]),
         ("draws", [f"sampler of process {other} of process_group has another state" for other in (1, 0)]),
         ("decay", [f"sampler of process {other} of process_group has another state" for other in (1, 0)]),
     ],
 )
 def test_difference_is_raised_on_every_process(found, name, messages):
     for got, message in zip(found, messages, strict=True):
-        with pytest.raises(AssertionError, match=message):
-            raise AssertionError(str(got[name]))
+        assert re.search(message, str(got[name]))
