@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import torch
-from PIL import Image
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders, UploadFile
@@ -147,7 +146,10 @@ class Service:
         read, tensors, errors = [], [], []
         for item, (name, file, size) in zip(items, uploads, strict=True):
             try:
-                image = self._decoded(name, file, size)
+                if size > self.limits.image_bytes:
+                    most = decimal(self.limits.image_bytes)
+                    raise TooLarge(f"{name}: must have at most {most}; got {decimal(size)}.")
+                image = decode(io.BytesIO(file.read()), name, max_pixels=self.limits.pixels)
             except InputError as error:
                 item["error"] = str(error)
                 errors.append(error)
@@ -160,12 +162,6 @@ class Service:
         for item, (_, found) in zip(read, labelled(predictions), strict=True):
             item["predictions"] = json_predictions(found)
         return 200, {"images": items}
-
-    def _decoded(self, name: str, file: BinaryIO, size: int) -> Image.Image:
-        limits = self.limits
-        if size > limits.image_bytes:
-            raise TooLarge(f"{name}: must have at most {decimal(limits.image_bytes)}; got {decimal(size)}.")
-        return decode(file, name, max_pixels=limits.pixels)
 
 
 def _is_form(request: Request) -> bool:
