@@ -62,7 +62,9 @@ def open_hugging_face(spec: str, templates: Templates = None) -> Source:
         raise open_error(f"hf:{spec}: options must be {', '.join(f'{each}=…' for each in _OPTIONS)}, joined by &.")
     loaded = _load(name, where, options)
     features = next(iter(loaded.values())).features
-    of_images, of_classes = (_of_type(kind, features) for kind in ("Image", "ClassLabel"))
+    of_images, of_classes = (
+        [column for column in features if type(features[column]).__name__ == kind] for kind in ("Image", "ClassLabel")
+    )
     image_column = _column(name, features, "image", of_images, options.get("image"))
     others = {column.lower(): column for column in features if column != image_column}
     named = [others[label] for label in LABEL_NAMES if label in others]
@@ -132,10 +134,6 @@ def _used_splits(name: str, loaded: Mapping[str, Any], label_column: str) -> tup
     if not parts:
         raise open_error(f"{name}: has the splits {format_names(list(loaded))}, none of which is train or test.")
     return parts, notes
-
-
-def _of_type(kind: str, features: Any) -> list[str]:
-    return [column for column in features if type(features[column]).__name__ == kind]
 
 
 def _column(name: str, features: Any, kind: str, candidates: list[str], given: str | None = None) -> str:

@@ -59,7 +59,8 @@ def load_run(
     chosen = torch.device(usable_device(str(device or "auto"), "Classifier.load"))
     resolved = resolved_precision(precision, str(chosen))
     model, transform, tokenizer = load_run_model(folder, described, file, chosen, trust=trust)
-    test = TestSet(TEST, _classes(described, classes), _templates(described, templates), _NO_IMAGES)
+    given = tuple(described.templates) if templates is None else resolve_templates(None, templates)
+    test = TestSet(TEST, _classes(described, classes), given, _NO_IMAGES)
     method = _method(described, model, tokenizer, test, file)
     load_run_method(method, described, file)
     method.train(False)
@@ -79,10 +80,6 @@ def _classes(described: Description, classes: Sequence[str] | None) -> list[str]
     if count > 1:
         raise InputError(f"must differ; got {name!r} {count} times. Name it once.", "classes", "Classifier.load")
     return list(classes)
-
-
-def _templates(described: Description, templates: str | Sequence[str] | None) -> tuple[str, ...]:
-    return tuple(described.templates) if templates is None else resolve_templates(None, templates)
 
 
 def _method(described: Description, model: nn.Module, tokenizer: Any, test: TestSet, file: Path) -> Method:

@@ -45,7 +45,8 @@ def write(run: TunedRun, folder: Path) -> None:
     except ImportError as error:
         raise InputError(f"onnx needs {error.name}: pip install 'skipkernels[onnx]'.", "to", "export") from None
     module = ImageClassifier(run).eval()
-    height, width = _image_size(run)
+    size: Any = run.described.preprocessing.get("size") or getattr(run.model.visual, "image_size", 224)
+    height, width = (size, size) if isinstance(size, int) else map(int, size)
     images = torch.zeros(2, 3, height, width)
     path = folder / FILE
     external = sum(p.nbytes for p in module.parameters()) > _EXTERNAL
@@ -76,8 +77,3 @@ def write(run: TunedRun, folder: Path) -> None:
     program.model.metadata_props.update({name: json.dumps(value) for name, value in values.items()})
     program.save(path, external_data=external)
     onnx.checker.check_model(path)
-
-
-def _image_size(run: TunedRun) -> tuple[int, int]:
-    size: Any = run.described.preprocessing.get("size") or getattr(run.model.visual, "image_size", 224)
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
