@@ -12,14 +12,13 @@ from ..config import CONFIG, TuneConfig
 from ..data import InputError
 from ..data.registry import IN_PYTHON
 from ..data.tasks import VALIDATION
-from ..report.run_page import report_html
 from ..results.class_metrics import BALANCED
-from ..results.files import MODEL, REPORT, existing_run, read_metrics
+from ..results.files import existing_run, read_metrics
 from ..results.notes import result_notes
 from ..train import weights
 from ..train.calibration import calibrate
 from ..train.candidates import BLENDS
-from ..train.description import describe, write_open_clip_config
+from ..train.description import write_open_clip_config
 from ..train.evaluation import Evaluation, Evaluator
 from ..train.metrics import Trained, metrics_of
 from ..train.reading import read_model
@@ -89,7 +88,9 @@ def blend(
     trained = blends.trained(chosen, written)
     metrics = blends.metrics(trained, curve, chosen, out)
     metrics["notes"] = result_notes(written, metrics)
-    _write(new_folder, trained, metrics)
+    with new_folder.lock(written):
+        write_open_clip_config(new_folder.path, trained.setup.model, trained.setup.tokenizer)
+        new_folder.write_results(trained, metrics)
     return metrics
 
 
@@ -194,16 +195,3 @@ def choose(accuracy: Mapping[str, list[float]]) -> float:
     """
     validation = accuracy.get(BALANCED, accuracy.get(VALIDATION))
     return ALPHAS[validation.index(max(validation))] if validation else BLENDS[1]
-
-
-def _write(folder: RunFolder, trained: Trained, metrics: dict[str, Any]) -> None:
-    setup, config = trained.setup, trained.setup.config
-    described = replace(describe(config, setup.model, setup.task, weights=MODEL), **trained.calibration)
-    tests = trained.evaluator.predictions(trained.zero_shot, trained.tuned)
-    with folder.lock(config):
-        described = folder.write_model(described, setup.method.state_dict(), setup.method.fitted)
-        write_open_clip_config(folder.path, setup.model, setup.tokenizer)
-        folder.write_card(config, described, metrics)
-        folder.write_predictions(tests)
-        folder.write(REPORT, report_html(config, metrics, [], tests))
-        folder.write_metrics(metrics)

@@ -9,15 +9,17 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, InstanceOf
 
 from ...folders import replace_text
-from ..config import TuneConfig
-from ..data import InputError, Task
-from ..results.files import CLASSIFIER
+from ..data import InputError
+from ..results.files import CLASSIFIER, MODEL
 from ..untrusted import OPEN_CLIP, read_object, validated
+
+if TYPE_CHECKING:
+    from .setup import RunSetup
 
 FORMAT = 1
 CALIBRATED = "calibrated on held-out images"
@@ -88,9 +90,9 @@ class Description:
         replace_text(folder / CLASSIFIER, json.dumps(values, indent=2) + "\n")
 
 
-def describe(config: TuneConfig, model: Any, task: Task, *, weights: str) -> Description:
+def describe(setup: RunSetup) -> Description:
     """Describe a run, of which the first test has the trained classes."""
-    test = task.tests[0]
+    config, task, test = setup.config, setup.task, setup.task.tests[0]
     return Description(
         model=config.model,
         pretrained=config.pretrained,
@@ -99,9 +101,9 @@ def describe(config: TuneConfig, model: Any, task: Task, *, weights: str) -> Des
         data=task.name,
         classes=list(test.classes),
         templates=list(test.templates),
-        weights=weights,
+        weights=MODEL,
         whole_model=config.method_class().trains_model,
-        preprocessing=preprocessing(model),
+        preprocessing=preprocessing(setup.model),
     )
 
 

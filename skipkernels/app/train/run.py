@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from ...features import CacheError, FeatureCache
-from ...formatting import escaped, first_line
+from ...formatting import escaped
 from ...memory import PeakMemory
 from ..config import TuneConfig
 from ..console import print_plain
@@ -21,17 +21,16 @@ from ..data import Source
 from ..data.unreadable import check_readable
 from ..heads import Examples, choose_l2
 from ..methods.registry import PACKAGED
-from ..report import run_page
 from ..report.words import name_of_run, title_of
 from ..results import notes
 from ..results.class_metrics import BALANCED
-from ..results.files import CANDIDATES, MODEL, REPORT
+from ..results.files import CANDIDATES
 from . import checkpoint, weights
 from .calibration import calibrate
 from .candidates import Search
 from .checkpoint import best_epoch
 from .choice import Choice
-from .description import Description, describe, write_open_clip_config
+from .description import describe, write_open_clip_config
 from .evaluation import Evaluation, Evaluator
 from .metrics import Trained, cost_of, metrics_of
 from .progress import Logger, ProgressDisplay
@@ -215,7 +214,7 @@ class Run:
         """Write the checkpoint and the row of an epoch, and show it."""
         rows = [*self.rows, row]
         known: dict[str, Any] = {"settings": self.config.identity(), "rows": rows, "seconds": self.seconds}
-        state = self.method.state_dict(), self._describe(), trainer.state_dict()
+        state = self.method.state_dict(), describe(self.setup), trainer.state_dict()
         checkpoint.save(self.folder.path, *state, **known)
         self.folder.write_rows(rows)
         self.rows = rows
@@ -248,10 +247,7 @@ class Run:
         )
 
     def _write(self, trained: Trained, fit_seconds: float) -> dict[str, Any]:
-        """Write the model, the report and, last, the metrics; return the metrics. A failed report is a warning."""
-        config, folder = self.config, self.folder
-        described = replace(self._describe(), **trained.calibration)
-        described = folder.write_model(described, self.method.state_dict(), self.method.fitted)
+        """Write the results; return the metrics."""
         cost = cost_of(
             trained,
             total_seconds=self.seconds,
@@ -260,22 +256,9 @@ class Run:
             peak_memory=self.memory.read(),
         )
         metrics = metrics_of(trained, self.command, cost)
-        self.warnings += notes.result_notes(config, metrics)
-        metrics["notes"] = list(self.warnings)
-        folder.write_card(config, described, metrics)
-        try:
-            tests = trained.evaluator.predictions(trained.zero_shot, trained.tuned)
-            folder.write_predictions(tests)
-            folder.write(REPORT, run_page.report_html(config, metrics, self.rows, tests))
-        except Exception as error:  # any: the results are complete without the report
-            self.warnings.append(f"{REPORT} was not written ({type(error).__name__}: {first_line(error)}).")
-            metrics["notes"] = list(self.warnings)
-        folder.write_metrics(metrics)
-        folder.delete_checkpoint()
+        self.warnings = metrics["notes"] = notes.result_notes(self.config, metrics)
+        self.folder.write_results(trained, metrics)
         return metrics
-
-    def _describe(self) -> Description:
-        return describe(self.config, self.setup.model, self.task, weights=MODEL)
 
     # ---- messages ----------------------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from ...memory import out_of_memory
 from ..config import CONFIG, TuneConfig
 from ..console import print_plain
 from ..data.base import SizedDataset
+from . import checkpoint
 from .choice import chosen_before
 from .model import check_model
 from .own_dataset import OwnData
@@ -120,7 +121,7 @@ def _plan(config: TuneConfig, own: OwnData) -> Plan:
 def _finished(config: TuneConfig, folder: RunFolder, console: Console) -> dict[str, Any] | None:
     """Return the metrics of the run to resume if it is complete. Prints that there is nothing to resume."""
     if folder.finished is not None:
-        folder.delete_checkpoint()  # a kill may have left it
+        checkpoint.delete(folder.path)  # a kill may have left it
         print_plain(console, f"{folder.path}: the run is complete; there is nothing to resume.")
     elif config.resume and folder.checkpoint is None:
         print_plain(console, f"note: there is no epoch to resume in {folder.path}; the run starts from the beginning.")

@@ -12,12 +12,13 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...digests import digest_file
 from ...folders import is_locked, locked, replace_tensors, replace_text, sweep
+from ...formatting import first_line
 from ..config import CONFIG, TuneConfig
 from ..data import InputError
 from ..data.files import format_names
@@ -30,15 +31,16 @@ from ..results.files import (
     MODEL,
     PREDICTIONS,
     PREDICTIONS_CSV,
+    REPORT,
     RUN_FILES,
     read_metrics,
     writing,
 )
-from ..results.predictions import TestPredictions, prediction_lines, save
+from ..results.predictions import prediction_lines, save
 from ..untrusted import OPEN_CLIP
 from . import checkpoint
 from .choice import Choice
-from .description import Description
+from .description import Description, describe
 from .model_card import model_card
 from .reading import has_run
 
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..heads import Head
+    from .metrics import Trained
 
 _BEFORE_EPOCHS = {CONFIG, OPEN_CLIP, CANDIDATES}  # files of a run without results, which is replaced
 
@@ -164,7 +167,7 @@ class RunFolder:
                 sweep(self.path)
                 (self.path / METRICS).unlink(missing_ok=True)
                 if self.checkpoint is None:
-                    self.delete_checkpoint()
+                    checkpoint.delete(self.path)
                     for path in _files(self.path):
                         path.unlink(missing_ok=True)
             self.write(CONFIG, config.to_yaml())
@@ -181,25 +184,29 @@ class RunFolder:
         """Write metrics.jsonl."""
         self.write(EPOCHS, "".join(json.dumps(row) + "\n" for row in rows))
 
-    def write_card(self, config: TuneConfig, described: Description, metrics: dict[str, Any]) -> None:
-        """Write the model card."""
+    def write_results(self, trained: Trained, metrics: dict[str, Any]) -> None:
+        """Write the model, its card, the predictions and the report; last the metrics, which complete the run.
+
+        A report that fails is a note in the metrics.
+        """
+        from ..report.run_page import report_html
+
+        setup, config = trained.setup, trained.setup.config
+        described = dataclasses.replace(describe(setup), **trained.calibration)
+        described = self._write_model(described, setup.method.state_dict(), setup.method.fitted)
         use = "open-clip" if (self.path / OPEN_CLIP).exists() else "skipkernels"
         self.write(CARD, model_card(config, described, metrics, use=use))
-
-    def write_predictions(self, tests: Sequence[TestPredictions]) -> None:
-        """Write the predictions for the tests, also as CSV."""
-        save(self.path / PREDICTIONS, tests)
-        self.write(PREDICTIONS_CSV, "".join(prediction_lines(tests)))
-
-    def write_metrics(self, metrics: dict[str, Any]) -> None:
-        """Write metrics.json, which completes the run."""
+        try:
+            tests = trained.evaluator.predictions(trained.zero_shot, trained.tuned)
+            save(self.path / PREDICTIONS, tests)
+            self.write(PREDICTIONS_CSV, "".join(prediction_lines(tests)))
+            self.write(REPORT, report_html(config, metrics, trained.rows, tests))
+        except Exception as error:  # any: the results are complete without the report
+            metrics["notes"].append(f"{REPORT} was not written ({type(error).__name__}: {first_line(error)}).")
         self.write(METRICS, json.dumps(metrics, indent=2) + "\n")
-
-    def delete_checkpoint(self) -> None:
-        """Delete the checkpoint of a run that is complete or starts again."""
         checkpoint.delete(self.path)
 
-    def write_model(self, described: Description, weights: Mapping[str, Tensor], head: Head | None) -> Description:
+    def _write_model(self, described: Description, weights: Mapping[str, Tensor], head: Head | None) -> Description:
         """Write the weights, the head, if there is one, and their description, which is returned."""
         with writing(self.path / MODEL):
             replace_tensors(self.path / MODEL, weights)

@@ -67,7 +67,7 @@ def test_stop_during_overwrite_leaves_a_run(tmp_path, monkeypatch):
     for name in ("metrics.json", "model.safetensors", "report.html", "metrics.jsonl"):
         (tmp_path / name).touch()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(RunFolder, "delete_checkpoint", Mock(side_effect=KeyboardInterrupt))
+        patch.setattr(checkpoint, "delete", Mock(side_effect=KeyboardInterrupt))
         RunFolder(config).lock(config).__enter__()
     assert files(tmp_path) == {"config.yaml", "checkpoint", "model.safetensors", "report.html", "metrics.jsonl"}
     for how in ({"overwrite": False, "resume": True}, {"overwrite": True}):
