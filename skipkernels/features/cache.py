@@ -152,7 +152,7 @@ class FeatureCache(Dataset):
                 the features are not compared with a model.
             dataset: Dataset of the images; an error if it differs from that of the build, as far as docs/cache.md says.
             identity: The `identity` that was passed to `build`.
-            verify: Compare every row with its checksum now; by default a row is compared when it is first read.
+            verify: Compare every row with its checksums now; by default features are compared when they are read.
 
         Raises:
             CacheError: If there is no cache, or it is incomplete, damaged, or of another model or dataset.

@@ -33,7 +33,7 @@ _VERIFIED_BYTES = 32 << 20  # bytes that are read at once to compare all rows wi
 class FolderTable:
     """Rows in a folder, read into the memory of the CPU; see `FeatureTable`.
 
-    A row is compared with its checksums when it is first read.
+    A row is compared with its checksums whenever it is read.
 
     Attributes:
         layout: Contents of identity.json.
@@ -46,7 +46,6 @@ class FolderTable:
         self.shape, self.dtype = layout.shape, COMPUTED_DTYPES[layout.computed_dtype]
         self._checksums = read_rows(folder / CHECKSUMS, *layout.checksum_array, range(layout.rows))  # [n, arrays]
         self.finished = (self._checksums != 0).all(axis=1)
-        self._verified = np.zeros(layout.rows, dtype=bool)
         for name in layout.arrays:  # raises now if a file is missing or damaged
             self._read(name, [])
 
@@ -73,9 +72,7 @@ class FolderTable:
         """Read rows, see `FeatureTable.rows`; a CacheError if one is damaged."""
         numbers = row_numbers.tolist()
         parts = {name: self._read(name, numbers) for name in self.layout.arrays if name != LABELS}
-        if not self._verified[numbers].all():
-            self._verify(numbers, parts)
-            self._verified[numbers] = True
+        self._verify(numbers, parts)
         stored = torch.from_numpy(parts[FEATURES]).view(STORED_DTYPES[self.layout.dtype])
         features = dequantise(stored, torch.from_numpy(parts[SCALES])) if SCALES in parts else stored
         return features.to(self.dtype)
