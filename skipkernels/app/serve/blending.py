@@ -16,10 +16,9 @@ from ..results.class_metrics import BALANCED
 from ..results.files import existing_run, read_metrics
 from ..results.notes import result_notes
 from ..train import weights
-from ..train.calibration import calibrate
 from ..train.candidates import BLENDS
 from ..train.description import write_open_clip_config
-from ..train.evaluation import Evaluation, Evaluator
+from ..train.evaluation import Evaluator
 from ..train.metrics import Trained, metrics_of
 from ..train.reading import read_model
 from ..train.setup import build_run
@@ -144,17 +143,18 @@ class _Blends:
         weights.load_into(setup.method, file)
         self._weights.end()
 
-    def _evaluate(self, alpha: float) -> Evaluation:
-        """Set the weights to a blend, fit the head to it, and evaluate it."""
+    def _set(self, alpha: float) -> None:
+        """Set the weights to a blend, and fit the head to it."""
         self._weights.set(alpha)
         if self._features is not None:
             self._setup.fit_head(self._features, self._of_run["l2"])
-        return self._evaluator.evaluate(self._setup.method)
 
     def curve(self, alphas: Sequence[float]) -> dict[str, Any]:
         """Return the accuracies of blends in per cent, by test; also on validation images, and their mean by class."""
         accuracy: dict[str, list[float]] = {}
-        for found in map(self._evaluate, alphas):
+        for alpha in alphas:
+            self._set(alpha)
+            found = self._evaluator.evaluate(self._setup.method)
             held_out = {VALIDATION: found.validation, BALANCED: self._evaluator.balanced(found)}
             for name, value in (found.accuracies | held_out).items():
                 if value is not None:  # None without images
@@ -163,20 +163,9 @@ class _Blends:
 
     def trained(self, alpha: float, config: TuneConfig) -> Trained:
         """Return a blend with its results, as those of a run; calibrates the probabilities."""
-        tuned = self._evaluate(alpha)
-        held_out = self._evaluator.validation_logits(self._setup.method)
-        calibration, thresholds = ({}, []) if held_out is None else calibrate(*held_out)
-        return Trained(
-            setup=replace(self._setup, config=config),
-            choice=None,
-            rows=[],
-            evaluator=self._evaluator,
-            zero_shot=self._zero_shot,
-            tuned=tuned,
-            l2=self._of_run["l2"],
-            calibration=calibration,
-            thresholds=thresholds,
-        )
+        self._set(alpha)
+        setup = replace(self._setup, config=config)
+        return Trained.measured(setup, self._evaluator, self._zero_shot, l2=self._of_run["l2"])
 
     def metrics(self, trained: Trained, curve: dict[str, Any], alpha: float, out: str | Path | None) -> dict[str, Any]:
         """Return the metrics.json of a blend; what it says of the training, and its cost, is that of the run."""

@@ -24,6 +24,7 @@ from ..report.mistakes import predictions_with_thumbnails
 from ..results.class_metrics import balanced_accuracy, metrics_of_test
 from ..results.files import existing_run
 from ..results.predictions import TestPredictions, TopClasses, top_classes
+from .calibration import calibrate
 from .own_dataset import OwnData
 from .precision import REMEDY
 from .reading import read_model
@@ -82,12 +83,12 @@ class Evaluator:
             return None
         return balanced_accuracy(self.labels[VALIDATION], evaluation.top[VALIDATION].classes[:, 0])
 
-    def validation_logits(self, method: Method) -> tuple[Tensor, Tensor] | None:
-        """Return logits [n, C] and labels [n] of the validation images; None if there are none."""
+    def calibrate(self, method: Method) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Calibrate the probabilities on the validation images, see `calibration.calibrate`; empty without these."""
         if VALIDATION not in self._features:
-            return None
+            return {}, []
         batches = [logits.cpu() for logits in self._logits(method, VALIDATION)]
-        return (torch.cat(batches), self.labels[VALIDATION]) if batches else None
+        return calibrate(torch.cat(batches), self.labels[VALIDATION]) if batches else ({}, [])
 
     def predictions(self, before: Evaluation, after: Evaluation) -> list[TestPredictions]:
         """Collect the predictions for each test, for the files of a run."""

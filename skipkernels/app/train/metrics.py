@@ -7,7 +7,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +38,22 @@ class Trained(NamedTuple):
     l2: float  # penalty of the head; 0 without one
     calibration: dict[str, Any]  # fields of a `Description`
     thresholds: list[dict[str, Any]]  # by accuracy on the validation images
+
+    @classmethod
+    def measured(
+        cls,
+        setup: RunSetup,
+        evaluator: Evaluator,
+        zero_shot: Evaluation,
+        *,
+        l2: float,
+        choice: Choice | None = None,
+        rows: Sequence[dict[str, Any]] = (),
+    ) -> Trained:
+        """Test the method of a setup, and calibrate its probabilities; after a choice they are that of the choice."""
+        calibration, thresholds = evaluator.calibrate(setup.method) if choice is None else (choice.calibration, [])
+        tuned = evaluator.evaluate(setup.method)
+        return cls(setup, choice, [*rows], evaluator, zero_shot, tuned, l2, calibration, thresholds)
 
 
 def metrics_of(trained: Trained, command: str, cost: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,6 @@ from ..results import notes
 from ..results.class_metrics import BALANCED
 from ..results.files import CANDIDATES
 from . import checkpoint, weights
-from .calibration import calibrate
 from .candidates import Search
 from .checkpoint import best_epoch
 from .choice import Choice
@@ -228,22 +227,8 @@ class Run:
             before.set(self.config.blend)
         if self.config.head != "none":
             self.setup.fit_head(images.train, l2)
-        calibration: dict[str, Any] = {}
-        thresholds: list[dict[str, Any]] = []
-        if self.choice is not None:
-            calibration = self.choice.calibration
-        elif (held_out := images.evaluator.validation_logits(self.method)) is not None:
-            calibration, thresholds = calibrate(*held_out)
-        return Trained(
-            setup=self.setup,
-            choice=self.choice,
-            rows=self.rows,
-            evaluator=images.evaluator,
-            zero_shot=images.zero_shot,
-            tuned=images.evaluator.evaluate(self.method),
-            l2=l2,
-            calibration=calibration,
-            thresholds=thresholds,
+        return Trained.measured(
+            self.setup, images.evaluator, images.zero_shot, l2=l2, choice=self.choice, rows=self.rows
         )
 
     def _write(self, trained: Trained, fit_seconds: float) -> dict[str, Any]:
