@@ -230,8 +230,6 @@ def file_size(shape: tuple[int, ...], dtype: Any) -> int:
 
 def read_rows(path: Path, shape: tuple[int, ...], dtype: Any, row_numbers: Sequence[int]) -> NDArray[Any]:
     """Read rows [n, …] of an array, after a check of its size and header. Consecutive ones are read at once."""
-    rows = np.empty((len(row_numbers), *shape[1:]), dtype)
-    ends = (np.flatnonzero(np.diff(row_numbers) != 1) + 1).tolist()  # of runs of consecutive rows, but the last
     try:
         with path.open("rb") as file:
             header, size, expected = file.read(HEADER), os.fstat(file.fileno()).st_size, file_size(shape, dtype)
@@ -241,12 +239,14 @@ def read_rows(path: Path, shape: tuple[int, ...], dtype: Any, row_numbers: Seque
                 )
             if header != header_of(shape, dtype):
                 raise CacheError(f"{path}: damaged: another header. Build it again with `resume=True`.")
+            rows = np.empty((len(row_numbers), *shape[1:]), dtype)
+            ends = (np.flatnonzero(np.diff(row_numbers) != 1) + 1).tolist()  # of runs of consecutive rows, but the last
             for start, end in itertools.pairwise(sorted({0, *ends, len(rows)})):
                 file.seek(HEADER + row_numbers[start] * rows[start].nbytes)
                 part = rows[start:end]
                 if file.readinto(part.data) < part.nbytes:
                     raise OSError(errno.EIO, "truncated while it is read")
+            return rows
     except OSError as error:
         fault = "missing" if isinstance(error, FileNotFoundError) else f"unreadable: {error.strerror or error}"
         raise CacheError(f"{path}: {fault}. Build it again with `resume=True`.") from None
-    return rows

@@ -194,8 +194,8 @@ class RankSampler:
         self._largest_batch, self._fixed = largest_batch, tensors.get("fixed")
 
     def __getstate__(self) -> dict[str, Any]:
-        # The state of the generator as bytes: its own pickle has a tensor, whose shared memory a spawned process would
-        # open after this process has freed it (github.com/pytorch/pytorch/issues/146828).
+        # The state of the generator as bytes: its own pickle has a tensor, and a spawned process would open the shared
+        # memory of that after this process has freed it (github.com/pytorch/pytorch/issues/146828).
         generator = self.generator.device, self.generator.get_state().numpy().tobytes()
         return vars(self) | {"generator": generator}
 

@@ -392,6 +392,15 @@ def test_identity_of_another_format_is_refused_or_replaced(folder, name):
     assert contents(folder) == sound
 
 
+@pytest.mark.parametrize("changes", [{"rows": 2**70}, {"shape": [3, 2**70]}], ids=str)
+def test_size_of_an_identity_is_compared_with_the_files(folder, changes):
+    """Before memory is allocated for it."""
+    path = folder / "identity.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(CacheError, match=r"\.npy: damaged: \d+ bytes instead of "):
+        FolderTable.open(folder)
+
+
 def test_probe_tells_models_with_equal_weights_apart(folder):
     """Another device rounds the features of the fixed input differently; another activation changes more."""
     close, other = (layout_of(probe=(first, -2.5e-7)) for first in (0.10001, 0.102))
