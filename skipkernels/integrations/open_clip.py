@@ -8,7 +8,7 @@ and that of the development version as `open_clip.task.CLIPTask(model, loss=loss
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +49,7 @@ class ClassModel(nn.Module):
                 "training, not the SkipCLIP."
             )
         self.clip = clip
-        self._index: tuple[Tensor, ...] | None = None  # tokens of SkipCLIP, and `_index` of them
+        self._index: _Index | None = None
         self._groups: list[dict[str, Any]] = []  # to be checked in the first training step
 
     def parameter_groups(self, *, text_lr: float, image_lr: float) -> list[dict[str, Any]]:
@@ -116,12 +116,11 @@ class ClassModel(nn.Module):
                 f"ClassModel: text must be tokens [B, L={tokens.shape[-1]}] like the prompts of SkipCLIP, or class "
                 f"ids [B]; got {text.dtype} {list(text.shape)}. Tokenize both with the same tokenizer."
             )
-        if self._index is None or self._index[0] is not tokens or self._index[1].device != text.device:
-            self._index = tokens, *_index(tokens.to(text.device))
-        _, prompts, hashes, order, weights = self._index
-        found = torch.searchsorted(hashes, _hash(text, weights)).clamp(max=len(order) - 1)
-        rows = order[found]  # [B], into the C·T prompts
-        known = (prompts[rows] == text).all(dim=1)
+        if self._index is None or self._index.tokens is not tokens or self._index.hashes.device != text.device:
+            self._index = _index(tokens, text.device)
+        _, weights, hashes, prompts, class_ids = self._index
+        found = torch.searchsorted(hashes, _hash(text, weights)).clamp(max=len(hashes) - 1)  # [B]
+        known = (prompts[found] == text).all(dim=1)
         if text.device.type != "cpu":
             torch._assert_async(known.all(), "ClassModel: a caption is not the prompt of a class.")
         elif not known.all():
@@ -130,7 +129,7 @@ class ClassModel(nn.Module):
                 f"ClassModel: captions {unknown} of the batch are not the prompt of a class. Give SkipCLIP the "
                 "tokens of all captions, each once, in the order of the classes."
             )
-        return rows // (len(prompts) // len(tokens))
+        return class_ids[found]
 
     def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
         """Image embeddings [B, D] of images or features at the cut."""
@@ -222,10 +221,20 @@ def _hash(tokens: Tensor, weights: Tensor) -> Tensor:
     return (tokens.long() * weights).sum(dim=1)  # sums wrap around
 
 
-def _index(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the prompts [C·T, L] of tokens, their hashes in ascending order, the prompt of each, and their weights."""
-    prompts, generator = tokens.long().flatten(0, -2), torch.Generator().manual_seed(0)
-    weights = torch.randint(-(2**63), 2**63 - 1, prompts.shape[1:], generator=generator).to(tokens.device)
+class _Index(NamedTuple):
+    """Prompts [C·T, L] of classes, in ascending order of their hashes."""
+
+    tokens: Tensor  # those of SkipCLIP, [C, L] or [C, T, L]
+    weights: Tensor  # [L] int64, of `_hash`
+    hashes: Tensor
+    prompts: Tensor
+    class_ids: Tensor
+
+
+def _index(tokens: Tensor, device: torch.device) -> _Index:
+    """Sort the prompts of classes; a ValueError if two classes have the same one."""
+    prompts, generator = tokens.to(device).long().flatten(0, -2), torch.Generator().manual_seed(0)
+    weights = torch.randint(-(2**63), 2**63 - 1, prompts.shape[1:], generator=generator).to(device)
     hashes, order = _hash(prompts, weights).sort()
     class_ids = order // (len(prompts) // len(tokens))
     same = ((hashes[1:] == hashes[:-1]) & (class_ids[1:] != class_ids[:-1])).nonzero()
@@ -235,4 +244,4 @@ def _index(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             f"ClassModel: classes {first} and {second} have the same prompt, so a caption does not tell which is "
             "meant. Rename one of them, or pass class ids [B] in place of tokens."
         )
-    return prompts, hashes, order, weights
+    return _Index(tokens, weights, hashes, prompts[order], class_ids)
