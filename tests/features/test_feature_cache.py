@@ -16,8 +16,8 @@ import skipkernels as sk
 from skipkernels.features import CacheError
 from tests.features.caches import CLASSES, Drawn, build, images, skip_clip
 from tests.hugging_face_models import siglip
-from tests.models import TEXT, VISION, openai_clip, tiny_clip
-from tests.timm_models import convnext, vit_siglip
+from tests.models import TEXT, VISION, tiny_clip
+from tests.timm_models import convnext
 
 
 def half(dtype: torch.dtype) -> nn.Module:
@@ -29,9 +29,7 @@ def half(dtype: torch.dtype) -> nn.Module:
 
 FAMILIES: dict[str, tuple[Callable[[], nn.Module], int, int]] = {  # model, skipped blocks, image size
     "open_clip": (partial(tiny_clip, torch.float32), 1, 16),
-    "openai": (openai_clip, 2, 16),
     "siglip": (lambda: siglip().float(), 1, 16),
-    "timm": (lambda: vit_siglip().float(), 2, 16),
     "maps": (lambda: convnext().float(), 2, 32),
     "fp64": (tiny_clip, 1, 16),
     "bf16": (partial(half, torch.bfloat16), 1, 16),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 
@@ -27,10 +26,6 @@ def short() -> Problem:
     return small_problem(STEPS)._replace(keep_ratio=0.5)
 
 
-def make(problem: Problem) -> sk.SkipCLIP:
-    return problem.clip()
-
-
 def trainer_of(clip: sk.SkipCLIP, problem: Problem, folder, **arguments) -> Trainer:
     """Shuffled batches, saved once in the epoch."""
     saving = {"save_strategy": "steps", "save_steps": SAVED, "logging_strategy": "steps", "logging_steps": 1}
@@ -42,7 +37,7 @@ def trainer_of(clip: sk.SkipCLIP, problem: Problem, folder, **arguments) -> Trai
 def trained(short, tmp_path_factory):
     """Trainer after an uninterrupted epoch, and the folder of its checkpoint."""
     folder = tmp_path_factory.mktemp("trained")
-    trainer = trainer_of(make(short), short, folder)
+    trainer = trainer_of(short.clip(), short, folder)
     trainer.train()
     return trainer, folder / f"checkpoint-{SAVED}"
 
@@ -53,7 +48,7 @@ def losses(trainer: Trainer) -> list[float]:
 
 def test_resume_within_an_epoch(trained, short, tmp_path):
     whole, checkpoint = trained
-    clip = make(short._replace(model=copy.deepcopy(short.model)))
+    clip = short.clip()
     with torch.no_grad():
         for parameter in clip.trainable_parameters():
             parameter.zero_()
@@ -123,7 +118,7 @@ def test_model_init(trained, short, tmp_path):
     """Each trial has another model, and its own weight decay, as in a hyperparameter search."""
     args = runner.arguments(short, tmp_path, weight_decay=5e-4)
     ours = hugging_face.trainer_arguments(args, **short.rates(), momentum=0.9)
-    trainer = Trainer(model_init=lambda: make(short), train_dataset=short.dataset, **ours)
+    trainer = Trainer(model_init=lambda: short.clip(), train_dataset=short.dataset, **ours)
     models = []
     for args.weight_decay in (5e-4, 0.3):  # as hyperparameter_search sets it
         trainer.train()
@@ -136,7 +131,7 @@ def test_model_init(trained, short, tmp_path):
 
 @pytest.mark.filterwarnings("error")
 def test_gradient_checkpointing(trained, short, tmp_path):
-    clip = make(short)
+    clip = short.clip()
     has_name = any(field.name == "activation_checkpointing" for field in dataclasses.fields(TrainingArguments))
     name = "activation_checkpointing" if has_name else "gradient_checkpointing"  # in older versions
     trainer = trainer_of(clip, short, tmp_path, save_strategy="no", **{name: True})
@@ -146,7 +141,7 @@ def test_gradient_checkpointing(trained, short, tmp_path):
 
 
 def test_features_of_a_cache(trained, short, tmp_path):
-    clip = make(short)
+    clip = short.clip()
     cache = sk.FeatureCache.build(tmp_path / "features", clip, short.dataset, dtype="fp32", progress=False)
     ours = runner.plug(short, tmp_path, logging_strategy="steps", logging_steps=1)
     trainer = Trainer(clip, train_dataset=cache, **ours)
@@ -161,7 +156,7 @@ def test_collate_whole_numbers(label):
 
 def test_optimizer_is_of_the_parameters_that_train(short, tmp_path):
     """The optimizer has A and B of a later add_lora; FusedSGD does not update weights before gradients are clipped."""
-    clip = make(short)
+    clip = short.clip()
     args = runner.arguments(short, tmp_path, max_steps=1, max_grad_norm=1e-4)
     ours = hugging_face.trainer_arguments(args, text_lr=1e-2, image_lr=1e-2, optimizer=sk.FusedSGD)
     sk.add_lora(clip, rank=2)
