@@ -225,9 +225,9 @@ class Search:
         for group in self.groups if self.masks else ():
             trials = self.tried(group, advance)
             self.trials += trials
-            kept = [*self.trials[:1], *([self._best()[0]] if self.allowed else [])]
-            for trial in self.trials:
-                if trial not in kept:
+            best_so_far = self._best()[0] if self.allowed else None
+            for trial in self.trials[1:]:
+                if trial is not best_so_far:
                     trial.logits = None  # of all candidates they can be gigabytes
             yield trials
 

@@ -64,6 +64,7 @@ def tune(
         Contents of metrics.json: zero-shot and tuned accuracy, kept classes, steps, and cost in seconds and memory.
 
     Raises:
+        pydantic.ValidationError: If a setting is unknown, or has a wrong type. It is a ValueError, as the next.
         InputError: If a setting can't be used, or the disk is full.
         MemoryError: If the device or the host is out of memory.
         FloatingPointError: If the loss is not finite. The last good checkpoint is kept.
