@@ -81,25 +81,6 @@ def poisoned_memory() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = before
 
 
-# Modules of which the SkipCLIPs are not compared with their model, which clip/test_verify.py, towers/ and others test.
-UNCOMPARED = (
-    "bench_gpu bench_step capture casts chunked classifier clip_refusals feature_cache "
-    "features_refusals host_syncs hugging_face lightning loader losses open_clip pairs_refusals refresh "
-    "replays_on_a_gpu skip_clip state step texts trainers"
-).split()
-
-
-@pytest.fixture(autouse=True)
-def _uncompared(request: pytest.FixtureRequest) -> Iterator[None]:
-    if request.node.path.stem.removeprefix("test_") not in UNCOMPARED:
-        yield
-        return
-    from tests.models import uncompared
-
-    with uncompared():
-        yield
-
-
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)

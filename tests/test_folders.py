@@ -14,15 +14,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from skipkernels.folders import (
-    is_locked,
-    locked,
-    replace_tensors,
-    replace_text,
-    replaced_file,
-    replaced_files,
-    sweep,
-)
+from skipkernels.folders import is_locked, locked, replace_tensors, replace_text, replaced_file, replaced_files, sweep
 
 # ---- files -----------------------------------------------------------------------------------------------------------
 

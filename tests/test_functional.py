@@ -13,8 +13,7 @@ def test_a_number_and_a_tensor_are_the_same_scale():
     numbers = {**GOOD["class_sampled_ce"](), "logit_scale": 14.25}
     for scale in (torch.tensor(14.25), torch.tensor([14.25]), torch.tensor(14.25, dtype=torch.float64)):
         assert torch.equal(
-            functional.class_sampled_ce(**numbers),
-            functional.class_sampled_ce(**{**numbers, "logit_scale": scale}),
+            functional.class_sampled_ce(**numbers), functional.class_sampled_ce(**{**numbers, "logit_scale": scale})
         )
 
 

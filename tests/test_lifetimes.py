@@ -50,13 +50,7 @@ def _tune_and_break_off_predictions(folder):
 
 
 @pytest.mark.parametrize(
-    "call",
-    [
-        _construct_with_text_cache,
-        _train_and_predict,
-        _break_off_a_loader,
-        _tune_and_break_off_predictions,
-    ],
+    "call", [_construct_with_text_cache, _train_and_predict, _break_off_a_loader, _tune_and_break_off_predictions]
 )
 def test_public_call_leaves_nothing_behind(call, tmp_path):
     def alive() -> tuple[set[threading.Thread], int]:

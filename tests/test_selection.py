@@ -12,13 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from skipkernels.graphs.parts import ReservedRanks
-from skipkernels.selection import (
-    RankSampler,
-    base_keep,
-    inclusion_probabilities,
-    systematic_sample,
-    tail_probabilities,
-)
+from skipkernels.selection import RankSampler, base_keep, inclusion_probabilities, systematic_sample, tail_probabilities
 from skipkernels.selection.probabilities import Intervals
 
 

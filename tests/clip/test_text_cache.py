@@ -47,9 +47,7 @@ def other_starts():
 
 @pytest.mark.parametrize("padded", [False, True], ids=["packed", "padded"])
 @pytest.mark.parametrize(
-    "tokens",
-    [tiny_tokens(CLASSES), other_starts(), three_templates(CLASSES)],
-    ids=["prefix", "alone", "templates"],
+    "tokens", [tiny_tokens(CLASSES), other_starts(), three_templates(CLASSES)], ids=["prefix", "alone", "templates"]
 )
 @pytest.mark.parametrize("skip", [1, 3])
 def test_text_cache_equals_memory(tmp_path, monkeypatch, skip, tokens, padded):

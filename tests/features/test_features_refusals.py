@@ -65,14 +65,8 @@ OPENED: list[tuple[Callable[[Path], object], str]] = [
     (of_clip(partial(tiny_clip, torch.float32, quick_gelu=True)), "computes other features from the same weights"),
     (of_clip(hooked), "computes other features from the same weights"),
     (of_clip(lambda: siglip().float()), "differs in image tower"),
-    (
-        lambda at: sk.FeatureCache.open(at, dataset=images(seed=1)),
-        "differs in images. Choose another folder, or",
-    ),
-    (
-        lambda at: sk.FeatureCache.open(at, dataset=images(22)),
-        r"number of images \(23 there, 22 here\)",
-    ),
+    (lambda at: sk.FeatureCache.open(at, dataset=images(seed=1)), "differs in images. Choose another folder, or"),
+    (lambda at: sk.FeatureCache.open(at, dataset=images(22)), r"number of images \(23 there, 22 here\)"),
     (lambda at: build(at, resume=True, seed=1), r"differs in seed \(0 there, 1 here\)"),
     (lambda at: build(at, resume=True, batch_size=5), r"differs in batch size \(4 there, 5 here\)"),
     (lambda at: build(at, resume=True, dtype="bf16"), r"differs in dtype \(fp32 there, bf16 here\)"),

@@ -350,11 +350,7 @@ def test_rows_of_another_kind_are_not_written(tmp_path, features, labels, words)
         assert writer.missing.all()
 
 
-NOT_OURS: dict[str, bytes] = {
-    "empty": b"",
-    "number": b"3",
-    "other program": b'{"name": "an app"}',
-}
+NOT_OURS: dict[str, bytes] = {"empty": b"", "number": b"3", "other program": b'{"name": "an app"}'}
 WRONG: dict[str, Any] = {
     "format": 5,
     "more": 1,

@@ -49,10 +49,7 @@ GOOD = {
         **{name: torch.randn(B, D) for name in ("x", "residual")},
         **{name: torch.ones(D) for name in ("weight", "bias")},
     },
-    "add_rms_norm": lambda: {
-        **{name: torch.randn(B, D) for name in ("x", "residual")},
-        "weight": torch.ones(D),
-    },
+    "add_rms_norm": lambda: {**{name: torch.randn(B, D) for name in ("x", "residual")}, "weight": torch.ones(D)},
     "mlp_activation": lambda: {"x": torch.randn(B, D), "bias": torch.ones(D)},
     "rotary_embedding": lambda: {
         "x": torch.randn(6, 12),

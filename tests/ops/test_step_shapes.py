@@ -48,11 +48,7 @@ TEXT_ROWS, IMAGE_ROWS = 891, 4 * 197
 SPARE = TEXT_ROWS - PREFIX - sum(LENGTHS)  # the layout has room for the longest 107
 
 CASES: dict[str, tuple[Operator, tuple[Any, ...], dict[str, Any]]] = {
-    "prefix attention": (
-        prefix.OPERATOR,
-        (None, LONGEST, PREFIX, 8, 64),
-        {"lengths": LENGTHS, "behind": SPARE},
-    ),
+    "prefix attention": (prefix.OPERATOR, (None, LONGEST, PREFIX, 8, 64), {"lengths": LENGTHS, "behind": SPARE}),
     "pooled attention": (pooled.OPERATOR, (4, 197, 12, 64), {}),
     "image norm": (norm.OPERATOR, (IMAGE_ROWS, 768), {}),
     "text norm": (norm.OPERATOR, (TEXT_ROWS, 512), {}),

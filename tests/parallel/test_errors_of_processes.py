@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 import skipkernels as sk
-from tests.models import tiny_batch, tiny_clip, tiny_tokens, uncompared
+from tests.models import tiny_batch, tiny_clip, tiny_tokens
 from tests.parallel.sharded import CLASSES, small_clip
 from tests.processes import run_in_processes
 
@@ -24,7 +24,6 @@ def caught(function, *arguments, **options) -> str:
     return ""
 
 
-@uncompared()
 def errors(rank: int) -> dict[str, Any]:
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     group = dist.group.WORLD

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import skipkernels as sk
 from skipkernels.clip import SkipOutput
-from tests.models import tiny_batch, tiny_tokens, uncompared
+from tests.models import tiny_batch, tiny_tokens
 from tests.parallel.sharded import CLASSES, small_clip, tokens_of
 from tests.processes import run_in_processes
 from tests.reference_step import assert_close_by_name
@@ -157,7 +157,6 @@ def recorded() -> Iterator[list[tuple[str, int]]]:
         yield messages
 
 
-@uncompared()
 def in_process(rank: int, size: int, folder: Path) -> dict[str, Any]:
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     group = dist.group.WORLD

@@ -14,7 +14,6 @@ from torch import nn
 import skipkernels as sk
 from skipkernels import reference
 from skipkernels.testing import saved_bytes
-from tests.models import uncompared
 from tests.reference_step import LOSS
 from tests.timm_models import batch_norms, convnext, eva, naflex, swin, vit, vitamin
 from tests.towers.families import ENCODERS, FAMILIES, LABELS, STAGED, TIMM, Family, like_another
@@ -62,7 +61,6 @@ def test_step_equals_model(family, skip):
 
 
 @rows(["openai", "hf", "siglip", "coca", *TIMM, *STAGED])
-@uncompared()
 def test_features_are_constant(family):
     """Features at the cut give the same step as images, twice, and neither is written to."""
     for skip in ((1, 1), (family.depth, 1)):
@@ -94,7 +92,6 @@ def test_model_is_left_unchanged(family):
 
 @pytest.mark.parametrize(("name", "skip"), [(name, skip) for name in ("mobile_clip", "fastvit", "resnet")
                                             for skip in (0, 2, FAMILIES[name].depth)])  # fmt: skip
-@uncompared()
 def test_batch_norms_update_above_cut_only(name, skip):
     """In training mode batch norms above the cut use and count the batch, those below do neither."""
     family = FAMILIES[name]
