@@ -39,7 +39,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/fused-blocks.md": {"fuse": studies.fused},
     "docs/gpu.md": {"gpu-model": studies.estimates},
     "docs/heads.md": {"default": studies.default_cost, **of_study("tail")},
-    "docs/when.md": of_study("default", "choices", "differences"),
+    "docs/when.md": of_study("default", "differences"),
     "docs/when-tables.md": of_study("harmonic", "joint", "base", "new"),
     "docs/when-details.md": of_study("settings", "trials", "own", "cost", "steps"),
 }

@@ -202,15 +202,6 @@ def default_table(rows: Sequence[Row]) -> Table:
     return ["", *_OF_HEADS], [[task, *(cell(task, column) for column in _OF_HEADS)] for task in tasks]
 
 
-def choices_table(rows: Sequence[Row]) -> Table:
-    """Candidates that the default chose, and in how many runs of a task."""
-    found = [row for row in rows if row["method"] == DEFAULT.method and row["phase"] == "report"]
-    names = sorted({row["chosen"] for row in found})
-    tasks = [task for task in reported_tasks(rows) if any(row["task"] == task for row in found)]
-    counts = Counter((row["task"], row["chosen"]) for row in found)
-    return ["", *tasks], [[name, *(str(counts[task, name] or "") for task in tasks)] for name in names]
-
-
 def settings_table(rows: Sequence[Row]) -> Table:
     """The chosen setting of each method: optimizer, learning rate of the text and of the image side."""
     chosen = {row["method"]: row["setting"] for row in rows if row["phase"] == "report"}
@@ -290,7 +281,6 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Row]], Table]]] = {
     **{column: ("when", partial(accuracy_table, column=column)) for column in ALL},
     "differences": ("when", difference_table),
     "default": ("when", default_table),
-    "choices": ("when", choices_table),
     "settings": ("when", settings_table),
     "cost": ("when_cost", cost_table),
     "steps": ("when_steps", steps_table),

@@ -59,13 +59,14 @@ def execute(run: plan.Run) -> list[dict[str, Any]]:
 
 
 def changes(run: plan.Run, setup: RunSetup) -> Iterator[Trial]:
-    """Heads of the pretrained model, then, after training, of the tuned one."""
+    """Heads of the pretrained model, of the tuned one, and of the mean of both."""
     features, method = setup.train_features(), setup.method
     frozen = setup.examples(features)
     l2 = choose_l2("anchored", frozen)
     yield REFERENCE, method, fit_head("anchored", frozen, l2)
     views = with_views(run, frozen)
     yield "frozen + anchored, views", method, fit_head("anchored", views, l2 * len(views.image) / len(frozen.image))
+    between = Interpolation(setup.trained)
     *_, _ = epochs_of(setup, features)
     tuned = setup.examples(features)
     yield "tuned + anchored", method, fit_head("anchored", tuned, l2)
@@ -76,10 +77,11 @@ def changes(run: plan.Run, setup: RunSetup) -> Iterator[Trial]:
     for alpha in (0.5, 2.0):
         yield f"tuned + gaussian, α = {alpha:g}", method, with_text(alone, *tuned, alpha)
     yield "tuned + gaussian, α by class", method, alpha_by_class(gaussian, tuned, frozen)
-    for gamma in (2.0, 4.0, 8.0):
-        yield f"tuned + gaussian, γ = {gamma:g}", method, replace(gaussian, bias=gaussian.bias - gamma)
     both, examples = two_layers(method, features, tuned)
     yield "tuned + gaussian, two layers", both, fit_head("gaussian", examples, 0)
+    between.end()
+    between.set(BLENDS[1])
+    yield "blended + gaussian", method, fit_head("gaussian", setup.examples(features), 0)
 
 
 def lp_ft(setup: RunSetup) -> Iterator[Trial]:
