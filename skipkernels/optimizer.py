@@ -204,11 +204,6 @@ class FusedSGD(torch.optim.Optimizer):
         for _, weight in indexed:
             weight.grad = _ConsumedGradient(weight.grad)
 
-    def discard_step(self) -> None:
-        """Forget a step that did not end, such as after a failed capture in a CUDA graph; reset the gradients."""
-        self.zero_grad()
-        self._updated.clear()
-
     def _discard_backward(self) -> None:
         """Remove what backward left: placeholders, and weights that wait because it raised an error."""
         self._waiting = {}
@@ -218,13 +213,15 @@ class FusedSGD(torch.optim.Optimizer):
                     weight.grad = None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset the gradients of all weights, see `torch.optim.Optimizer.zero_grad`."""
+        """Reset the gradients of all weights, and forget a step that did not end, as after an error in backward."""
         self._discard_backward()
+        self._updated.clear()
         super().zero_grad(set_to_none)
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """End a step: update every weight that still has a gradient; return the result of `closure`, if given."""
-        loss = None if closure is None else closure()
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         self._discard_backward()
         first = 0
         for group_index, group in enumerate(self.param_groups):
@@ -301,11 +298,11 @@ class FusedSGD(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Called by load_state_dict with the groups of a checkpoint; those of torch.optim.SGD lack some options.
-        super().__setstate__(state)
-        for group in self.param_groups:
+        for group in state["param_groups"]:
             for option, default in self.defaults.items():
                 group.setdefault(option, default)
             _check(group)
+        super().__setstate__(state)
 
     def __getstate__(self) -> NoReturn:
         raise TypeError("FusedSGD: cannot be copied or pickled: its hooks are on its parameters. Use state_dict().")

@@ -169,6 +169,35 @@ def test_gathered_gradients_of_a_failed_backward_are_dropped(gathering):
     assert second.tolist() == [0.5, 0.5] and first.tolist() == [1.0, 1.0]
 
 
+def test_backward_after_a_failed_one():
+    """After `zero_grad`, as in a training loop that skips the batch."""
+    first, second = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    optimizer = sk.FusedSGD([first, second], lr=0.5)
+    node = 1 * first
+    node.register_hook(lambda grad: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        (second.sum() + node.sum()).backward()
+    assert second.tolist() == [0.5, 0.5]
+    optimizer.zero_grad()
+    (first.sum() + second.sum()).backward()
+    optimizer.step()
+    assert first.tolist() == [0.5, 0.5] and second.tolist() == [0.0, 0.0]
+
+
+def test_closure_computes_gradients_under_no_grad():
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = sk.FusedSGD([weight], lr=0.5)
+
+    def closure() -> torch.Tensor:
+        loss = weight.sum()
+        loss.backward()
+        return loss
+
+    with torch.no_grad():
+        assert optimizer.step(closure).item() == 2.0
+    assert weight.tolist() == [0.5, 0.5]
+
+
 @pytest.mark.gpu
 def test_backward_on_gpu_bounds_memory_without_host_sync():
     layers = nn.Sequential(*(nn.Linear(1024, 1024, bias=False, device="cuda") for _ in range(24)))  # 96 MiB
@@ -340,6 +369,17 @@ def test_load_state_dict_of_or_into_torch_sgd(kinds):
     second = kinds[1](net.groups(), lr=1.0)
     second.load_state_dict(state)
     assert_close(train(net, second, range(2, 4)), trained_by_torch())
+
+
+def test_a_refused_state_changes_nothing():
+    net = Net()
+    optimizer = sk.FusedSGD(net.groups(), **HYPER)
+    train(net, optimizer, range(1))
+    before, state = copy.deepcopy(optimizer.state_dict()), optimizer.state_dict()
+    state["state"], state["param_groups"][1]["lr"] = {}, -1.0
+    with pytest.raises(ValueError, match=r"FusedSGD: lr must be at least 0; got -1"):
+        optimizer.load_state_dict(state)
+    assert str(optimizer.state_dict()) == str(before)
 
 
 @pytest.fixture

@@ -303,10 +303,7 @@ class GraphedStep:
         # Behind the handler: its traceback holds tensors of the capture.
         self._why_eager, self._steps = reason, None
         torch.clear_autocast_cache()
-        if isinstance(self._optimizer, FusedSGD):
-            self._optimizer.discard_step()
-        else:
-            self._optimizer.zero_grad()
+        self._optimizer.zero_grad()
         warnings.warn(f"graphed: steps run one by one until reset(): {reason}", stacklevel=3)
         return None
 
