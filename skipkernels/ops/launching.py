@@ -74,6 +74,14 @@ def runs_beside_host(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
+def is_captured(device: torch.device) -> bool:
+    """Return True if the next kernel of a device becomes part of a graph instead of running."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
 def current_stream(device: torch.device) -> int:
     """Return the id of the stream on which a device runs the next kernel; in a hook, that of the gradient."""
     return torch.cuda.current_stream(device).stream_id if device.type == "cuda" else 0
@@ -84,6 +92,16 @@ def pinned(x: Tensor, device: torch.device) -> Tensor:
     return x.pin_memory() if device.type == "cuda" else x
 
 
+def with_contiguous_rows(x: Tensor) -> Tensor:
+    """Return the matrix, copied if its rows are not contiguous."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def contiguous_or_none(x: Tensor | None) -> Tensor | None:
+    """Return the tensor, copied if it is not contiguous."""
+    return None if x is None else x.contiguous()
+
+
 def dot_precision(dtype: torch.dtype, device: torch.device) -> str:
     """`input_precision` of a `tl.dot` with fp32 accuracy: three products in tf32 on NVIDIA, fp32 on AMD."""
     return "tf32x3" if dtype == torch.float32 and target(device).backend == "cuda" else "ieee"
@@ -92,14 +110,11 @@ def dot_precision(dtype: torch.dtype, device: torch.device) -> str:
 @functools.cache  # tried once in a process
 def products_widen(device_type: str) -> bool:
     """Return True if a device can write a product of 16-bit matrices in fp32; known by trying."""
+    one = torch.ones(8, 8, dtype=torch.bfloat16, device=device_type)
     try:
-        one = torch.ones(8, 8, dtype=torch.bfloat16, device=device_type)
         return torch.mm(one, one, out_dtype=torch.float32).dtype == torch.float32
-    except TypeError:
-        return False
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError):  # says nothing about products
-            raise
+    except (TypeError, RuntimeError):
+        torch.mm(one, one)  # raises an error of the device, such as too little memory
         return False
 
 

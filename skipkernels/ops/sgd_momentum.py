@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -237,30 +238,28 @@ def _launch_alike(tensors: list[_Tensors], call: Call) -> None:
     )
 
 
-# By device, stream, `repeat` and numbers. A table is written, read and freed on one stream, so that no stream reads it
-# too early, or while another one writes to its memory.
-_tables: dict[tuple[torch.device, int, bool, tuple[int, ...]], Tensor] = {}
-
-
 class GraphTables:
     """Tables that the launches in a captured graph read; they must live as long as the graph.
 
-    Addresses of gradients are known during the capture only. Their tables are allocated then, and written by `upload`
-    after it: a copy in the graph would run in each replay.
+    Addresses of gradients are known during the capture only. Tables are allocated then, and written by `upload` after
+    it: a copy in the graph would run in each replay.
     """
 
     def __init__(self) -> None:
-        self._held: list[Tensor] = []
-        self._missing: list[tuple[Tensor, Tensor]] = []  # table on the device, and its numbers
+        self._tables: list[tuple[Tensor, Tensor]] = []  # table on the device, and its numbers
+
+    def allocate(self, numbers: Tensor, device: torch.device) -> Tensor:
+        """Return a table that `upload` will write."""
+        self._tables.append((torch.empty_like(numbers, device=device), numbers))
+        return self._tables[-1][0]
 
     def upload(self) -> None:
-        """Write the tables that were allocated during the capture, on the current stream."""
-        for table, numbers in self._missing:
+        """Write the tables, on the current stream."""
+        for table, numbers in self._tables:
             _write(table, numbers)
-        self._missing.clear()
 
 
-_of_graph: GraphTables | None = None  # of the graph that is being captured
+_of_graph: GraphTables | None = None  # of the graph that is being captured: one at a time, see `casts.used`
 
 
 @contextlib.contextmanager
@@ -275,30 +274,35 @@ def tables_of_graph() -> Iterator[GraphTables]:
 
 
 def _table(numbers: Sequence[int], device: torch.device, *, repeat: bool = False) -> Tensor:
-    """Return int64 numbers on a device, kept between calls; with `repeat`, index i numbers[i] times. No host sync."""
-    key = device, launching.current_stream(device), repeat, tuple(numbers)
-    table = _tables.get(key)
-    if table is None:
-        entries = [index for index, times in enumerate(numbers) for _ in range(times)] if repeat else numbers
-        table = torch.frombuffer(array.array("q", entries), dtype=torch.int64)  # an empty buffer is refused
-        if launching.runs_beside_host(device):
-            numbers_on_host, table = table, torch.empty_like(table, device=device)
-            if _of_graph is not None:
-                _of_graph._held.append(table)
-                _of_graph._missing.append((table, numbers_on_host))
-                return table
-            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-                raise RuntimeError(
-                    "sgd_momentum_: a captured graph can only read tensors of an earlier call; got new addresses. Make "
-                    "the same call before the capture, or capture the training step with skipkernels.graphed."
-                )
-            _write(table, numbers_on_host)
-        while len(_tables) >= MAX_TABLES:
-            del _tables[next(iter(_tables))]
-        _tables[key] = table
-    if _of_graph is not None:
-        _of_graph._held.append(table)
+    """Return int64 numbers on a device; with `repeat`, index i numbers[i] times. No host sync."""
+    captured = _of_graph
+    # The stream decides: other threads may launch on streams that are not captured.
+    if captured is not None and launching.is_captured(device):
+        return captured.allocate(_on_host(numbers, repeat), device)
+    return _kept_table(tuple(numbers), repeat, device, launching.current_stream(device))
+
+
+# A table is written, read and freed on one stream, so that no stream reads it too early, or while another one writes to
+# its memory.
+@functools.lru_cache(maxsize=MAX_TABLES)
+def _kept_table(numbers: tuple[int, ...], repeat: bool, device: torch.device, stream: int) -> Tensor:
+    """Return a table that is kept between calls."""
+    on_host = _on_host(numbers, repeat)
+    if not launching.runs_beside_host(device):
+        return on_host
+    if launching.is_captured(device):
+        raise RuntimeError(
+            "sgd_momentum_: a captured graph can only read tensors of an earlier call; got new addresses. Make "
+            "the same call before the capture, or capture the training step with skipkernels.graphed."
+        )
+    table = torch.empty_like(on_host, device=device)
+    _write(table, on_host)
     return table
+
+
+def _on_host(numbers: Sequence[int], repeat: bool) -> Tensor:
+    entries = [index for index, times in enumerate(numbers) for _ in range(times)] if repeat else numbers
+    return torch.frombuffer(array.array("q", entries), dtype=torch.int64)  # an empty buffer is refused
 
 
 def _write(table: Tensor, numbers: Tensor) -> None:

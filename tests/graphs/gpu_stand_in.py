@@ -230,6 +230,10 @@ class Gpu(TorchDispatchMode):
         self._memory: dict[int, Memory] = {}  # by address
         self._graph: Graph | None = None  # of the capture
 
+    @property
+    def captures_now(self) -> bool:
+        return self._graph is not None
+
     def current_stream(self, *_: Any) -> Stream:
         return self._of_node or self._streams[-1]
 
@@ -389,6 +393,7 @@ _backward, _table = Tensor.backward, sgd_momentum._table
 def stand_in() -> Iterator[Gpu]:
     """Let the CPU take the paths of a GPU."""
     Stream.ids = itertools.count()
+    sgd_momentum._kept_table.cache_clear()
     gpu = Gpu()
     cuda = {
         "Stream": Stream,
@@ -402,10 +407,10 @@ def stand_in() -> Iterator[Gpu]:
         mock.patch.object(Tensor, "backward", lambda loss, gradient=None: gpu.backward(loss, gradient)),
         mock.patch.object(launching, "runs_beside_host", lambda device: True),
         mock.patch.object(launching, "current_stream", lambda device: gpu.current_stream().stream_id),
+        mock.patch.object(launching, "is_captured", lambda device: gpu.captures_now),
         mock.patch.object(launching, "_run", lambda *kernel: None),  # of the update
         mock.patch.object(text, "counts_are_known", lambda device: False),
         mock.patch.object(sgd_momentum, "_table", gpu.table),
-        mock.patch.object(sgd_momentum, "_tables", {}),
         mock.patch.object(graphed_step.GraphedStep, "_on_gpu", lambda step: True),
         mock.patch.object(graphed_step, "record", gpu.record),
         gpu,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 from collections.abc import Iterator
@@ -55,6 +56,23 @@ def test_results_with_other_tables(backend: Backend, operator, factor):
 
     with launching.entries_from(another):
         operator.check_no_worse_than_eager(operator.case(operator.small, backend.device))
+
+
+@pytest.mark.parametrize(
+    ("working", "found"), [({torch.float32, None}, True), ({None}, False), (set(), None)], ids=["yes", "no", "error"]
+)
+def test_products_widen_unless_only_the_wide_product_fails(monkeypatch, working, found):
+    """An error of the device is raised, and not remembered."""
+
+    def product(*args: Any, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+        if out_dtype not in working:
+            raise RuntimeError("no such product")
+        return torch.zeros(8, 8, dtype=out_dtype)
+
+    monkeypatch.setattr(torch, "mm", product)
+    expected = pytest.raises(RuntimeError, match="no such product") if found is None else contextlib.nullcontext()
+    with expected:
+        assert launching.products_widen.__wrapped__("cpu") is found
 
 
 def test_defaults_have_every_kernel():

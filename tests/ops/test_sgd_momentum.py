@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
@@ -110,14 +111,24 @@ def test_offsets_give_the_same_bits_in_any_list(backend):
     assert ours == theirs == by_reference.step(reference.sgd_momentum_, seed=seed, offsets=offsets)
 
 
-def test_a_capture_without_its_tables_is_an_error(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    monkeypatch.setattr(launching, "current_stream", lambda device: 0)
-    monkeypatch.setattr(torch, "empty_like", lambda table, device: table)
+def test_tables_of_a_capture_and_beside_it(monkeypatch):
+    """The stream decides: while one is captured, other threads launch on others, and read written tables."""
+    captured = False
+    monkeypatch.setattr(launching, "runs_beside_host", lambda device: True)
+    monkeypatch.setattr(launching, "is_captured", lambda device: captured)
+    table = functools.partial(sgd_momentum_module._table, device=torch.device("cpu"))
+    with sgd_momentum_module.tables_of_graph() as tables:
+        beside = table([3, 1], repeat=True)
+        captured = True
+        own = table([111, 222])
+    assert beside.tolist() == [0, 0, 0, 1]
+    tables.upload()
+    assert own.tolist() == [111, 222]
+    assert table([3, 1], repeat=True) is beside
     with pytest.raises(
         RuntimeError, match=r"^sgd_momentum_: a captured graph can only read tensors of an earlier call"
     ):
-        sgd_momentum_module._table([1, 2], torch.device("cuda", 0))
+        table([111, 222])
 
 
 def test_one_tensor_needs_no_list():
