@@ -208,7 +208,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(
     using T = decltype(type);
     using A = accumulate_t<T>;
     const auto sizes = x.sizes();
-    Tensor rstd = make_empty(sizes.slice(0, sizes.size() - 1), scalar_type_of<A>);
+    Tensor rstd = make_empty<A>(sizes.slice(0, sizes.size() - 1));
     Tensor mean = empty_if(!rms, rstd);
     A *const means = rms ? nullptr : mean.mutable_data_ptr<A>(), *const rstds = rstd.mutable_data_ptr<A>();
     const RowPlan plan(R, W);

@@ -21,11 +21,6 @@ struct Tokens {
   }
 };
 
-inline Tensor with_contiguous_heads(const Tensor& tokens) {
-  const int64_t last = tokens.dim() - 1;
-  return tokens.size(last) == 1 || tokens.stride(last) == 1 ? tokens : make_contiguous(tokens);
-}
-
 // Tokens of the last three dimensions, at index 0 of the others.
 template <class T>
 Tokens<const T> tokens_of(const Tensor& tokens) {

@@ -53,8 +53,6 @@ struct Problem : Sample<T> {
         target(integers(labels)),
         scale(A(numbers(logit_scale)[0])),
         smoothing(A(label_smoothing)) {
-    if (!std::isfinite(scale))
-      refuse(name, ": logit_scale must be finite; got ", scale, ".");
     find_targets(name, ignore_index);
     if (class_weight || smoothing != 0) {
       const std::vector<double> given = class_weight ? numbers(*class_weight) : std::vector<double>(C, 1.0);
@@ -86,15 +84,9 @@ struct Problem : Sample<T> {
         target[b] = -1;
         continue;
       }
-      if (label < 0 || label >= C)
-        refuse(
-            name, ": labels must be rows of text, 0 to ", C - 1, ", or ignore_index (", ignore_index, "); got ", label,
-            " for image ", b, ".");
+      STD_TORCH_CHECK(label >= 0 && label < C, name, ": labels must be rows of text, or ignore_index.");
       target[b] = ids.empty() ? label : place[label];
-      if (target[b] < 0)
-        refuse(
-            name, ": labels must be among class_ids; got ", label, " for image ", b,
-            ". Select the classes so that every label is kept.");
+      STD_TORCH_CHECK(target[b] >= 0, name, ": labels must be among class_ids.");
     }
   }
 };
@@ -183,10 +175,11 @@ void forward(
   }
 }
 
-// Softmax of an image from its lse, in fp64, with lse/scale in place of the top: any number near the top works.
+// Softmax of an image from its lse, in fp64, with lse/scale in place of the top: any number near the top works. Near a
+// scale of 0, where lse/scale overflows, all logits are 0, and any number works.
 template <class A>
 Softmax<A> softmax_of(double lse, A scale) {
-  const A top = scale == 0 ? A(0) : A(lse / scale);
+  const A top = std::abs(scale) < A(1e-30) ? A(0) : A(lse / scale);
   return {scale, top, A(lse - double(scale) * double(top))};
 }
 
@@ -243,12 +236,6 @@ void run(const Problem<T>& problem, const std::vector<Upstream<A>>& upstream, co
         if (out.d_logit_scale)
           *out.d_logit_scale = std::accumulate(&along[0], &along[plan.k_blocks * plan.B], *out.d_logit_scale);
       });
-}
-
-// Output tensors; empty if not needed.
-template <class A>
-Tensor rows_if(bool wanted, int64_t n, int64_t D) {
-  return make_empty({wanted ? n : 0, D}, scalar_type_of<A>);
 }
 
 // A null pointer for an empty tensor.

@@ -46,10 +46,10 @@ Forward class_sampled_ce(
     STD_TORCH_CHECK(
         !each || !(keep_image || keep_text || keep_logit_scale), NAME,
         ": gradients can be kept only of a mean or a sum.");
-    Tensor loss = each ? vector_of<A>(B) : scalar_of<A>(), denominator = scalar_of<A>();
-    Tensor lse = vector_of<double>(B), image_norm = vector_of<A>(B), text_norm = vector_of<A>(K);
-    Tensor d_image = rows_if<A>(keep_image, B, D), d_text = rows_if<A>(keep_text, K, D);
-    Tensor d_logit_scale = vector_of<double>(keep_logit_scale);
+    Tensor loss = each ? make_empty<A>({B}) : make_empty<A>({}), denominator = make_empty<A>({});
+    Tensor lse = make_empty<double>({B}), image_norm = make_empty<A>({B}), text_norm = make_empty<A>({K});
+    Tensor d_image = make_empty<A>({keep_image ? B : 0, D}), d_text = make_empty<A>({keep_text ? K : 0, D});
+    Tensor d_logit_scale = make_empty<double>({keep_logit_scale});
     double d_scale = 0;
     std::vector<double> losses(B);
     run<T>(
@@ -98,7 +98,7 @@ std::tuple<Tensor, Tensor, Tensor> class_sampled_ce_backward(
     if (!kept) {
       const Problem<T> problem(
           NAME, image, text, labels, logit_scale, class_ids, class_weight, label_smoothing, ignore_index, reduction);
-      unit_image = rows_if<A>(need_image, B, D), unit_text = rows_if<A>(need_text, K, D);
+      unit_image = make_empty<A>({need_image ? B : 0, D}), unit_text = make_empty<A>({need_text ? K : 0, D});
       unit_scale = 0;
       std::vector<double> losses(B), lses(B);
       std::vector<A> image_norms(B), text_norms(K);

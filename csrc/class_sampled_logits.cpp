@@ -26,8 +26,8 @@ std::tuple<Tensor, Tensor, Tensor> class_sampled_logits(
     const Sample<T> sample(image, text, class_ids);
     places_of(NAME, sample.ids, sample.C); // refuses what is not a row of text
     const A scale = A(numbers(logit_scale)[0]);
-    Tensor logits = make_empty({sample.B, sample.K}, scalar_type_of<A>);
-    Tensor image_norm = vector_of<A>(sample.B), text_norm = vector_of<A>(sample.K);
+    Tensor logits = make_empty<A>({sample.B, sample.K});
+    Tensor image_norm = make_empty<A>({sample.B}), text_norm = make_empty<A>({sample.K});
     A* const out = logits.mutable_data_ptr<A>();
     for_each_tile(
         sample, Plan(sample.B, sample.K, sample.D), 0, image_norm.mutable_data_ptr<A>(),

@@ -48,7 +48,7 @@ Tensor class_scores(const Tensor& image, const Tensor& prototypes, const std::op
   STD_TORCH_CHECK(
       image.size(0) > 0 && prototypes.size(0) > 0 && image.size(1) > 0, "class_scores: B, C and D must be at least 1.");
   STD_TORCH_CHECK(
-      !labels || (labels->dim() == 1 && labels->scalar_type() == ScalarType::Long),
+      !labels || (labels->dim() == 1 && labels->size(0) == image.size(0) && labels->scalar_type() == ScalarType::Long),
       "class_scores: labels must be int64 [B].");
   const int64_t B = image.size(0), C = prototypes.size(0), D = image.size(1);
   std::optional<Tensor> scores;
@@ -56,14 +56,13 @@ Tensor class_scores(const Tensor& image, const Tensor& prototypes, const std::op
     using T = decltype(type);
     using A = accumulate_t<T>;
     const Tensor images = with_contiguous_rows(image), rows = with_contiguous_rows(prototypes);
-    scores = vector_of<A>(C);
+    scores = make_empty<A>({C});
     A* data = scores->mutable_data_ptr<A>();
     best_cosines(rows_of<T>(images), rows_of<T>(rows), B, C, D, data);
     if (!labels)
       return;
     for (const int64_t label : integers(*labels)) {
-      if (label < 0 || label >= C)
-        refuse("class_scores: labels must be rows of prototypes, 0 to ", C - 1, "; got ", label, ".");
+      STD_TORCH_CHECK(label >= 0 && label < C, "class_scores: labels must be rows of prototypes.");
       data[label] = std::numeric_limits<A>::infinity();
     }
   });

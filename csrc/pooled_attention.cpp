@@ -128,14 +128,17 @@ SKIPKERNELS_INLINE void attend_body(
   const int64_t N = problem.N, width = workspace.width, columns = workspace.columns;
   A *query = workspace.query.get(), *d_out = workspace.out.get(), *d_query = workspace.d_query.get();
   A *weight = workspace.weight.get(), *d_weight = workspace.d_weight.get();
+  const bool need_scores = result.d_query.data != nullptr || result.d_key.data != nullptr;
   load_heads(query, width, problem.query, b, h0, h1, problem.E);
   load_heads(d_out, width, result.d_out, b, h0, h1, problem.E);
   multiply_keys(weight, query, problem.keys(b), workspace, N, h0, h1, problem.E);
-  multiply_keys(d_weight, d_out, problem.values(b), workspace, N, h0, h1, problem.E);
+  if (need_scores)
+    multiply_keys(d_weight, d_out, problem.values(b), workspace, N, h0, h1, problem.E);
   for (int64_t h = h0; h < h1; ++h) {
     const int64_t row = (h - h0) * columns, end = whole_vectors<A>(N);
     softmax_row(weight + row, problem.scale, N, end);
-    score_gradient_row(d_weight + row, weight + row, N, end);
+    if (need_scores)
+      score_gradient_row(d_weight + row, weight + row, N, end);
   }
   std::fill(d_query, d_query + (h1 - h0) * width, A(0));
   for (int64_t n = 0; n < N; n += BLOCK) {
@@ -197,7 +200,7 @@ struct Inputs {
   Tensor query, key, value;
 
   Inputs(const Tensor& query_, const Tensor& key_, const Tensor& value_)
-      : query(with_contiguous_heads(query_)), key(with_contiguous_heads(key_)), value(with_contiguous_heads(value_)) {
+      : query(with_contiguous_rows(query_)), key(with_contiguous_rows(key_)), value(with_contiguous_rows(value_)) {
     STD_TORCH_CHECK(
         query.dim() == 3 && query.numel() > 0, NAME, ": query must be [B, H, E] with B, H and E at least 1.");
     for (const Tensor& x : {key, value})
@@ -244,7 +247,7 @@ std::tuple<Tensor, Tensor, Tensor> pooled_attention_backward(
       d_out.dim() == 3 && d_out.size(0) == query.size(0) && d_out.size(1) == query.size(1) &&
           d_out.size(2) == query.size(2) && d_out.scalar_type() == query.scalar_type(),
       NAME, ": d_out must be like query.");
-  const Tensor d_out_rows = with_contiguous_heads(d_out);
+  const Tensor d_out_rows = with_contiguous_rows(d_out);
   Tensor d_query = empty_if(need_query, query), d_key = empty_if(need_key, key), d_value = empty_if(need_value, value);
   dispatch_features(query, NAME, [&](auto type) {
     using T = decltype(type);

@@ -117,7 +117,7 @@ Tensor rotary_embedding(
       ": x must be [R, W] with R a multiple of T and W of E.");
   STD_TORCH_CHECK(heads >= 0 && heads <= x_.size(1) / E, NAME, ": heads must be 0 to W / E; got ", heads, ".");
   const Tensor x = as_contiguous(x_);
-  Tensor out = make_empty_like(x);
+  Tensor out = empty_if(true, x);
   dispatch_features(x, NAME, [&](auto type) {
     using T = decltype(type);
     using A = accumulate_t<T>;

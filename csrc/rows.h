@@ -5,10 +5,6 @@
 
 namespace skipkernels {
 
-inline Tensor as_contiguous(const Tensor& x) {
-  return x.is_contiguous() ? x : make_contiguous(x);
-}
-
 inline bool same_sizes(const Tensor& x, const Tensor& other) {
   bool same = other.dim() == x.dim();
   for (int64_t i = 0; same && i < x.dim(); ++i)

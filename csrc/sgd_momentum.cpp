@@ -37,8 +37,7 @@ MULTIVERSION void fill_random(uint16_t* random, uint64_t seed, uint64_t group, i
 // Rounds to bf16 at random: the result is in the upper half; the caller truncates the lower half. x is a sum, so a NaN
 // has a mantissa bit set in the upper half.
 SKIPKERNELS_INLINE uint32_t round_at_random(float x, uint32_t random) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof(bits));
+  const uint32_t bits = bits_as<uint32_t>(x);
   const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
   return finite ? bits + random : bits; // up with a probability equal to the truncated fraction
 }
@@ -86,19 +85,9 @@ SKIPKERNELS_INLINE uint32_t load_word(const void* memory) {
 SKIPKERNELS_INLINE void store_word(void* memory, uint32_t word) {
   std::memcpy(memory, &word, sizeof(word));
 }
-SKIPKERNELS_INLINE float number(uint32_t upper_half) {
-  float value;
-  std::memcpy(&value, &upper_half, sizeof(value));
-  return value;
-}
-
-SKIPKERNELS_INLINE uint32_t word_of(float x) {
-  return load_word(&x);
-}
-// Rounds to bf16, ties to even; the result is in the upper half.
+// Rounds to bf16; the result is in the upper half.
 SKIPKERNELS_INLINE uint32_t to_nearest(float x) {
-  const uint32_t bits = word_of(x);
-  return bits + 0x7fffu + ((bits >> 16) & 1u);
+  return round_to_bfloat16(bits_as<uint32_t>(x));
 }
 
 // Weight, gradient and buffer in bf16: a shift and a mask unpack two neighbours from one word, so that no number
@@ -112,13 +101,14 @@ SKIPKERNELS_INLINE void paired_steps_body(
 #pragma omp simd
   for (int64_t i = 0; i < n / 2; ++i) {
     const uint32_t w = load_word(weight + 2 * i), g = load_word(grad + 2 * i), b = load_word(buffer + 2 * i);
-    const float b0 = moved(number(w << 16), number(g << 16), number(b << 16), rates);
-    const float b1 = moved(number(w & UPPER), number(g & UPPER), number(b & UPPER), rates);
-    const float w0 = number(w << 16) - rates.lr * b0, w1 = number(w & UPPER) - rates.lr * b1;
+    const float b0 = moved(bits_as<float>(w << 16), bits_as<float>(g << 16), bits_as<float>(b << 16), rates);
+    const float b1 = moved(bits_as<float>(w & UPPER), bits_as<float>(g & UPPER), bits_as<float>(b & UPPER), rates);
+    const float w0 = bits_as<float>(w << 16) - rates.lr * b0, w1 = bits_as<float>(w & UPPER) - rates.lr * b1;
     store_word(buffer + 2 * i, to_nearest(b0) >> 16 | (to_nearest(b1) & UPPER));
     if constexpr (RANDOM) {
       const uint32_t r = load_word(random + 2 * i);
-      store_word(weight + 2 * i, (word_of(w0) + (r & 0xffffu)) >> 16 | ((word_of(w1) + (r >> 16)) & UPPER));
+      const uint32_t r0 = bits_as<uint32_t>(w0) + (r & 0xffffu), r1 = bits_as<uint32_t>(w1) + (r >> 16);
+      store_word(weight + 2 * i, r0 >> 16 | (r1 & UPPER));
     } else {
       store_word(weight + 2 * i, to_nearest(w0) >> 16 | (to_nearest(w1) & UPPER));
     }
@@ -254,7 +244,7 @@ class Changed {
     if (fits && tensor.is_contiguous())
       return changed ? tensor.mutable_data_ptr() : const_cast<void*>(tensor.const_data_ptr()); // the latter only read
     type = fits ? type : wide;
-    copies_.push_back({tensor, make_contiguous(allocated([&] { return torch::stable::to(tensor, type); })), changed});
+    copies_.push_back({tensor, as_contiguous(allocated([&] { return torch::stable::to(tensor, type); })), changed});
     return copies_.back().copy.mutable_data_ptr();
   }
 
@@ -305,8 +295,9 @@ void sgd_momentum_(
     p.begin = total;
     p.first = offsets ? (*offsets)[i] : total;
     p.numel = weight.numel();
-    if (p.first < 0 || p.first > std::numeric_limits<int64_t>::max() - p.numel)
-      refuse(NAME, ": offsets must be at least 0, and the index of each element an int64; got ", p.first, ".");
+    STD_TORCH_CHECK(
+        p.first >= 0 && p.first <= std::numeric_limits<int64_t>::max() - p.numel, NAME,
+        ": offsets must be at least 0, and the index of each element an int64; got ", p.first, ".");
     p.weight = changed.numbers(weight, p.type, true, p.type);
     p.grad = changed.numbers(grad, p.grad_type, false, p.type);
     p.buffer = changed.numbers(buffer, p.buffer_type, true, p.type);

@@ -270,7 +270,7 @@ struct Inputs {
   Inputs(
       const Tensor& packed_, int64_t heads, int64_t prefix_length, const std::optional<Tensor>& offsets_,
       int64_t max_length)
-      : packed(with_contiguous_heads(packed_)), H(heads), P(prefix_length), longest(max_length) {
+      : packed(with_contiguous_rows(packed_)), H(heads), P(prefix_length), longest(max_length) {
     STD_TORCH_CHECK(
         packed.dim() == 2 && packed.numel() > 0 && H > 0 && H <= packed.size(1) && packed.size(1) % (3 * H) == 0, NAME,
         ": packed must be [R, 3W] with R and W at least 1, and heads must divide W.");
@@ -290,16 +290,12 @@ struct Inputs {
     offsets = integers(*offsets_);
     K = int64_t(offsets.size()) - 1;
     const auto [least, most] = std::minmax_element(offsets.begin(), offsets.end()); // so that no difference overflows
-    if (offsets[0] != 0 || *least < 0 || *most > tokens)
-      refuse(
-          NAME, ": offsets must go from 0 to at most ", tokens, ", the rows behind the prefix; got ", *least, " to ",
-          *most, ".");
+    STD_TORCH_CHECK(
+        offsets[0] == 0 && *least >= 0 && *most <= tokens, NAME, ": offsets must go from 0 to at most ", tokens, ".");
     longest = 1; // max_length may be larger; scratch is sized by the longest suffix
     for (int64_t k = 0; k < K; ++k) {
       const int64_t length = offsets[k + 1] - offsets[k];
-      if (length < 0 || length > max_length)
-        refuse(
-            NAME, ": offsets must rise by 0 to max_length (", max_length, "); got a suffix of ", length, " tokens.");
+      STD_TORCH_CHECK(length >= 0 && length <= max_length, NAME, ": offsets must rise by 0 to max_length.");
       longest = std::max(longest, length);
     }
     end = P + offsets[K];
@@ -348,7 +344,7 @@ Tensor shared_prefix_attention_backward(
       d_out.dim() == 2 && d_out.size(0) == R && d_out.size(1) == inputs.H * E &&
           d_out.scalar_type() == packed.scalar_type(),
       NAME, ": d_out must be [R, W] in the dtype of packed.");
-  const Tensor d_out_rows = with_contiguous_heads(d_out);
+  const Tensor d_out_rows = with_contiguous_rows(d_out);
   Tensor d_packed = make_empty({R, packed.size(1)}, packed.scalar_type());
   dispatch_features(packed, NAME, [&](auto type) {
     using T = decltype(type);

@@ -20,7 +20,6 @@
 #include <memory>
 #include <new>
 #include <optional>
-#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -31,14 +30,6 @@ namespace skipkernels {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-// Throws an error about the values of the arguments. std::invalid_argument is ValueError in Python.
-template <class... Parts>
-[[noreturn]] void refuse(const Parts&... parts) {
-  std::ostringstream message;
-  (message << ... << parts);
-  throw std::invalid_argument(message.str());
-}
 
 // Calls a function that allocates a tensor. The stable ABI of the target version reports a failed call without the
 // reason; with valid arguments, that is too little memory.
@@ -53,11 +44,13 @@ Tensor allocated(const F& allocate) {
 inline Tensor make_empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type) {
   return allocated([&] { return torch::stable::empty(sizes, type); });
 }
-inline Tensor make_empty_like(const Tensor& tensor) {
-  return allocated([&] { return torch::stable::empty_like(tensor); });
+inline Tensor as_contiguous(const Tensor& x) {
+  return x.is_contiguous() ? x : allocated([&] { return torch::stable::contiguous(x); });
 }
-inline Tensor make_contiguous(const Tensor& tensor) {
-  return allocated([&] { return torch::stable::contiguous(tensor); });
+// The tensor, or a copy if its last dimension is not contiguous.
+inline Tensor with_contiguous_rows(const Tensor& x) {
+  const int64_t last = x.dim() - 1;
+  return x.size(last) == 1 || x.stride(last) == 1 ? x : as_contiguous(x);
 }
 
 // Calls f(begin, end) for parts of a range, on up to torch.get_num_threads() threads. Rethrows an exception of f: the
@@ -97,12 +90,8 @@ constexpr ScalarType scalar_type_of = std::is_same_v<A, double>     ? ScalarType
                                                                     : ScalarType::Float;
 
 template <class A>
-Tensor vector_of(int64_t n) {
-  return make_empty({n}, scalar_type_of<A>);
-}
-template <class A>
-Tensor scalar_of() {
-  return make_empty({}, scalar_type_of<A>);
+Tensor make_empty(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+  return make_empty(sizes, scalar_type_of<A>);
 }
 // A contiguous tensor of the shape of `like`, by default of its type; empty if not needed.
 inline Tensor empty_if(bool need, const Tensor& like, std::optional<ScalarType> type = std::nullopt) {
@@ -170,10 +159,6 @@ struct Rows {
     return ids == nullptr ? Rows{data + i * stride, stride, nullptr} : Rows{data, stride, ids + i};
   }
 };
-
-inline Tensor with_contiguous_rows(const Tensor& matrix) {
-  return matrix.size(1) == 1 || matrix.stride(1) == 1 ? matrix : make_contiguous(matrix);
-}
 
 template <class T>
 Rows<T> rows_of(const Tensor& matrix, const int64_t* ids = nullptr) {

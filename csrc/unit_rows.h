@@ -12,16 +12,14 @@ inline std::vector<int64_t> places_of(const char* name, const std::vector<int64_
   std::vector<int64_t> place(C, -1);
   for (size_t k = 0; k < ids.size(); ++k) {
     const int64_t id = ids[k];
-    if (id < 0 || id >= C)
-      refuse(name, ": class_ids must be rows of text, 0 to ", C - 1, "; got ", id, " at position ", k, ".");
-    if (place[id] >= 0)
-      refuse(name, ": class_ids must have no duplicates; got ", id, " at positions ", place[id], " and ", k, ".");
+    STD_TORCH_CHECK(id >= 0 && id < C && place[id] < 0, name, ": class_ids must be different rows of text.");
     place[id] = int64_t(k);
   }
   return place;
 }
 
-// skipkernels.functional validates the inputs; these checks keep direct calls from accessing memory out of bounds.
+// These checks of shapes, and those of values, keep memory accesses in bounds. skipkernels.functional explains the
+// values: its errors have the argument that was given.
 inline void check_sample(
     const char* name, const Tensor& image, const Tensor& text, const Tensor& logit_scale,
     const std::optional<Tensor>& class_ids) {
@@ -30,6 +28,10 @@ inline void check_sample(
       name, ": image must be [B, D], text [C, D], of one dtype.");
   STD_TORCH_CHECK(image.size(0) > 0 && text.size(0) > 0 && image.size(1) > 0, name, ": B, C and D must be at least 1.");
   STD_TORCH_CHECK(logit_scale.numel() == 1 && logit_scale.dim() <= 1, name, ": logit_scale must have one element.");
+  const double scale = numbers(logit_scale)[0];
+  STD_TORCH_CHECK(
+      std::isfinite(image.scalar_type() == ScalarType::Double ? scale : float(scale)), name,
+      ": logit_scale must be finite.");
   STD_TORCH_CHECK(
       !class_ids || (class_ids->dim() == 1 && class_ids->size(0) > 0 && class_ids->scalar_type() == ScalarType::Long),
       name, ": class_ids must be int64 [K] with K at least 1.");
@@ -174,12 +176,12 @@ struct Contraction {
 
   void add_product_bf16(A* piece, const Matrix<A>& a, const Matrix<A>& b, Workspace& own) const {
     if constexpr (IS_BF16) {
-      narrow_row(own.tile_bf16.get(), b.data, b.rows * b.columns);
+      convert_row(own.tile_bf16.get(), b.data, b.rows * b.columns);
       // Convert in memory order: one of the two contractions has d_logits transposed.
       const bool by_rows = a.stride_column == 1;
       const Matrix<A> in = by_rows ? a : a.transposed();
       for (int64_t i = 0; i < in.rows; ++i)
-        narrow_row(&own.factors_bf16[i * in.columns], in.data + i * in.stride_row, in.columns);
+        convert_row(&own.factors_bf16[i * in.columns], in.data + i * in.stride_row, in.columns);
       const Matrix<BFloat16> narrow{own.factors_bf16.get(), in.rows, in.columns, in.columns};
       add_product<BFloat16>(
           piece, own.product_bf16.get(), by_rows ? narrow : narrow.transposed(),

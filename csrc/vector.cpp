@@ -237,10 +237,4 @@ MULTIVERSION void add(float* out, const BFloat16* x, int64_t n) {
     out[i] += widen(x[i]);
 }
 
-MULTIVERSION void narrow_row(BFloat16* out, const float* x, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i)
-    out[i] = narrow<BFloat16>(x[i]);
-}
-
 } // namespace skipkernels

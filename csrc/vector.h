@@ -24,11 +24,10 @@ SKIPKERNELS_DECLARE_FEATURE_LOOPS(BFloat16, float);
 SKIPKERNELS_DECLARE_FEATURE_LOOPS(Half, float);
 #undef SKIPKERNELS_DECLARE_FEATURE_LOOPS
 
-// out = x, from any type to a different one.
-#define SKIPKERNELS_FOR_CONVERSIONS(F)                                                          \
-  F(float, BFloat16) F(float, Half) F(float, double) F(BFloat16, float) F(BFloat16, Half)       \
-  F(BFloat16, double) F(Half, float) F(Half, BFloat16) F(Half, double) F(double, float)         \
-  F(double, BFloat16) F(double, Half)
+// out = x, to or from a type of arithmetic.
+#define SKIPKERNELS_FOR_CONVERSIONS(F)                                                    \
+  F(float, BFloat16) F(float, Half) F(float, double) F(BFloat16, float) F(Half, float)    \
+  F(BFloat16, double) F(Half, double) F(double, float) F(double, BFloat16) F(double, Half)
 #define SKIPKERNELS_DECLARE_CONVERSION(Out, In) void convert_row(Out* out, const In* x, int64_t n);
 SKIPKERNELS_FOR_CONVERSIONS(SKIPKERNELS_DECLARE_CONVERSION)
 #undef SKIPKERNELS_DECLARE_CONVERSION
@@ -67,8 +66,7 @@ SKIPKERNELS_DECLARE_LOOPS(float);
 SKIPKERNELS_DECLARE_LOOPS(double);
 #undef SKIPKERNELS_DECLARE_LOOPS
 
-// out += x; out = x
+// out += x
 void add(float* out, const BFloat16* x, int64_t n);
-void narrow_row(BFloat16* out, const float* x, int64_t n);
 
 } // namespace skipkernels

@@ -102,6 +102,20 @@ def check_range(function: str, argument: str, ids: Tensor, num_classes: int, rem
         raise ValueError(f"{function}: {argument} must be in [0, C={num_classes}); got {low} to {high}. {remedy}")
 
 
+def check_values(function: str, argument: str, values: Tensor, valid: Tensor, expected: str, remedy: str = "") -> None:
+    """Raise a ValueError unless all values are valid; on a GPU, and compiled, an assertion without a host sync."""
+    message = f"{function}: {argument} must be {expected}"
+    try:
+        torch._assert_async(valid.all(), message)
+        return
+    except NotImplementedError:  # on MPS and XPU
+        if valid.all():
+            return
+    except RuntimeError:  # on the CPU
+        pass
+    raise ValueError(f"{message}; got {values[~valid][0]}. {remedy}".rstrip())
+
+
 def check_alike(
     function: str, argument: str, tensor: Tensor, like: tuple[str, Tensor], *, narrower: bool = False
 ) -> None:

@@ -5,8 +5,9 @@ A class bank is the matrix [C, D] of the embeddings of all classes, one row per 
 Shapes: B images, C classes, K classes kept in this step, D width of the joint embedding, W width of a tower; N image
 tokens, P tokens of the shared prompt prefix, S tokens of a class suffix, H heads, E = W/H width of a head.
 
-An unsupported or mismatched dtype raises a TypeError; a mismatched shape or device, or an invalid option or value, a
-ValueError. Values of tensors (labels, indices, offsets, `logit_scale`) are validated on the CPU only.
+An unsupported or mismatched dtype raises a TypeError; a mismatched shape or device, or an invalid option, a ValueError.
+Labels, indices and offsets out of range raise a ValueError on the CPU and fail a device assertion on a GPU, as a host
+sync would stop it. So a `logit_scale` that is not finite is a ValueError, but gives NaN as a tensor on a GPU.
 """
 
 from __future__ import annotations
@@ -20,7 +21,15 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from . import reference
-from .checks import FEATURE_DTYPES, check_alike, check_device, check_dtype, check_one_dtype, check_shape
+from .checks import (
+    FEATURE_DTYPES,
+    check_alike,
+    check_device,
+    check_dtype,
+    check_one_dtype,
+    check_shape,
+    check_values,
+)
 from .ops.add_layer_norm import add_layer_norm as _add_layer_norm
 from .ops.class_sampled_ce import REDUCTIONS
 from .ops.class_sampled_ce import class_sampled_ce as _class_sampled_ce
@@ -72,13 +81,15 @@ def class_sampled_ce(
 
         loss_b = (1 − ε) · w_y · (lse_b − z_by) + ε/K · Σ_k w_k · (lse_b − z_bk),   lse_b = log Σ_k exp(z_bk)
 
-    This is `torch.nn.functional.cross_entropy` of the gathered logits, but the [B, K] logits are never in memory all at
-    once: at most 32 MiB or 16 images of them, whichever is more. Gradients flow to `image`, `text` (zero for rows
-    outside the sample) and `logit_scale`.
+    This is `torch.nn.functional.cross_entropy` of the gathered logits, but the kernels never have all [B, K] logits in
+    memory: at most 2²³ of them on the CPU and 2²⁴ on a GPU, or those of one tile of images, 16 on the CPU and 16 to 128
+    on a GPU, whichever is more. The reference, which computes fp64 on a GPU, has all. Gradients flow to `image`, `text`
+    (zero for rows outside the sample) and `logit_scale`.
 
     Args:
         image: [B, D] image embeddings of any norm, in fp32, bf16, fp16 or fp64. A row with a norm below 1e-12 is
-            divided by 1e-12, as in `torch.nn.functional.normalize`.
+            divided by 1e-12, as in `torch.nn.functional.normalize`. A row with a norm above 1.8e19, of which the square
+            overflows fp32, has cosines of 0 or NaN.
         text: [C, D] class bank with rows of any norm, in the dtype of `image`.
         labels: int64 [B], indices of rows of the bank, each among `class_ids`, or `ignore_index`.
         logit_scale: factor of the cosines, not the logarithm of this factor: a number, or a tensor of one element on
@@ -262,8 +273,7 @@ def pairwise_sigmoid(
     scale = _number_of_logits(name, "logit_scale", logit_scale, image)
     bias = _number_of_logits(name, "logit_bias", logit_bias, image)
     B, N = len(image), len(text)
-    if image.device.type == "cpu" and (wrong := labels[(labels < -1) | (labels >= N)]).numel() > 0:
-        raise ValueError(f"{name}: labels must be rows of text, 0 to {N - 1}, or no text (-1); got {wrong[0]}.")
+    check_values(name, "labels", labels, (labels >= -1) & (labels < N), f"rows of text, 0 to {N - 1}, or no text (-1)")
     rows = max(1, PAIRS_IN_MEMORY // N)
     if rows >= B:
         return _sum_over_pairs(image, text, labels, scale, bias)
@@ -446,7 +456,7 @@ def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, *, heads: int, interle
     name = "rotary_embedding"
     check_shape(name, "cos", cos, **{"T": None, "E/2": None})
     check_dtype(name, "x", x, FEATURE_DTYPES, "Convert it first.")
-    angle_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    angle_dtype = reference.wide_dtype(x.dtype)
     check_dtype(name, "cos", cos, [angle_dtype], f"Use cos.to({angle_dtype}).")
     check_device(name, "cos", cos, ("x", x))
     check_alike(name, "sin", sin, ("cos", cos))
@@ -563,7 +573,7 @@ def pooled_attention(
     B, H, E = query.shape
     _check_like(name, "key", key, ("query", query), B=B, N=None, H=H, E=E)
     _check_like(name, "value", value, ("query", query), B=B, N=key.shape[1], H=H, E=E)
-    return call_and_explain(_pooled_attention, query, key, value, E**-0.5 if scale is None else scale)[0]
+    return _pooled_attention(query, key, value, E**-0.5 if scale is None else scale)[0]
 
 
 def sgd_momentum_(
@@ -617,8 +627,14 @@ def sgd_momentum_(
             f"{name}: weight, grad and momentum_buffer must be lists of equal length; got {len(weights)}, {len(grads)} "
             f"and {len(buffers)}."
         )
-    if offsets is not None and (len(offsets) != len(weights) or min(offsets, default=0) < 0):
-        raise ValueError(f"{name}: offsets must be an index ≥ 0 for each of {len(weights)} weights; got {offsets}.")
+    if offsets is not None and not (
+        len(offsets) == len(weights)
+        and all(0 <= first < 2**63 - x.numel() for first, x in zip(offsets, weights, strict=True))
+    ):
+        raise ValueError(
+            f"{name}: offsets must be an index ≥ 0 for each of {len(weights)} weights, and that of its last element an "
+            f"int64; got {offsets}."
+        )
     options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
     for option, value in options.items():
         if not isinstance(value, Tensor) and not 0 <= value < math.inf:
@@ -631,11 +647,9 @@ def sgd_momentum_(
         check_dtype(name, "weight", first, [torch.bfloat16], "Leave out seed, which is for bfloat16.")
     dtype, device = first.dtype, first.device
     for weight_i, grad_i, buffer_i in zip(weights, grads, buffers, strict=True):
-        if weight_i.dtype != dtype or weight_i.device != device:
-            raise ValueError(
-                f"{name}: the weights of a list must have one dtype and device; got {dtype} on {device} and "
-                f"{weight_i.dtype} on {weight_i.device}. Use one call per dtype and device."
-            )
+        if weight_i.dtype != dtype or weight_i.device != device or weight_i.layout != torch.strided:
+            check_dtype(name, "weight", weight_i, [dtype], "Use one call per dtype.")
+            check_device(name, "weight", weight_i, ("the first weight", first))
         for argument, x in (("grad", grad_i), ("momentum_buffer", buffer_i)):
             if x.shape == weight_i.shape and x.dtype == dtype and x.device == device and x.layout == torch.strided:
                 continue  # a model has hundreds of tensors
@@ -644,6 +658,11 @@ def sgd_momentum_(
                 raise ValueError(f"{name}: {argument} must be {shape} to match its weight; got {got}.")
             check_dtype(name, argument, x, FEATURE_DTYPES, f"Use {argument}.float().")
             check_device(name, argument, x, ("weight", weight_i))
+        for argument, x in (("weight", weight_i), ("momentum_buffer", buffer_i)):
+            if not x.is_contiguous() and 0 in (
+                step for size, step in zip(x.shape, x.stride(), strict=True) if size > 1
+            ):
+                raise ValueError(f"{name}: {argument} must have memory for each element; got an expanded tensor.")
     lr, momentum, weight_decay = (
         _number_tensor(
             name, option, value, ("weight", first), FEATURE_DTYPES, reference.accumulation_dtype(first.device)
@@ -666,15 +685,17 @@ def _casts(name: str, weights: list[Tensor], casts: Sequence[Tensor | None]) -> 
         )
     if first is None:
         return []
+    check_dtype(name, "weight", weights[0], [torch.float32], "Leave out casts, which are for float32.")
     check_dtype(name, "casts", first, [torch.bfloat16, torch.float16], "A copy has 16 bits.")
     for weight, x in zip(weights, casts, strict=True):
         if x is None:
             continue
-        alike = (x.shape, x.dtype, x.device) == (weight.shape, first.dtype, weight.device)
-        if not (alike and weight.dtype == torch.float32 and x.is_contiguous() and weight.is_contiguous()):
+        check_dtype(name, "casts", x, [first.dtype], "Use one dtype for all.")
+        check_device(name, "casts", x, ("weight", weight))
+        if x.shape != weight.shape or not (x.is_contiguous() and weight.is_contiguous()):
             raise ValueError(
-                f"{name}: casts must be contiguous copies, in one dtype, of contiguous fp32 weights on their device; "
-                f"got {list(x.shape)} in {x.dtype} on {x.device} for a weight {list(weight.shape)} in {weight.dtype}."
+                f"{name}: casts must be contiguous copies of contiguous weights; got {list(x.shape)} for a weight "
+                f"{list(weight.shape)}."
             )
     return [first.new_empty(0) if x is None else x for x in casts]
 
@@ -728,8 +749,7 @@ def _check_vector(name: str, argument: str, vector: Tensor, like: tuple[str, Ten
 
 
 def _number_of_logits(name: str, argument: str, value: Tensor | float, image: Tensor) -> Tensor:
-    dtype = torch.float64 if image.dtype == torch.float64 else torch.float32
-    return _number_tensor(name, argument, value, ("image", image), FEATURE_DTYPES, dtype)
+    return _number_tensor(name, argument, value, ("image", image), FEATURE_DTYPES, reference.wide_dtype(image.dtype))
 
 
 def _number_tensor(
@@ -742,8 +762,8 @@ def _number_tensor(
 ) -> Tensor:
     """Convert a number to a tensor [] of `dtype` without a host sync; validate a tensor and return it unchanged."""
     if not isinstance(value, Tensor):
-        if dtype.is_floating_point and abs(value) > torch.finfo(dtype).max:
-            value = math.copysign(math.inf, value)  # torch.full raises on overflow; the CPU kernel rejects inf
+        if dtype.is_floating_point and not abs(value) <= torch.finfo(dtype).max:
+            raise ValueError(f"{name}: {argument} must be finite in {dtype}; got {value}.")
         return torch.full((), value, dtype=dtype, device=like[1].device)
     if value.numel() != 1 or value.dim() > 1:
         raise ValueError(f"{name}: {argument} must be a number, [] or [1]; got {list(value.shape)}.")

@@ -1,10 +1,10 @@
 """Every operator in plain PyTorch: the specification, the test oracle and the fallback.
 
 Each function has the name, the arguments and the defaults of the function in `skipkernels.functional`, where the
-formulas, arguments and shapes are documented; options may also be positional here. Arguments are not validated: an
-invalid index raises an error, on a GPU a device-side assertion. All functions run on any device, also in fp64, and are
-differentiable by autograd unless stated otherwise. For fp16 and bf16 inputs the arithmetic is in fp32, as in the
-kernels.
+formulas, arguments and shapes are documented; options may also be positional here. Arguments are not validated, but an
+index out of range raises an error, on a GPU a device-side assertion. All functions run on any device, also in fp64, and
+are differentiable by autograd unless stated otherwise. For fp16 and bf16 inputs the arithmetic is in fp32, as in the
+kernels, also under autocast.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ def class_sampled_ce(
 ) -> Tensor:
     """Cross-entropy of images against a sample of the rows of a class bank, see `functional.class_sampled_ce`."""
     logits = class_sampled_logits(image, text, logit_scale, class_ids)
-    targets = torch.where(labels == ignore_index, -100, labels)
+    # Labels outside the bank or the sample get position K, for which cross_entropy raises an error.
+    C, K = len(text), logits.shape[1]
+    position = torch.arange(K, device=text.device)  # [K]
     if class_ids is not None:
-        K = class_ids.shape[0]
-        # Labels outside the sample get position K, for which cross_entropy raises an error.
-        position = class_ids.new_full((text.shape[0],), K).scatter(0, class_ids, torch.arange(K, device=text.device))
-        targets = torch.where(targets < 0, targets, position[targets.clamp_min(0)])
-        class_weight = None if class_weight is None else class_weight[class_ids]
-    weight = None if class_weight is None else class_weight.detach().to(logits.dtype)
+        position = class_ids.new_full((C,), K).scatter(0, class_ids, position)  # [C]
+    targets = torch.where((labels >= 0) & (labels < C), position[labels.clamp(0, C - 1)], K)
+    targets = torch.where(labels == ignore_index, -100, targets)
+    weight = None if class_weight is None else sampled(class_weight, class_ids).detach().to(logits.dtype)
     return F.cross_entropy(logits, targets, weight=weight, label_smoothing=label_smoothing, reduction=reduction)
 
 
@@ -72,8 +72,8 @@ def class_sampled_logits(
     class_ids: Tensor | None = None,
 ) -> Tensor:
     """Scaled cosines of images and a sample of the rows of a class bank, see `functional.class_sampled_logits`."""
-    rows = text if class_ids is None else text.index_select(0, class_ids)
-    cosine = unit_norm(image) @ unit_norm(rows).T
+    with without_autocast(image.device):
+        cosine = unit_norm(image) @ unit_norm(sampled(text, class_ids)).T
     if isinstance(logit_scale, Tensor):
         logit_scale = logit_scale.reshape(()).to(cosine.dtype)
     return logit_scale * cosine
@@ -82,10 +82,10 @@ def class_sampled_logits(
 @torch.no_grad()
 def class_scores(image: Tensor, prototypes: Tensor, labels: Tensor | None = None) -> Tensor:
     """Score of every class for a batch, see `functional.class_scores`."""
-    scores = (unit_norm(image) @ at_least_fp32(prototypes).T).amax(dim=0)
-    if labels is not None:
-        scores[labels] = math.inf
-    return scores
+    with without_autocast(image.device):
+        scores = (unit_norm(image) @ at_least_fp32(prototypes).T).amax(dim=0)
+    # Not scores[labels], for which −1 is the last class.
+    return scores if labels is None else scores.scatter_(0, labels, math.inf)
 
 
 def contrastive_loss(image: Tensor, text: Tensor, logit_scale: Tensor | float, reduction: str = "mean") -> Tensor:
@@ -263,7 +263,7 @@ def sgd_momentum_(
     weight_decay: Tensor | float = 0.0,
     seed: Tensor | int | None = None,
     offsets: Sequence[int] | None = None,
-    casts: Sequence[Tensor | None] = (),
+    casts: Sequence[Tensor | None] | None = None,
 ) -> None:
     """One step of SGD with momentum, in place, see `functional.sgd_momentum_`.
 
@@ -290,9 +290,19 @@ def sgd_momentum_(
         first += w.numel()
 
 
+def sampled(rows: Tensor, class_ids: Tensor | None) -> Tensor:
+    """Rows of the sampled classes, [K, …]; without ids all rows."""
+    return rows if class_ids is None else rows.index_select(0, class_ids)
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the arithmetic: fp64 for fp64, else fp32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def at_least_fp32(x: Tensor) -> Tensor:
-    """Convert to the dtype of the arithmetic: fp64 for fp64, else fp32."""
-    return x if x.dtype == torch.float64 else x.float()
+    """Convert to the dtype of the arithmetic."""
+    return x.to(wide_dtype(x.dtype))
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
@@ -328,10 +338,11 @@ def _attention(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     # Contiguous: otherwise matmul copies k.mT to [E, keys], for which BLAS sums over E sequentially.
     q, k, v = (at_least_fp32(x).transpose(1, 2).contiguous() for x in (query, key, value))  # [B, H, tokens, E]
-    scores = scale * (q @ k.mT)
-    if visible is not None:
-        scores = scores.masked_fill(~visible, -math.inf)
-    out = (scores.softmax(dim=-1) @ v).transpose(1, 2).to(query.dtype)
+    with without_autocast(query.device):
+        scores = scale * (q @ k.mT)
+        if visible is not None:
+            scores = scores.masked_fill(~visible, -math.inf)
+        out = (scores.softmax(dim=-1) @ v).transpose(1, 2).to(query.dtype)
     return out, widened(scores.detach()).logsumexp(dim=-1).transpose(1, 2)
 
 

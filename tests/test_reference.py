@@ -2,13 +2,44 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from skipkernels import reference
+from skipkernels import functional, reference
+
+
+@pytest.mark.parametrize("name", [name for name in reference.__all__ if name[0].islower()])
+def test_defaults_are_those_of_the_public_function(name):
+    def defaults(module) -> dict:
+        return {x.name: x.default for x in inspect.signature(getattr(module, name)).parameters.values()}
+
+    assert defaults(reference) == defaults(functional)
+
+
+def test_autocast_changes_nothing():
+    rows, tokens, weight = torch.randn(3, 8), torch.randn(2, 5, 2, 8), torch.randn(8)
+    calls = {
+        "class_sampled_ce": (rows, rows, torch.tensor([0, 2, 1]), 100.0),
+        "class_sampled_logits": (rows, rows, 100.0),
+        "class_scores": (rows, rows),
+        "contrastive_loss": (rows, rows, 100.0),
+        "pairwise_sigmoid_loss": (rows, rows, 10.0, -10.0),
+        "add_layer_norm": (rows, rows, weight, weight),
+        "mlp_activation": (rows, weight),
+        "pooled_attention": (tokens[:, 0], tokens, tokens),
+        "shared_prefix_attention": (torch.randn(8, 24), 2, 2, 3),
+    }
+    for name, arguments in calls.items():
+        found = []
+        for enabled in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                found.append(getattr(reference, name)(*arguments))
+        assert str(found[0]) == str(found[1]), name
+        torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 def test_pairwise_sigmoid_is_the_sum_over_all_pairs():

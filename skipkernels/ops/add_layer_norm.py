@@ -28,7 +28,7 @@ from torch import Tensor
 
 from .. import reference
 from . import autograd, launching, registration
-from .launching import launch, launch_options, tl, triton
+from .launching import contiguous_or_none, launch, launch_options, tl, triton
 from .row_sums import blocks_of_rows, write_column_sums
 
 MAX_WIDTH = 4096  # a tile has whole rows, and backward of wider ones spills registers: they use the fallback
@@ -221,7 +221,7 @@ def _launch(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, residual, weight, bias, eps, dtype, rms = Forward(*arguments)
     W = x.shape[-1]
     if W > MAX_WIDTH:
-        return _fallback(*arguments)
+        return NotImplemented
     hidden, normed, mean, rstd = _fake(*arguments)
     R, options = rstd.numel(), launch_options("add_layer_norm_fwd", x, W=W)
     launch(
@@ -229,9 +229,9 @@ def _launch(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         (triton.cdiv(R, options["BLOCK_R"]),),
         device=x.device,
         x_ptr=x.contiguous(),
-        residual_ptr=_contiguous(residual),
+        residual_ptr=contiguous_or_none(residual),
         weight_ptr=weight.contiguous(),
-        bias_ptr=_contiguous(bias),
+        bias_ptr=contiguous_or_none(bias),
         hidden_ptr=None if residual is None else hidden,
         normed_ptr=normed,
         mean_ptr=None if rms else mean,
@@ -245,10 +245,6 @@ def _launch(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return hidden, normed, mean, rstd
 
 
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
-
-
 def _backward_rows(hidden: Tensor) -> tuple[int, int, Mapping[str, Any]]:
     """Return the number of programs of backward, the rows of each, and the launch options."""
     W = int(hidden.shape[-1])  # a symbol in the fake of a compiled call
@@ -259,7 +255,7 @@ def _backward_rows(hidden: Tensor) -> tuple[int, int, Mapping[str, Any]]:
 def _launch_backward(*arguments: Any) -> NormResults:
     call = NormArguments(*arguments)
     if not _has_kernel(call.hidden):  # the registration falls back by the dtype of d_normed, which may be another
-        return _fallback_backward(*arguments)
+        return NotImplemented
     W, R, device = call.hidden.shape[-1], call.rstd.numel(), call.hidden.device
     P, rows, options = _backward_rows(call.hidden)
     out = _outputs(call)
@@ -272,12 +268,12 @@ def _launch_backward(*arguments: Any) -> NormResults:
         (P,),
         device=device,
         d_normed_ptr=call.d_normed.contiguous(),
-        d_hidden_ptr=_contiguous(call.d_hidden),
+        d_hidden_ptr=contiguous_or_none(call.d_hidden),
         hidden_ptr=call.hidden.contiguous(),
         mean_ptr=None if call.rms else call.mean.contiguous(),
         rstd_ptr=call.rstd.contiguous(),
         weight_ptr=call.weight.contiguous(),
-        bias_ptr=_contiguous(call.bias) if call.need_normed else None,
+        bias_ptr=contiguous_or_none(call.bias) if call.need_normed else None,
         d_x_ptr=out.d_x if call.need_x else None,
         d_x_cast_ptr=None if call.cast is None else out.d_x_cast,
         normed_ptr=out.normed if call.need_normed else None,
@@ -385,7 +381,7 @@ def _fallback_backward(*arguments: Any) -> NormResults:
 def _fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, residual, _, _, _, dtype, rms = Forward(*arguments)
     hidden = x.new_empty(0 if residual is None else x.shape)  # [..., W]
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = reference.wide_dtype(x.dtype)
     mean, rstd = (x.new_empty(shape, dtype=wide) for shape in (0 if rms else x.shape[:-1], x.shape[:-1]))  # [...]
     return hidden, x.new_empty(x.shape, dtype=dtype or x.dtype), mean, rstd
 

@@ -25,9 +25,11 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..checks import check_values
 from . import autograd, registration, unit_rows
-from .launching import constexpr, launch, launch_options, tl, triton
-from .unit_rows import contract, cosine_arguments, cosine_tile, with_contiguous_rows
+from .assertions import assert_different_rows, assert_rows
+from .launching import constexpr, contiguous_or_none, launch, launch_options, tl, triton, with_contiguous_rows
+from .unit_rows import contract, cosine_arguments, cosine_tile
 
 # Number of programs that fills a large GPU twice. Equal on all GPUs, so that all split, and round, in the same way.
 PROGRAMS = 256
@@ -94,17 +96,12 @@ class KernelInputs(NamedTuple):
     @classmethod
     def of(cls, call: Forward | Backward) -> KernelInputs:
         """Make the tensors of a call contiguous, and sum its weights where needed."""
-        class_ids = None if call.class_ids is None else call.class_ids.contiguous()
+        class_ids = contiguous_or_none(call.class_ids)
         class_weight = None if call.class_weight is None else call.class_weight.float().contiguous()
         total_weight = None
         if class_weight is not None and call.label_smoothing:
-            total_weight = (class_weight if class_ids is None else class_weight[class_ids]).sum()
+            total_weight = reference.sampled(class_weight, class_ids).sum()
         return cls(call.labels.contiguous(), class_ids, class_weight, total_weight)
-
-
-def _sample_size(call: Forward | Backward) -> int:
-    """Return K, the number of sampled rows."""
-    return (call.text if call.class_ids is None else call.class_ids).shape[0]
 
 
 @triton.jit
@@ -141,6 +138,13 @@ def _class_sampled_ce_fwd_kernel(
     with MEASURE also the norms of the rows.
     """
     split = tl.program_id(1)
+    end_k = tl.minimum((split + 1) * split_size, K)
+    if class_ids_ptr is not None:
+        if tl.program_id(0) == 0:
+            assert_different_rows(
+                class_ids_ptr, split * split_size, end_k, K, C,
+                "class_sampled_ce: class_ids must be different rows of text", BLOCK_K,
+            )  # fmt: skip
     offs_b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     mask_b = offs_b < B
     labels = tl.load(labels_ptr + offs_b, mask=mask_b, other=0).to(tl.int32)  # [BLOCK_B]
@@ -152,7 +156,7 @@ def _class_sampled_ce_fwd_kernel(
     target = tl.zeros([BLOCK_B], tl.float32)
     found = tl.zeros([BLOCK_B], tl.float32)
     weighted = tl.zeros([BLOCK_B], tl.float32)
-    for start_k in range(split * split_size, tl.minimum((split + 1) * split_size, K), BLOCK_K):
+    for start_k in range(split * split_size, end_k, BLOCK_K):
         # 1. Cosines of a tile of classes
         # Class offs_k of the tile is at places_k of the sample and in row rows_k of text; the last tile may exceed K.
         offs_k = start_k + tl.arange(0, BLOCK_K)
@@ -160,26 +164,13 @@ def _class_sampled_ce_fwd_kernel(
         places_k = tl.minimum(offs_k, K - 1)
         rows_k = places_k
         if class_ids_ptr is not None:
-            # The combining kernel asserts the range of the ids. Clamp them here, so that loads stay in bounds.
-            rows_k = tl.minimum(tl.maximum(tl.load(class_ids_ptr + places_k).to(tl.int32), 0), C - 1)  # [BLOCK_K]
+            rows_k = tl.load(class_ids_ptr + places_k).to(tl.int32)  # [BLOCK_K]
+            rows_k = tl.minimum(tl.maximum(rows_k, 0), C - 1)  # valid until the assertion stops the device
+        # [BLOCK_B, BLOCK_K], [BLOCK_B], [BLOCK_K]
         cosine, image_norm, text_norm = cosine_tile(
-            image_ptr=image_ptr,
-            text_ptr=text_ptr,
-            image_norm_ptr=image_norm_ptr,
-            text_norm_ptr=text_norm_ptr,
-            rows_b=tl.minimum(offs_b, B - 1),
-            places_k=places_k,
-            rows_k=rows_k,
-            D=D,
-            stride_image_b=stride_image_b,
-            stride_text_k=stride_text_k,
-            eps=eps,
-            BLOCK_B=BLOCK_B,
-            BLOCK_K=BLOCK_K,
-            BLOCK_D=BLOCK_D,
-            PRECISION=PRECISION,
-            MEASURE=MEASURE,
-        )  # [BLOCK_B, BLOCK_K], [BLOCK_B], [BLOCK_K]
+            image_ptr, text_ptr, image_norm_ptr, text_norm_ptr, tl.minimum(offs_b, B - 1), places_k, rows_k, D,
+            stride_image_b, stride_text_k, eps, BLOCK_B, BLOCK_K, BLOCK_D, PRECISION, MEASURE,
+        )  # fmt: skip
         if MEASURE:
             if tl.program_id(0) == 0:
                 tl.store(text_norm_ptr + offs_k, text_norm, mask=mask_k)  # [BLOCK_K]
@@ -250,7 +241,6 @@ def _lse(magnitude, top, log_sum):
 def _class_sampled_ce_fwd_combine_kernel(
     labels_ptr,
     logit_scale_ptr,
-    class_ids_ptr,
     class_weight_ptr,
     total_weight_ptr,
     partial_ptr,
@@ -272,17 +262,11 @@ def _class_sampled_ce_fwd_combine_kernel(
     scale = tl.load(logit_scale_ptr).to(tl.float32)  # []
     sign = tl.where(scale < 0, -1.0, 1.0)  # of the cosines in `partial`
     magnitude = sign * scale
-    # 1. Range of class_ids, and W = Σ_k w_k
-    if class_ids_ptr is not None:
-        for start_k in range(0, K, BLOCK):
-            offs_k = start_k + tl.arange(0, BLOCK)
-            ids = tl.load(class_ids_ptr + offs_k, mask=offs_k < K, other=0)  # [BLOCK]
-            tl.device_assert((ids >= 0) & (ids < C), "class_sampled_ce: class_ids must be rows of text")
     total_weight = 0.0 + K  # a float, as the sum that may replace it
     if total_weight_ptr is not None:
         total_weight = tl.load(total_weight_ptr)  # []
 
-    # 2. lse and loss of BLOCK images at a time
+    # 1. lse and loss of BLOCK images at a time
     total = tl.zeros([BLOCK], tl.float64)
     total_target_weight = tl.zeros([BLOCK], tl.float64)
     counted = tl.zeros([BLOCK], tl.int32)
@@ -294,10 +278,8 @@ def _class_sampled_ce_fwd_combine_kernel(
         )  # [BLOCK] each
         labels = tl.load(labels_ptr + offs_b, mask=mask_b, other=0)  # [BLOCK]
         is_counted = mask_b & (labels != ignore_index)
-        tl.device_assert(
-            ((labels >= 0) & (labels < C) & (found == 1)) | ~is_counted,
-            "class_sampled_ce: labels must be rows of text and among class_ids, which have no duplicates",
-        )
+        assert_rows(labels, is_counted, C, "class_sampled_ce: labels must be rows of text")
+        tl.device_assert((found == 1) | ~is_counted, "class_sampled_ce: labels must be among class_ids")
         log_sum = tl.log(exp_sum)
         tl.store(lse_ptr + offs_b, _lse(magnitude, top, log_sum), mask=mask_b)  # [BLOCK]
         target_weight = is_counted.to(tl.float32)
@@ -316,7 +298,7 @@ def _class_sampled_ce_fwd_combine_kernel(
         total_target_weight += target_weight.to(tl.float64)
         counted += is_counted.to(tl.int32)
 
-    # 3. Sum or mean
+    # 2. Sum or mean
     denominator = 1.0
     if REDUCTION == "mean":
         denominator = tl.sum(total_target_weight, axis=0).to(tl.float32)
@@ -374,24 +356,11 @@ def _class_sampled_ce_bwd_logits_kernel(
     rows_k = places_k
     if class_ids_ptr is not None:
         rows_k = tl.load(class_ids_ptr + places_k).to(tl.int32)  # [BLOCK_K]
+    # [BLOCK_B, BLOCK_K], [BLOCK_B], [BLOCK_K]
     cosine, image_norm, text_norm = cosine_tile(
-        image_ptr=image_ptr,
-        text_ptr=text_ptr,
-        image_norm_ptr=image_norm_ptr,
-        text_norm_ptr=text_norm_ptr,
-        rows_b=rows_b,
-        places_k=places_k,
-        rows_k=rows_k,
-        D=D,
-        stride_image_b=stride_image_b,
-        stride_text_k=stride_text_k,
-        eps=eps,
-        BLOCK_B=BLOCK_B,
-        BLOCK_K=BLOCK_K,
-        BLOCK_D=BLOCK_D,
-        PRECISION=PRECISION,
-        MEASURE=False,
-    )  # [BLOCK_B, BLOCK_K], [BLOCK_B], [BLOCK_K]
+        image_ptr, text_ptr, image_norm_ptr, text_norm_ptr, rows_b, places_k, rows_k, D,
+        stride_image_b, stride_text_k, eps, BLOCK_B, BLOCK_K, BLOCK_D, PRECISION, MEASURE=False,
+    )  # fmt: skip
     # 2. upstream_b · (1 − ε) · w_y and upstream_b · ε/K
     labels = tl.load(labels_ptr + offs_b, mask=mask_b, other=0)  # [BLOCK_B]
     is_counted = mask_b & (labels != ignore_index)
@@ -411,7 +380,9 @@ def _class_sampled_ce_bwd_logits_kernel(
     # 3. Softmax from lse in fp64. The maximum that is subtracted need not be exact: lse/s is near enough.
     scale = tl.load(logit_scale_ptr).to(tl.float32)
     lse = tl.load(lse_ptr + rows_b)  # [BLOCK_B]
-    top = tl.where(scale == 0, 0.0, lse / tl.where(scale == 0, 1.0, scale)).to(tl.float32)  # [BLOCK_B]
+    # Near a scale of 0, where lse/s overflows, all logits are 0, and any number is near enough.
+    near_0 = tl.abs(scale) < 1e-30
+    top = tl.where(near_0, 0.0, lse / tl.where(near_0, 1.0, scale)).to(tl.float32)  # [BLOCK_B]
     log_sum = (lse - scale.to(tl.float64) * top.to(tl.float64)).to(tl.float32)
     p = tl.exp(scale * (cosine - top[:, None]) - log_sum[:, None])  # [BLOCK_B, BLOCK_K]
     # 4. d_z_bk
@@ -434,7 +405,8 @@ def _class_sampled_ce_bwd_logits_kernel(
 def _launch_forward(*arguments: Any) -> tuple[Tensor, ...]:
     call = Forward(*arguments)
     image, text = with_contiguous_rows(call.image), with_contiguous_rows(call.text)
-    B, C, K, device = image.shape[0], text.shape[0], _sample_size(call), image.device
+    B, C, device = image.shape[0], text.shape[0], image.device
+    K = unit_rows.sample_size(text, call.class_ids)
     smooth = call.label_smoothing != 0
     # 1. Softmax of each split of the classes
     options = launch_options("class_sampled_ce_fwd", image, B=B)
@@ -449,6 +421,7 @@ def _launch_forward(*arguments: Any) -> tuple[Tensor, ...]:
         _class_sampled_ce_fwd_kernel,
         (b_blocks, splits),
         device=device,
+        debug=True,  # compiles the assertions, also below
         **options,
         **cosine_arguments(image, text, image_norm, text_norm),
         labels_ptr=inputs.labels,
@@ -481,7 +454,6 @@ def _combine(call: Forward, inputs: KernelInputs, partial: Tensor) -> tuple[Tens
         debug=True,
         labels_ptr=inputs.labels,
         logit_scale_ptr=call.logit_scale,
-        class_ids_ptr=inputs.class_ids,
         class_weight_ptr=inputs.class_weight,
         total_weight_ptr=inputs.total_weight,
         partial_ptr=partial,
@@ -489,7 +461,7 @@ def _combine(call: Forward, inputs: KernelInputs, partial: Tensor) -> tuple[Tens
         lse_ptr=lse,
         denominator_ptr=denominator,
         B=B,
-        K=_sample_size(call),
+        K=unit_rows.sample_size(call.text, call.class_ids),
         C=call.text.shape[0],
         splits=splits,
         stride_partial=splits * B,
@@ -512,7 +484,7 @@ def _launch_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     if call.need_image:
         d_image = unit_rows.through_unit_norm(call.image, None, image_sums, call.logit_scale, *upstream)
     if call.need_text:
-        ids = None if call.class_ids is None else call.class_ids.contiguous()
+        ids = contiguous_or_none(call.class_ids)
         d_text = unit_rows.through_unit_norm(call.text, ids, text_sums, call.logit_scale, *upstream)
     if call.need_logit_scale:
         d_logit_scale = unit_rows.total_of(scale_parts, torch.empty_like(call.logit_scale), *upstream)
@@ -521,7 +493,7 @@ def _launch_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _launch_sums(call: Backward) -> tuple[Tensor, Tensor, Tensor]:
     """Compute fp32 Σ_k G_bk t_k [B, D], Σ_b G_bk x_b [K, D] (see unit_rows.py), and parts of d_logit_scale."""
-    (B, D), K, device = call.image.shape, _sample_size(call), call.image.device
+    (B, D), K, device = call.image.shape, unit_rows.sample_size(call.text, call.class_ids), call.image.device
     inputs, options = KernelInputs.of(call), launch_options("class_sampled_ce_bwd_logits", call.image, B=B)
     BLOCK_B, BLOCK_K = options["BLOCK_B"], options["BLOCK_K"]
     size = min(triton.cdiv(max(PANEL // K, 1), BLOCK_B) * BLOCK_B, B)  # images of a panel
@@ -531,9 +503,7 @@ def _launch_sums(call: Backward) -> tuple[Tensor, Tensor, Tensor]:
     factors = torch.empty(
         size if need_factors else 0, K, dtype=unit_rows.factors_dtype(call.image.dtype), device=device
     )
-    sampled = call.text  # [K, D]
-    if call.need_image and call.class_ids is not None:
-        sampled = call.text.index_select(0, call.class_ids)
+    sampled = reference.sampled(call.text, call.class_ids if call.need_image else None)  # [K, D]
     d_scale = torch.empty(0, dtype=torch.float32, device=device)
     if call.need_logit_scale:
         # [panels, tiles]; zeros, because the last panel may have fewer images and then does not write all elements.
@@ -566,7 +536,7 @@ def _launch_logits(
     d_scale: Tensor | None,
 ) -> None:
     """Write the factors [count, K] of a panel of images, and the parts [tiles] of d_logit_scale."""
-    count, K = images.stop - images.start, _sample_size(call)
+    count, K = images.stop - images.start, unit_rows.sample_size(call.text, call.class_ids)
     d_loss = call.d_loss[images] if REDUCTIONS[call.reduction] == "none" else None  # of each image
     launch(
         _class_sampled_ce_bwd_logits_kernel,
@@ -620,32 +590,21 @@ def _fallback_backward(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _check(*arguments: Any) -> None:
-    """Raise ValueError for values that the C++ kernel refuses."""
     call, name = Forward(*arguments), "class_sampled_ce"
-    C = call.text.shape[0]
-    if not call.logit_scale.isfinite().item():
-        raise ValueError(f"{name}: logit_scale must be finite; got {call.logit_scale.item()}.")
+    C, labels, ignored = len(call.text), call.labels, call.labels == call.ignore_index
+    unit_rows.check_sample(name, call.image, call.text, call.logit_scale, call.class_ids)
+    expected = f"rows of text, 0 to {C - 1}, or ignore_index ({call.ignore_index})"
+    check_values(name, "labels", labels, ignored | (labels >= 0) & (labels < C), expected)
     if call.class_ids is not None:
-        unit_rows.check_class_ids(name, call.class_ids, C)
-    labels = call.labels[call.labels != call.ignore_index]
-    wrong = labels[(labels < 0) | (labels >= C)]
-    if wrong.numel() > 0:
-        raise ValueError(
-            f"{name}: labels must be rows of text, 0 to {C - 1}, or ignore_index ({call.ignore_index}); got {wrong[0]}."
-        )
-    if call.class_ids is not None:
-        missing = labels[~torch.isin(labels, call.class_ids)]
-        if missing.numel() > 0:
-            raise ValueError(
-                f"{name}: labels must be among class_ids; got {missing[0]}. "
-                "Select the classes so that every label is kept."
-            )
+        kept = ignored | torch.isin(labels, call.class_ids)
+        remedy = "Select the classes so that every label is kept."
+        check_values(name, "labels", labels, kept, "among class_ids", remedy)
 
 
 def _fake(*arguments: Any) -> tuple[Tensor, ...]:
     call = Forward(*arguments)
-    B, K = call.image.shape[0], _sample_size(call)
-    dtype = torch.promote_types(call.image.dtype, torch.float32)
+    B, K = call.image.shape[0], unit_rows.sample_size(call.text, call.class_ids)
+    dtype = reference.wide_dtype(call.image.dtype)
     loss = call.image.new_empty((B,) if REDUCTIONS[call.reduction] == "none" else (), dtype=dtype)
     lse = call.image.new_empty(B, dtype=reference.accumulation_dtype(call.image.device))
     return loss, lse, loss.new_empty(B), loss.new_empty(K), loss.new_empty(()), *_empty_kept(call, loss)
@@ -656,7 +615,7 @@ def _empty_kept(call: Forward, loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     B, D = call.image.shape
     return (
         loss.new_empty(B if call.keep_image else 0, D),
-        loss.new_empty(_sample_size(call) if call.keep_text else 0, D),
+        loss.new_empty(unit_rows.sample_size(call.text, call.class_ids) if call.keep_text else 0, D),
         loss.new_empty(int(call.keep_logit_scale), dtype=reference.accumulation_dtype(loss.device)),
     )
 

@@ -8,6 +8,7 @@ of the scale, Σ d_z_bk · cosine_bk, recomputes the cosines.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from .. import reference
 from . import autograd, registration, unit_rows
-from .launching import launch, launch_options, tl, triton
-from .unit_rows import contract, cosine_arguments, cosine_tile, with_contiguous_rows
+from .assertions import assert_different_rows
+from .launching import contiguous_or_none, launch, launch_options, tl, triton, with_contiguous_rows
+from .unit_rows import contract, cosine_arguments, cosine_tile
 
 
 class Backward(NamedTuple):
@@ -60,31 +62,23 @@ def _class_sampled_logits_fwd_kernel(
     offs_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     offs_b = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
     mask_b, mask_k = offs_b < B, offs_k < K
-    rows_b, places_k = tl.minimum(offs_b, B - 1), tl.minimum(offs_k, K - 1)
+    places_k = tl.minimum(offs_k, K - 1)
     rows_k = places_k
     if class_ids_ptr is not None:
-        ids = tl.load(class_ids_ptr + places_k)  # [BLOCK_K]
-        tl.device_assert((ids >= 0) & (ids < C), "class_sampled_logits: class_ids must be rows of text")
-        rows_k = tl.minimum(tl.maximum(ids.to(tl.int32), 0), C - 1)  # valid until the assertion stops the device
+        if tl.program_id(1) == 0:
+            begin = tl.program_id(0) * BLOCK_K
+            assert_different_rows(
+                class_ids_ptr, begin, tl.minimum(begin + BLOCK_K, K), K, C,
+                "class_sampled_logits: class_ids must be different rows of text", BLOCK_K,
+            )  # fmt: skip
+        rows_k = tl.load(class_ids_ptr + places_k).to(tl.int32)  # [BLOCK_K]
+        rows_k = tl.minimum(tl.maximum(rows_k, 0), C - 1)  # valid until the assertion stops the device
     # 1. Cosines and norms
+    # [BLOCK_B, BLOCK_K], [BLOCK_B], [BLOCK_K]
     cosine, image_norm, text_norm = cosine_tile(
-        image_ptr=image_ptr,
-        text_ptr=text_ptr,
-        image_norm_ptr=image_norm_ptr,
-        text_norm_ptr=text_norm_ptr,
-        rows_b=rows_b,
-        places_k=places_k,
-        rows_k=rows_k,
-        D=D,
-        stride_image_b=stride_image_b,
-        stride_text_k=stride_text_k,
-        eps=eps,
-        BLOCK_B=BLOCK_B,
-        BLOCK_K=BLOCK_K,
-        BLOCK_D=BLOCK_D,
-        PRECISION=PRECISION,
-        MEASURE=MEASURE,
-    )  # [BLOCK_B, BLOCK_K], [BLOCK_B], [BLOCK_K]
+        image_ptr, text_ptr, image_norm_ptr, text_norm_ptr, tl.minimum(offs_b, B - 1), places_k, rows_k, D,
+        stride_image_b, stride_text_k, eps, BLOCK_B, BLOCK_K, BLOCK_D, PRECISION, MEASURE,
+    )  # fmt: skip
     if MEASURE:
         if tl.program_id(1) == 0:
             tl.store(text_norm_ptr + offs_k, text_norm, mask=mask_k)  # [BLOCK_K]
@@ -100,8 +94,8 @@ def _launch(
     image: Tensor, text: Tensor, logit_scale: Tensor, class_ids: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     image, text = with_contiguous_rows(image), with_contiguous_rows(text)
-    class_ids = None if class_ids is None else class_ids.contiguous()
-    B, K, device = image.shape[0], (text if class_ids is None else class_ids).shape[0], image.device
+    class_ids = contiguous_or_none(class_ids)
+    B, K, device = image.shape[0], unit_rows.sample_size(text, class_ids), image.device
     options = launch_options("class_sampled_logits_fwd", image, B=B)
     image_norm, text_norm = unit_rows.norms_for(image, text, class_ids, bool(options["MEASURE"]))
     logits = torch.empty(B, K, dtype=torch.float32, device=device)
@@ -109,7 +103,7 @@ def _launch(
         _class_sampled_logits_fwd_kernel,
         (triton.cdiv(K, options["BLOCK_K"]), triton.cdiv(B, options["BLOCK_B"])),
         device=device,
-        debug=True,
+        debug=True,  # compiles the assertions
         **options,
         **cosine_arguments(image, text, image_norm, text_norm),
         logit_scale_ptr=logit_scale,
@@ -125,7 +119,7 @@ def _launch(
 def _launch_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     call = Backward(*arguments)
     image, text, logit_scale = with_contiguous_rows(call.image), with_contiguous_rows(call.text), call.logit_scale
-    class_ids = None if call.class_ids is None else call.class_ids.contiguous()
+    class_ids = contiguous_or_none(call.class_ids)
     d_image, d_text, d_logit_scale = (x.new_empty(0) for x in (image, text, logit_scale))
     if call.need_image or call.need_text:
         image_norm, text_norm = (x.clamp_min(reference.UNIT_NORM_EPS) for x in (call.image_norm, call.text_norm))
@@ -133,7 +127,7 @@ def _launch_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         factors = factors.to(unit_rows.factors_dtype(image.dtype))
         if call.need_image:
             # [B, K] @ [K, D] -> [B, D]
-            sums = contract(factors, text if class_ids is None else text.index_select(0, class_ids))
+            sums = contract(factors, reference.sampled(text, class_ids))
             d_image = unit_rows.through_unit_norm(image, None, sums, logit_scale)
         if call.need_text:
             # [K, B] @ [B, D] -> [K, D]
@@ -148,11 +142,6 @@ def _d_logit_scale(d_logits: Tensor, cosine: Tensor, logit_scale: Tensor) -> Ten
     """Compute Σ d_z_bk · cosine_bk in fp64 if the device has it, since the terms cancel."""
     total = (d_logits * cosine).sum(dtype=reference.accumulation_dtype(cosine.device))
     return total.to(logit_scale.dtype).reshape(logit_scale.shape)
-
-
-def _check(image: Tensor, text: Tensor, logit_scale: Tensor, class_ids: Tensor | None) -> None:
-    if class_ids is not None:
-        unit_rows.check_class_ids("class_sampled_logits", class_ids, text.shape[0])
 
 
 def _fallback(
@@ -179,9 +168,8 @@ def _fallback_backward(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _fake(image: Tensor, text: Tensor, logit_scale: Tensor, class_ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    B, K = image.shape[0], (text if class_ids is None else class_ids).shape[0]
-    dtype = torch.float64 if image.dtype == torch.float64 else torch.float32
-    logits = image.new_empty(B, K, dtype=dtype)
+    B, K = image.shape[0], unit_rows.sample_size(text, class_ids)
+    logits = image.new_empty(B, K, dtype=reference.wide_dtype(image.dtype))
     return logits, logits.new_empty(B), logits.new_empty(K)
 
 
@@ -210,7 +198,7 @@ class_sampled_logits = registration.define(
     fallback=_fallback,
     fake=_fake,
     launch=_launch,
-    check=_check,
+    check=functools.partial(unit_rows.check_sample, "class_sampled_logits"),
     backward=autograd.GradientRule(_save, _backward),
     autocast_arguments=2,
 )

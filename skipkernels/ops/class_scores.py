@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..checks import check_values
 from . import registration
-from .launching import dot_precision, launch, launch_options, tl, triton
-from .unit_rows import with_contiguous_rows
+from .assertions import assert_rows
+from .launching import dot_precision, launch, launch_options, tl, triton, with_contiguous_rows
 
 
 @triton.jit
@@ -64,7 +65,7 @@ def _class_scores_kernel(
         best = tl.maximum(best, cosine, propagate_nan=tl.PropagateNan.ALL)
         if labels_ptr is not None:
             labels = tl.load(labels_ptr + offs_b.to(tl.int64) * stride_labels, mask=mask_b, other=-1)  # [BLOCK_B]
-            tl.device_assert((labels >= 0) & (labels < C) | ~mask_b, "class_scores: labels must be rows of prototypes")
+            assert_rows(labels, mask_b, C, "class_scores: labels must be rows of prototypes")
             labelled |= labels[None, :] == offs_c[:, None]  # [BLOCK_C, BLOCK_B]
     # 3. Scores. tl.max drops NaN; a NaN image must give NaN scores.
     nan = tl.max((best != best).to(tl.int32), axis=1) > 0  # [BLOCK_C]
@@ -102,16 +103,14 @@ def _launch(image: Tensor, prototypes: Tensor, labels: Tensor | None) -> Tensor:
 
 
 def _check(image: Tensor, prototypes: Tensor, labels: Tensor | None) -> None:
-    C = prototypes.shape[0]
-    if labels is None:
-        return
-    if labels.amin() < 0 or labels.amax() >= C:
-        raise ValueError(f"class_scores: labels must be rows of prototypes, 0 to {C - 1}; got {labels.tolist()}.")
+    if labels is not None:
+        C = len(prototypes)
+        in_range = (labels >= 0) & (labels < C)
+        check_values("class_scores", "labels", labels, in_range, f"rows of prototypes, 0 to {C - 1}")
 
 
 def _fake(image: Tensor, prototypes: Tensor, labels: Tensor | None) -> Tensor:
-    dtype = torch.float64 if image.dtype == torch.float64 else torch.float32
-    return image.new_empty(prototypes.shape[0], dtype=dtype)
+    return image.new_empty(prototypes.shape[0], dtype=reference.wide_dtype(image.dtype))
 
 
 class_scores = registration.define(

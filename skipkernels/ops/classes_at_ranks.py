@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import registration
+from .assertions import assert_rows
 from .launching import launch, launch_options, tl, triton
 
 MOST_RANKED = 16_384  # PyTorch sorts more classes faster
@@ -61,7 +62,7 @@ def _positions_kernel(
     offs = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     is_kept = offs < K
     ranks = tl.load(ranks_ptr + offs.to(tl.int64) * stride_ranks, mask=is_kept, other=0)  # [BLOCK_C]
-    tl.device_assert((ranks >= 0) & (ranks < C), "classes_at_ranks: ranks must be below C")
+    assert_rows(ranks, is_kept, C, "classes_at_ranks: ranks must be from 0 to C - 1")
     class_id = tl.load(class_at_ptr + ranks, mask=is_kept, other=0)  # [BLOCK_C]
     if labels_ptr is not None:
         is_label = (offs >= K) & (offs < K + B)
@@ -85,7 +86,7 @@ def _positions_kernel(
 def _launch(scores: Tensor, ranks: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
     C, K, B = len(scores), len(ranks), 0 if labels is None else len(labels)
     if C > MOST_RANKED:
-        return _fallback(scores, ranks, labels)
+        return NotImplemented
     class_ids, targets = _fake(scores, ranks, labels)
     class_at = torch.empty(C, dtype=torch.int64, device=scores.device)
     options = launch_options("class_at", scores, C=C)
@@ -122,7 +123,7 @@ def _launch(scores: Tensor, ranks: Tensor, labels: Tensor | None) -> tuple[Tenso
 def _fallback(scores: Tensor, ranks: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
     # [C], by descending score
     class_at = scores.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf).argsort(descending=True, stable=True)
-    class_ids = class_at[ranks].sort().values  # [K]
+    class_ids = class_at.index_select(0, ranks).sort().values  # [K]; refuses ranks below 0, unlike `class_at[ranks]`
     return class_ids, class_ids.new_empty(0) if labels is None else torch.searchsorted(class_ids, labels.contiguous())
 
 

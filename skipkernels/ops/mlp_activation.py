@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .. import reference
 from . import autograd, launching, registration
-from .launching import launch, launch_options, tl, triton
+from .launching import contiguous_or_none, launch, launch_options, tl, triton
 from .row_sums import blocks_of_rows, write_column_sums
 
 # `kind` of the schemas is an index: strings leak in the stable ABI.
@@ -175,7 +175,7 @@ def _launch(x: Tensor, bias: Tensor | None, kind: int) -> Tensor:
         (triton.cdiv(R, options["BLOCK_R"]), triton.cdiv(W, options["BLOCK_W"])),
         device=x.device,
         x_ptr=x.contiguous(),
-        bias_ptr=None if bias is None else bias.contiguous(),
+        bias_ptr=contiguous_or_none(bias),
         out_ptr=out,
         R=R,
         W=W,
@@ -199,7 +199,7 @@ def _launch_backward(d_out: Tensor, x: Tensor, bias: Tensor | None, kind: int, *
         device=device,
         d_out_ptr=d_out.contiguous(),
         x_ptr=x.contiguous(),
-        bias_ptr=None if bias is None else bias.contiguous(),
+        bias_ptr=contiguous_or_none(bias),
         d_x_ptr=d_x if need.x else None,
         out_ptr=out if need.out else None,
         d_bias_sums_ptr=sums if need.bias else None,

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import registration
+from .assertions import assert_rows
 from .launching import launch, launch_options, tl, triton
 
 MOST_PACKED = 4096  # classes; PyTorch adds more lengths faster
@@ -25,6 +26,7 @@ def _packed_layout_kernel(
     row_numbers_ptr,
     offsets_ptr,
     last_rows_ptr,
+    C,
     K,
     P,
     R,
@@ -39,6 +41,7 @@ def _packed_layout_kernel(
     for start in range(0, K, BLOCK_J):
         offs_j = start + lane
         class_ids = tl.load(class_ids_ptr + offs_j, mask=offs_j < K, other=0)  # [BLOCK_J]
+        assert_rows(class_ids, offs_j < K, C, "packed_layout: class_ids must be rows of lengths")
         lengths = tl.load(lengths_ptr + class_ids, mask=offs_j < K, other=0)  # [BLOCK_J]
         in_front += tl.where(offs_j < k, lengths, 0)
         total += lengths
@@ -57,7 +60,7 @@ def _packed_layout_kernel(
         tl.store(row_numbers_ptr + P + offset + offs, start + offs, mask=mask)  # [BLOCK_J]
     for first in range(k * BLOCK_J, P, K * BLOCK_J):
         offs = first + lane
-        tl.store(row_numbers_ptr + offs, offs.to(tl.int64), mask=offs < P)  # [BLOCK_J]
+        tl.store(row_numbers_ptr + offs, offs.to(tl.int64), mask=(offs < P) & (offs < R))  # [BLOCK_J]
     for first in range(stop + k * BLOCK_J, R, K * BLOCK_J):
         offs = first + lane
         tl.store(row_numbers_ptr + offs, offs - stop, mask=offs < R)  # [BLOCK_J]
@@ -68,18 +71,20 @@ def _launch_layout(
 ) -> tuple[Tensor, Tensor, Tensor]:
     K = len(class_ids)
     if not 0 < K <= MOST_PACKED:
-        return _fallback_layout(class_ids, starts, lengths, prefix_length, row_count)
+        return NotImplemented
     row_numbers, offsets, last_rows = _fake_layout(class_ids, starts, lengths, prefix_length, row_count)
     launch(
         _packed_layout_kernel,
         (K,),
         device=class_ids.device,
+        debug=True,  # compiles the assertion
         class_ids_ptr=class_ids.contiguous(),
-        starts_ptr=starts,
-        lengths_ptr=lengths,
+        starts_ptr=starts.contiguous(),
+        lengths_ptr=lengths.contiguous(),
         row_numbers_ptr=row_numbers,
         offsets_ptr=offsets,
         last_rows_ptr=last_rows,
+        C=len(lengths),
         K=K,
         P=prefix_length,
         R=row_count,
@@ -91,7 +96,8 @@ def _launch_layout(
 def _fallback_layout(
     class_ids: Tensor, starts: Tensor, lengths: Tensor, prefix_length: int, row_count: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    offsets = F.pad(lengths[class_ids].cumsum(0), (1, 0))  # [K + 1]
+    # index_select refuses ids below 0, unlike `lengths[class_ids]`
+    offsets = F.pad(lengths.index_select(0, class_ids).cumsum(0), (1, 0))  # [K + 1]
     first_rows = prefix_length + offsets  # [K + 1]; the last is the first spare row
     # What a row adds to its number: nothing in the prefix, then by class, then for the spare rows
     shifts = torch.cat([offsets.new_zeros(1), starts[class_ids] - first_rows[:-1], -first_rows[-1:]])  # [K + 2]

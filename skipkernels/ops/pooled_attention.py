@@ -191,7 +191,7 @@ def _pooled_attention_bwd_kernel(
 def _launch(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     B, H, E = query.shape
     if E > MAX_WIDTH:
-        return _fallback(query, key, value, scale)
+        return NotImplemented
     out, lse = query.new_empty(query.shape), query.new_empty((B, H), dtype=torch.float64)  # [B, H, E], [B, H]
     launch(
         _pooled_attention_fwd_kernel,
@@ -208,7 +208,7 @@ def _launch_backward(*arguments: Any) -> tuple[Tensor, ...]:
     call = Backward(*arguments)
     B, H, E = call.query.shape
     if E > MAX_WIDTH:
-        return _fallback_backward(*call)
+        return NotImplemented
     d_query, d_key, d_value = autograd.gradients_like(call.inputs, call.needs)
     (d_out,) = in_one_layout(call.d_out)
     launch(

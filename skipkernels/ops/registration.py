@@ -23,9 +23,9 @@ class Definition(NamedTuple):
     """Implementations of an operator besides the C++ kernel."""
 
     fallback: Callable[..., Any]
-    """Plain PyTorch, on the CPU after a check of the values."""
+    """Plain PyTorch, after a check of the values."""
     launch: Callable[..., Any]
-    """The Triton kernels; in fp64, the fallback."""
+    """The Triton kernels; the fallback in fp64, and for the calls that they do not implement."""
     check: Callable[..., None]
     fallback_note: str
     """The calls for which `launch` uses the fallback."""
@@ -81,8 +81,11 @@ def define(
 
     `fallback` computes the results in plain PyTorch on any device, without autograd; `fake` only allocates them, by
     default as `fake_by_names`. `launch` computes them with Triton kernels, except for fp64 and the calls that
-    `fallback_note` describes. `check` raises ValueError for values of CPU tensors that the C++ kernel refuses. On a
-    GPU it would be a host sync: the kernels have device-side assertions.
+    `fallback_note` describes, for which it returns NotImplemented.
+
+    `check` is `check_values` of all ids, labels and offsets. It runs before the fallback, on every device, and after an
+    error of the C++ kernel, which only says that a value is invalid. Triton kernels have device-side assertions of the
+    same values.
 
     `backward` says what is saved and how the gradients are computed. Without it the results are constants to autograd,
     and the gradient of an operator NAME_backward is an error. Under autocast the first `autocast_arguments` arguments
@@ -94,7 +97,8 @@ def define(
 
     # 1. CUDA and ROCm devices, if Triton is installed
     def launch_or_fall_back(*args: Any) -> Any:
-        return (fallback if _first(args).dtype == torch.float64 else launch)(*args)
+        results = NotImplemented if _first(args).dtype == torch.float64 else launch(*args)
+        return check_and_fall_back(*args) if results is NotImplemented else results
 
     # 2. All other devices. On the CPU the C++ kernel has precedence, once it is loaded: this is then reached only with
     # tensors that it has no kernel for.
@@ -109,8 +113,7 @@ def define(
 
     # 3. Without a kernel
     def check_and_fall_back(*args: Any) -> Any:
-        if _first(args).device.type == "cpu":
-            check(*args)
+        check(*args)
         return fallback(*args)
 
     _library.impl(name, load_or_fall_back, "CompositeExplicitAutograd")
@@ -172,7 +175,7 @@ def has_cpp(name: str) -> bool:
 def call_and_explain(operator: torch._ops.OpOverload, *args: Any) -> Any:
     """Call an operator; if it fails on the CPU, raise the ValueError of its check, if that finds the cause.
 
-    PyTorch 2.15 turns every error of a C++ kernel into a RuntimeError.
+    The check is not made before each call: it takes as long as a small call.
     """
     try:
         return operator(*args)

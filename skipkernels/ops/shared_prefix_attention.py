@@ -29,9 +29,18 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..checks import check_values
 from . import autograd, registration
 from .attention import load_lse, load_rows, products, store_rows
-from .launching import dot_precision, launch, launch_options, tl, triton
+from .launching import (
+    contiguous_or_none,
+    dot_precision,
+    launch,
+    launch_options,
+    tl,
+    triton,
+    with_contiguous_rows,
+)
 
 MAX_E = 128  # widest head: a tile holds whole heads
 
@@ -78,6 +87,19 @@ def _tile(tile, offsets_ptr, P, K, max_length, BLOCK_T: tl.constexpr, HAS_OFFSET
     end = tl.minimum(begin + BLOCK_T, seq_end)
     # start: [BLOCK_T], counted from begin
     return begin, end, seq_begin, seq_end, tl.where(in_prefix, 0, P), start
+
+
+@triton.jit
+def _assert_offsets(tile, offsets_ptr, K, tokens, max_length, BLOCK_T: tl.constexpr):
+    """Fail unless a share of the suffixes has 0 to max_length tokens each, and they go from 0 to at most `tokens`."""
+    offs_k = tile * BLOCK_T + tl.arange(0, BLOCK_T)  # a tile has at most BLOCK_T suffixes
+    mask_k = offs_k < K
+    begin = tl.load(offsets_ptr + offs_k, mask=mask_k, other=0)  # [BLOCK_T]
+    end = tl.load(offsets_ptr + offs_k + 1, mask=mask_k, other=0)  # [BLOCK_T]
+    valid = (begin <= end) & (end - begin <= max_length) & (end <= tokens) & ((begin == 0) | (offs_k > 0))
+    tl.device_assert(
+        valid | ~mask_k, "shared_prefix_attention: offsets must go from 0 to at most R - P, by 0 to max_length"
+    )
 
 
 @triton.jit
@@ -180,6 +202,9 @@ def _shared_prefix_attention_fwd_kernel(
     value_ptr = query_ptr + 2 * W
     out_ptr += head * E
     lse_ptr += head
+    if HAS_OFFSETS:
+        if head == 0:
+            _assert_offsets(tile, offsets_ptr, K, R - P, max_length, BLOCK_T)
     # 1. Keys of the tile
     begin, end, seq_begin, seq_end, before, start = _tile(tile, offsets_ptr, P, K, max_length, BLOCK_T, HAS_OFFSETS)
     offs_t = begin + tl.arange(0, BLOCK_T)
@@ -444,22 +469,23 @@ def _shared_prefix_attention_bwd_sum_kernel(
 def _launch(packed: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     tiling = _tiling("shared_prefix_attention_fwd", packed, Options(*options))
     if tiling is None:
-        return _fallback(packed, *options)
+        return NotImplemented
     tiles, H, arguments = tiling
     R, width = packed.shape
     out, lse = packed.new_empty(R, width // 3), packed.new_empty((R, H), dtype=torch.float64)  # [R, W], [R, H]
-    launch(_shared_prefix_attention_fwd_kernel, (tiles, H), **arguments, R=R, out_ptr=out, lse_ptr=lse)
+    arguments |= dict(R=R, out_ptr=out, lse_ptr=lse)
+    launch(_shared_prefix_attention_fwd_kernel, (tiles, H), debug=True, **arguments)  # debug compiles the assertion
     return out, lse
 
 
 def _launch_backward(d_out: Tensor, packed: Tensor, lse: Tensor, *options: Any) -> Tensor:
     tiling = _tiling("shared_prefix_attention_bwd", packed, Options(*options))
     if tiling is None:
-        return _fallback_backward(d_out, packed, lse, *options)
+        return NotImplemented
     tiles, H, arguments = tiling
     R, P, W, BLOCK_T = packed.shape[0], arguments["P"], packed.shape[1] // 3, arguments["BLOCK_T"]
     long = max(P, arguments["max_length"]) > BLOCK_T
-    d_out = d_out if d_out.stride(1) == 1 else d_out.contiguous()
+    d_out = with_contiguous_rows(d_out)
     d_packed = packed.new_empty(packed.shape)  # [R, 3W]
     slots = 1 + tiles - triton.cdiv(P, BLOCK_T)
     partial = packed.new_empty((slots, P, 2, W), dtype=torch.float32)
@@ -498,7 +524,7 @@ def _tiling(kernel: str, packed: Tensor, options: Options) -> tuple[int, int, di
     E = width // (3 * H)
     if E > MAX_E:
         return None
-    packed = packed if packed.stride(1) == 1 else packed.contiguous()
+    packed = with_contiguous_rows(packed)
     launched = launch_options(kernel, packed, E=E)
     BLOCK_T, BLOCK_E = launched["BLOCK_T"], max(triton.next_power_of_2(E), 16)
     max_length = min(max_length, R)
@@ -507,7 +533,7 @@ def _tiling(kernel: str, packed: Tensor, options: Options) -> tuple[int, int, di
     arguments: dict[str, Any] = dict(launched) | dict(
         device=packed.device,
         packed_ptr=packed,
-        offsets_ptr=None if offsets is None else offsets.contiguous(),
+        offsets_ptr=contiguous_or_none(offsets),
         K=K,
         P=P,
         H=H,
@@ -527,18 +553,13 @@ def _check(packed: Tensor, *options: Any) -> None:
     _, prefix_length, offsets, max_length, _ = options
     if offsets is None:
         return
-    tokens, first, last = packed.shape[0] - prefix_length, offsets[0].item(), offsets[-1].item()
-    if first != 0 or last > tokens:
-        raise ValueError(
-            f"shared_prefix_attention: offsets must go from 0 to at most {tokens}, the rows behind the prefix; got "
-            f"{first} to {last}."
-        )
+    name, tokens = "shared_prefix_attention", len(packed) - prefix_length
+    in_range = (offsets >= 0) & (offsets <= tokens)
+    in_range[0] = offsets[0] == 0
+    check_values(name, "offsets", offsets, in_range, f"from 0 to at most {tokens}, the rows behind the prefix")
     lengths = offsets.diff()
-    if (wrong := lengths[(lengths < 0) | (lengths > max_length)]).numel() > 0:
-        raise ValueError(
-            f"shared_prefix_attention: offsets must rise by 0 to max_length ({max_length}); got a suffix of "
-            f"{wrong[0]} tokens."
-        )
+    rising = (lengths >= 0) & (lengths <= max_length)
+    check_values(name, "offsets", lengths, rising, f"rising by 0 to max_length ({max_length})")
 
 
 def _fallback(packed: Tensor, *options: Any) -> tuple[Tensor, Tensor]:

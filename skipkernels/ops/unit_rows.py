@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..checks import check_values
 from .launching import dot_precision, launch, launch_options, products_widen, tl, triton
 
 
@@ -155,6 +156,11 @@ def total_of(parts: Tensor, total: Tensor, factor: Tensor | None = None, divisor
     return total
 
 
+def sample_size(text: Tensor, class_ids: Tensor | None) -> int:
+    """Return K, the number of sampled rows."""
+    return (text if class_ids is None else class_ids).shape[0]
+
+
 def norms_for(image: Tensor, text: Tensor, class_ids: Tensor | None, measure: bool) -> tuple[Tensor, Tensor]:
     """Compute the norms of both, fp32 [B] and [K], or with `measure` allocate them for the kernel of the product.
 
@@ -162,14 +168,14 @@ def norms_for(image: Tensor, text: Tensor, class_ids: Tensor | None, measure: bo
     """
     if not measure:
         return row_norms(image), row_norms(text, class_ids)
-    B, K = image.shape[0], (text if class_ids is None else class_ids).shape[0]
-    image_norm, text_norm = (torch.empty(n, dtype=torch.float32, device=image.device) for n in (B, K))
+    sizes = image.shape[0], sample_size(text, class_ids)
+    image_norm, text_norm = (torch.empty(n, dtype=torch.float32, device=image.device) for n in sizes)
     return image_norm, text_norm
 
 
 def row_norms(rows: Tensor, ids: Tensor | None = None) -> Tensor:
     """Compute the norms of the rows, fp32 [n]."""
-    n, D = (rows if ids is None else ids).shape[0], rows.shape[1]
+    n, D = sample_size(rows, ids), rows.shape[1]
     norm = torch.empty(n, dtype=torch.float32, device=rows.device)  # [n]
     launch(
         _row_norms_kernel,
@@ -189,9 +195,8 @@ def row_norms(rows: Tensor, ids: Tensor | None = None) -> Tensor:
 
 def reference_norms(image: Tensor, text: Tensor, class_ids: Tensor | None) -> Iterator[Tensor]:
     """Yield the norms of images and sampled rows, in fp32 (fp64 for fp64), in plain PyTorch."""
-    dtype = torch.promote_types(image.dtype, torch.float32)
-    for rows in (image, text if class_ids is None else text.index_select(0, class_ids)):
-        yield torch.linalg.vector_norm(rows, dim=1, dtype=dtype)
+    for rows in (image, reference.sampled(text, class_ids)):
+        yield torch.linalg.vector_norm(rows, dim=1, dtype=reference.wide_dtype(image.dtype))
 
 
 def cosine_arguments(image: Tensor, text: Tensor, image_norm: Tensor, text_norm: Tensor) -> dict[str, Any]:
@@ -207,11 +212,6 @@ def cosine_arguments(image: Tensor, text: Tensor, image_norm: Tensor, text_norm:
         eps=reference.UNIT_NORM_EPS,
         PRECISION=dot_precision(image.dtype, image.device),
     )
-
-
-def with_contiguous_rows(x: Tensor) -> Tensor:
-    """Return the matrix, copied if its rows are not contiguous."""
-    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def factors_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -258,9 +258,14 @@ def through_unit_norm(
     return d_rows
 
 
-def check_class_ids(name: str, class_ids: Tensor, C: int) -> None:
-    """Raise ValueError for ids that the C++ kernels refuse."""
-    if ((class_ids < 0) | (class_ids >= C)).any():
-        raise ValueError(f"{name}: class_ids must be rows of text, 0 to {C - 1}; got {class_ids.tolist()}.")
-    if class_ids.unique().numel() != class_ids.numel():
-        raise ValueError(f"{name}: class_ids must have no duplicates; got {class_ids.tolist()}.")
+def check_sample(name: str, image: Tensor, text: Tensor, logit_scale: Tensor, class_ids: Tensor | None) -> None:
+    """Check the sampled rows, and on the CPU the scale; on a GPU a scale that is not finite gives NaN."""
+    if logit_scale.device.type == "cpu":
+        finite = logit_scale.to(reference.wide_dtype(image.dtype)).isfinite()
+        check_values(name, "logit_scale", logit_scale, finite, "finite")
+    if class_ids is not None:
+        in_range = (class_ids >= 0) & (class_ids < len(text))
+        check_values(name, "class_ids", class_ids, in_range, f"rows of text, 0 to {len(text) - 1}")
+        ordered = class_ids.sort().values
+        different = ordered[1:] != ordered[:-1]
+        check_values(name, "class_ids", ordered[1:], different, "different rows of text", "Remove the duplicate.")

@@ -137,6 +137,14 @@ def test_large_scale_neither_overflows_nor_underflows(backend: Backend, scale, i
     assert all(x.isfinite().all() for x in found.values())
 
 
+@pytest.mark.parametrize("scale", [2e-39, -1e-30, 1e-29])
+def test_gradients_at_a_scale_near_zero(backend: Backend, scale):
+    """lse/scale overflows fp32; the gradients are those at a scale of 0."""
+    case = OPERATOR.case((4, 9, 6, 16), backend.device, scale=scale)
+    right = OPERATOR.truth(OPERATOR.case((4, 9, 6, 16), backend.device, scale=0.0))["d_logit_scale"]
+    assert relative_error(OPERATOR.kernel(case)["d_logit_scale"], right) < 1e-5
+
+
 @pytest.mark.parametrize("operator", [OPERATOR, LOGITS], ids=lambda operator: operator.name)
 def test_zero_rows_match_the_reference(backend: Backend, operator):
     """x/max(|x|, 1e-12): a zero row has cosine 0 and passes its gradient on, times 1e12."""

@@ -57,6 +57,14 @@ def test_more_classes_than_are_counted(backend: Backend, monkeypatch):
     assert all(map(torch.equal, counted, classes_at_ranks(*tensors)))
 
 
+@pytest.mark.parametrize("rank", [-1, 3])
+def test_ranks_out_of_range_are_an_error(backend: Backend, rank):
+    if backend.name not in ("reference", "interpreter"):
+        pytest.skip("an assertion stops the device")
+    with pytest.raises(Exception, match=r"out of range|ranks must be from 0 to C - 1"):
+        classes_at_ranks(torch.ones(3), torch.tensor([0, rank]), None)
+
+
 def test_opcheck(backend: Backend):
     scores, ids = torch.randn(9, device=backend.device), torch.tensor([0, 2, 4], device=backend.device)
     backend.opcheck(classes_at_ranks, (scores, ids, ids))

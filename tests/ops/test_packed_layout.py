@@ -18,6 +18,7 @@ LENGTHS = torch.tensor([3, 1, 200, 2, 7, 1, 129])
 @pytest.mark.parametrize(("P", "spare"), [(0, 0), (2, 0), (5, 1), (140, 300)])
 def test_packed_layout(backend: Backend, class_ids, P, spare):
     """Spare rows begin again at the first row; a program writes several hundred of them."""
+    lengths = torch.stack([LENGTHS, LENGTHS], dim=1)[:, 1]  # not contiguous
     starts = P + LENGTHS.cumsum(0) - LENGTHS
     rows, offsets, ends = list(range(P)), [0], []
     for class_id in class_ids:
@@ -25,7 +26,7 @@ def test_packed_layout(backend: Backend, class_ids, P, spare):
         offsets.append(len(rows) - P)
         ends.append(len(rows) - 1)
     rows += range(spare)
-    tensors = (x.to(backend.device) for x in (torch.tensor(class_ids), starts, LENGTHS))
+    tensors = (x.to(backend.device) for x in (torch.tensor(class_ids), starts, lengths))
     found = packed_layout(*tensors, P, len(rows))
     assert [x.tolist() for x in found] == [rows, offsets, ends]
 
@@ -36,6 +37,14 @@ def test_more_classes_than_are_packed(backend: Backend, monkeypatch):
     packed = packed_layout(*arguments)
     monkeypatch.setattr("skipkernels.ops.packed_layout.MOST_PACKED", 2)
     assert all(map(torch.equal, packed, packed_layout(*arguments)))
+
+
+@pytest.mark.parametrize("class_id", [-1, 7])
+def test_ids_out_of_range_are_an_error(backend: Backend, class_id):
+    if backend.name not in ("reference", "interpreter"):
+        pytest.skip("an assertion stops the device")
+    with pytest.raises(Exception, match=r"out of range|class_ids must be rows of lengths"):
+        packed_layout(torch.tensor([2, class_id]), LENGTHS, LENGTHS, 0, 300)
 
 
 def test_opcheck(backend: Backend):

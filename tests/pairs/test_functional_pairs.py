@@ -48,6 +48,18 @@ def test_contrastive_loss_does_not_save_the_logits():
     assert saved_bytes(lambda: functional.contrastive_loss(*make_pairs(300, 8, torch.float32))) < 4 * 300 * 300
 
 
+def test_pairwise_sigmoid_compiles_into_one_graph():
+    def loss(image, text, labels):
+        return functional.pairwise_sigmoid(image, text, labels, 10.0, -10.0)
+
+    image, text, _ = make_pairs(5, 16)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    labels = torch.tensor([0, 2, -1, 4, 4])
+    torch.testing.assert_close(compiled(image, text, labels), loss(image, text, labels))
+    with pytest.raises(RuntimeError, match="labels must be rows of text, 0 to 4"):
+        compiled(image, text, labels + 1)
+
+
 @pytest.fixture(params=[None, 1, 70], ids=["whole", "rows", "chunks"])
 def chunks(request, monkeypatch):
     """The loss of all pairs at once, of one image at a time, and of chunks of which the last is smaller."""
