@@ -64,9 +64,10 @@ THREADS = torch.get_num_threads()
 gc.disable()  # while tests are collected, which makes objects that stay
 
 
-@pytest.hookimpl(tryfirst=True)  # before the fixtures of a module, which make runs that later tests compare with
-def pytest_runtest_setup() -> None:
-    """Reset the number of threads, on which the last digits of a run depend."""
+@pytest.fixture(autouse=True)
+def _same_threads() -> Iterator[None]:
+    """Reset the number of threads, on which the last digits of a run depend, also before fixtures of modules."""
+    yield
     torch.set_num_threads(THREADS)
 
 
