@@ -17,7 +17,6 @@ from skipkernels import casts
 from skipkernels.app.train.precision import autocast
 from skipkernels.casts import Casts
 from skipkernels.ops import registration
-from skipkernels.ops.sgd_momentum import tables_of_graph
 from skipkernels.selection import RankSampler
 
 from .flops import formulas
@@ -189,6 +188,6 @@ def second(step: Callable[[], Any], precision: str) -> Recording:
     found = Recording()
     with meta_as_gpu(), autocast(precision, CPU):
         step()
-        with tables_of_graph(), found:  # tables of the update are no nodes of a graph
+        with found:
             step()
     return found
