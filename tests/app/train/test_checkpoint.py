@@ -69,7 +69,7 @@ def test_save_replaces_epoch_and_keeps_best(tmp_path):
     ids=["save", "delete"],
 )
 def test_stop_at_any_call_leaves_a_whole_checkpoint(tmp_path, stop, work, found):
-    """Of the earlier or the new epoch, or none. The next one deletes what is left."""
+    """The checkpoint is that of the earlier or of the new epoch, or none. The next one deletes what is left."""
     seen, moment, made = [], 0, []
     while moment <= len(made):
         moment, run = moment + 1, tmp_path / f"{moment}"
