@@ -149,12 +149,6 @@ def test_fixed_keeps_its_number_on_average(max_tail, kept):
     assert sum(counts) / len(counts) == pytest.approx(kept, abs=3) and max(counts) > kept
 
 
-def test_fixed_draws_once_resample_each_step():
-    fixed, resample = RankSampler(tail="fixed"), RankSampler(tail="resample")
-    assert len({tuple(fixed.draw(500, 4).tolist()) for _ in range(5)}) == 1
-    assert len({tuple(resample.draw(500, 4).tolist()) for _ in range(5)}) == 5
-
-
 def test_fixed_keeps_its_draws_in_a_larger_batch():
     """A batch of 80 keeps the first 80 ranks, and of those behind them at least the ranks drawn before."""
     sampler = RankSampler(tail="fixed")
