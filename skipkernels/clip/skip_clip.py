@@ -17,7 +17,6 @@ from ..selection import RankSampler
 from ..towers.block import fuse_blocks
 from ..towers.modes import evaluating
 from . import checks
-from .classifier import AffineHead, ImageClassifier
 from .images import sharing_weights
 from .state import Origin, forgive_missing_state, pack_state, unpack_state
 from .step import LossOptions, SkipOutput, compare_with_all, step
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self  # of Python 3.11
 
     from ..towers.reductions import Reduction
+    from .classifier import AffineHead
 
 
 class SkipCLIP(nn.Module):
@@ -254,6 +254,8 @@ class SkipCLIP(nn.Module):
         It shares the weights of the image tower, runs in evaluation mode and contains no SkipCLIP, so `torch.export`
         and ONNX accept it. Create it again after further training. `head` replaces the class embeddings: docs/heads.md.
         """
+        from .classifier import ImageClassifier
+
         encoder = sharing_weights(self.images.tower.encoder(), self.model)
         if head is not None:
             return ImageClassifier(encoder, head.weight, head.bias).eval()
