@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor, nn
+
+from .images import sharing_weights
+
+if TYPE_CHECKING:
+    from .skip_clip import SkipCLIP
 
 
 class AffineHead(Protocol):
@@ -42,3 +47,12 @@ class ImageClassifier(nn.Module):
         image = self.encoder(images)
         image = image[0] if isinstance(image, tuple) else image
         return nn.functional.normalize(image.to(self.weight.dtype), dim=-1) @ self.weight.T + self.bias
+
+
+def classifier_of(clip: SkipCLIP, head: AffineHead | None) -> ImageClassifier:
+    """Return the module of the image tower and a head, or the class embeddings; see `SkipCLIP.classifier`."""
+    encoder = sharing_weights(clip.images.tower.encoder(), clip.model)
+    if head is not None:
+        return ImageClassifier(encoder, head.weight, head.bias).eval()
+    text = clip.class_embeddings()
+    return ImageClassifier(encoder, clip.scale.to(text.dtype) * text).eval()

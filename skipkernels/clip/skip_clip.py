@@ -17,7 +17,6 @@ from ..selection import RankSampler
 from ..towers.block import fuse_blocks
 from ..towers.modes import evaluating
 from . import checks
-from .images import sharing_weights
 from .state import Origin, forgive_missing_state, pack_state, unpack_state
 from .step import LossOptions, SkipOutput, compare_with_all, step
 from .texts import in_same_dtype
@@ -254,13 +253,9 @@ class SkipCLIP(nn.Module):
         It shares the weights of the image tower, runs in evaluation mode and contains no SkipCLIP, so `torch.export`
         and ONNX accept it. Create it again after further training. `head` replaces the class embeddings: docs/heads.md.
         """
-        from .classifier import ImageClassifier
+        from .classifier import classifier_of
 
-        encoder = sharing_weights(self.images.tower.encoder(), self.model)
-        if head is not None:
-            return ImageClassifier(encoder, head.weight, head.bias).eval()
-        text = self.class_embeddings()
-        return ImageClassifier(encoder, self.scale.to(text.dtype) * text).eval()
+        return classifier_of(self, head)
 
     def _scaled_image_and_classes(self, pixel_values: Tensor, classes: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Unit-norm image embeddings [B, D] times the scale, and unit-norm embeddings of classes, by default all."""
@@ -393,8 +388,7 @@ class SkipCLIP(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Convert or move everything; prototypes and class weights stay at least fp32."""
-        features = self.texts.features
-        watches = [self.images.below, *([] if features is None else [features.below])]
+        watches = [x.below for x in (self.images, self.texts.features) if x is not None]
         valid = [below for below in watches if below.started and not below.is_stale()]
         super()._apply(fn, recurse)
         for encoder in (self.images, self.texts):
