@@ -336,9 +336,9 @@ def add_layer_norm(
     `residual`, not the weight and bias.
 
     Args:
-        x: [..., W] output of the sub-layer, in fp32, bf16, fp16 or fp64.
-        residual: [..., W] input of the sub-layer, in the dtype of `x`, or in bf16 or fp16 if `x` is fp32; None for a
-            plain LayerNorm of `x`.
+        x: [..., W] residual stream, in fp32, bf16, fp16 or fp64.
+        residual: [..., W] output of the sub-layer, which is added to it, in the dtype of `x`, or in bf16 or fp16 if `x`
+            is fp32; None for a plain LayerNorm of `x`.
         weight: [W], in any of the dtypes listed for `x`; usually fp32, also with bf16 features.
         bias: [W], in the dtype of `weight`.
         eps: added to the variance, at least 0; default: 1e-5.

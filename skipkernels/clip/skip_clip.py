@@ -295,7 +295,7 @@ class SkipCLIP(nn.Module):
         """Class ids [K], int64 in [0, C), to text embeddings [K, D], not normalised. Ids may repeat."""
         self.check_device()
         checks.check_class_ids(class_ids, len(self.texts))
-        return self.texts.encode(class_ids, exact_rows=True)
+        return self.texts.encode(class_ids.to(self.prototypes.device, torch.int64), exact_rows=True)
 
     def refresh(self) -> None:
         """Read the model again, after a deliberate change to it or to its weights below the cut.

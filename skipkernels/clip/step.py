@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import functional
+from ..reference import without_autocast
 
 
 def step(
@@ -34,9 +35,11 @@ def select_and_encode(
 
 
 def compare_with_all(image: Tensor, labels: Tensor, text: Tensor, scale: Tensor, options: LossOptions) -> SkipOutput:
-    """Compare image embeddings [B, D], of labels [B] or [B, C], with all classes [C, D]."""
-    class_ids = torch.arange(len(text), device=image.device)
-    return cross_entropy(image, text, class_ids, labels, scale, replace(options, return_logits=True))
+    """Compare image embeddings [B, D], of labels [B] or [B, C], with all classes [C, D], in the dtype of `predict`."""
+    class_ids, options = torch.arange(len(text), device=image.device), replace(options, return_logits=True)
+    image = image.to(torch.promote_types(image.dtype, text.dtype))  # those of a kept evaluation are at least fp32
+    with without_autocast(image.device):
+        return cross_entropy(image, text, class_ids, labels, scale, options)
 
 
 def cross_entropy(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..clip import SkipCLIP, SkipOutput
-from ..clip.checks import as_class_weight, as_tokens, check_image_embeddings, check_labels
+from ..clip.checks import as_class_weight, as_tokens, check_image_embeddings, check_labels, check_vocabulary
 from ..clip.state import Origin
 from ..clip.step import select_and_encode
 from ..digests import digest_json, digest_tensors, digests
@@ -252,6 +252,7 @@ class ShardedSkipCLIP(SkipCLIP):
 
         def check() -> tuple[Tensor, ClassParallel, Tensor | None]:
             found = as_tokens(tokens)
+            check_vocabulary("ShardedSkipCLIP", "tokens", found, self.texts.tower.vocabulary)
             shards = replace(self.shards, num_classes=len(found))
             return found, shards, as_class_weight(class_weight, self.prototypes, len(found))
 

@@ -123,7 +123,7 @@ class RankSampler:
             ranks = self.draw(len(scores), len(labels))  # [K]
             return ClassSelection(*classes_at_ranks(scores, _to_device_of(scores, ranks), labels))
         counted = int((scores == math.inf).sum()) if max_labels is None else 0
-        ranks = self.draw(len(scores), max_labels or len(labels), counted=counted)  # [K]
+        ranks = self.draw(len(scores), len(labels) if max_labels is None else max_labels, counted=counted)  # [K]
         class_ids, _ = classes_at_ranks(scores, _to_device_of(scores, ranks), None)  # [K]
         return ClassSelection(class_ids, labels.index_select(1, class_ids))
 

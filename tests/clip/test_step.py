@@ -243,3 +243,13 @@ def test_evaluation_compares_every_class_without_draw(gradients):
     assert out.loss.item() == pytest.approx(expected.item(), rel=1e-10)
     clip.train()
     assert first + drawn(clip) == drawn(other, 6)
+
+
+@pytest.mark.parametrize(("dtype", "autocast"), [(torch.bfloat16, False), (torch.float32, True)])
+def test_evaluation_logits_are_those_of_predict_in_half_precision(dtype, autocast):
+    """Class embeddings in 16 bits would move the logits by half a unit."""
+    clip = sk.SkipCLIP(tiny_clip(dtype), tiny_tokens(C), skip_layers=1).eval()
+    images, labels = tiny_batch(4, C)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = clip.predict(images.to(dtype))
+        torch.testing.assert_close(clip(images.to(dtype), labels).logits, expected, rtol=1e-5, atol=1e-5)

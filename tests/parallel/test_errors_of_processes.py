@@ -52,6 +52,8 @@ def errors(rank: int) -> dict[str, Any]:
     found["set_classes"] = caught(clip.set_classes, tiny_tokens(6, seed=rank))
     tokens = tiny_tokens(6)
     found["new tokens of one"] = caught(clip.set_classes, tokens.float() if rank else tokens)
+    unknown = tokens.index_put((torch.tensor(1), torch.tensor(1)), torch.tensor(10**6))  # of a class of process 1
+    found["unknown token"] = caught(clip.set_classes, unknown)
     found["classes"] = clip.num_classes
     found["pairs"] = caught(sk.pairs.pair_loss, clip, images, labels)
     if rank:
@@ -118,7 +120,8 @@ def test_error_of_one_process_in_evaluation_is_its_own(found):
         ("options", ["options of the selection must be equal on all processes"] * 2),
         ("max_labels", [f"process {1 - r} .* does not call sigmoid_loss with max_labels={1 + r}" for r in (0, 1)]),
         ("set_classes", ["tokens must be equal on all processes"] * 2),
-        ("classes", ["^18$"] * 2),  # after this error the previous classes are in use
+        ("unknown token", ["tokens must be ids in"] * 2),
+        ("classes", ["^18$"] * 2),  # after these errors the previous classes are in use
         ("pairs", ["got ShardedSkipCLIP with 9 of them. Call parallel.pair_loss"] * 2),
         ("modes", ["process 1 .* does not call a training step, as process 0 does", "process 0 .* not call predict"]),
         ("draws", [f"sampler of process {other} of process_group has another state" for other in (1, 0)]),
