@@ -197,7 +197,9 @@ class Named(Dataset):
 
 
 @pytest.mark.parametrize(
-    "dataset", [Named(), ConcatDataset([Named(), Named()]), [("an image", None), ("an image", 0.5)]], ids=repr
+    "dataset",
+    [Named(), ConcatDataset([Named(), Named()]), [("an image", None), ("an image", 0.5)]],
+    ids=["names", "parts", "labels"],
 )
 def test_what_is_not_listed(dataset):
     found = dataset_identity(dataset)
