@@ -6,6 +6,7 @@ import copy
 import functools
 import io
 import pickle
+import statistics
 
 import pytest
 import timm
@@ -67,9 +68,12 @@ def test_fuse_same_gradients(name):
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
 def test_fuse_no_worse_than_eager(autocast):
-    """The mean error of all gradients over eight models: that of one model depends on which values round up."""
+    """The mean error of all gradients over 32 models: that of one model depends on which values round up.
+
+    In bf16 the difference of the errors of a model has a standard deviation of 0.01, and that of the means 0.0017.
+    """
     errors: dict[str, list[float]] = {"eager": [], "fused": []}
-    for seed in range(8):
+    for seed in range(32):
         model, (images, _) = tiny_clip(torch.float32, seed=seed), tiny_batch(5, 3, torch.float32, seed=seed)
         truth = gradients(copy.deepcopy(model).double(), images.double())
         for name in errors:
@@ -78,7 +82,7 @@ def test_fuse_no_worse_than_eager(autocast):
             flat = (torch.cat([each[x].double().flatten() for x in truth]) for each in (found, truth))
             errors[name].append(relative_error(*flat))
     slack = SLACK[torch.bfloat16 if autocast else torch.float32]
-    assert sum(errors["fused"]) / 8 <= sum(errors["eager"]) / 8 + slack
+    assert statistics.fmean(errors["fused"]) <= statistics.fmean(errors["eager"]) + slack
 
 
 @pytest.mark.parametrize(
