@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,16 +47,18 @@ class TextFeatures:
         self.tower, self.templates, self._folder = tower, templates, folder
         self.below = Watch(tower.lower_parts)
         self._table: FeatureTable | None = None
-        *self._starts, self.row_count = itertools.accumulate([0, *(prompts.row_count for prompts in templates)])
+        self.row_count = 0
+        for prompts in templates:
+            prompts.first_row, self.row_count = self.row_count, self.row_count + prompts.row_count
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_table": None}  # not shared with other processes or copies
 
-    def rows(self, selected: Mapping[int, SelectedPrompts]) -> list[Tensor]:
-        """Features [R, W] of some prompts of each template, by its number."""
+    def rows(self, selected: Iterable[SelectedPrompts]) -> list[Tensor]:
+        """Features [R, W] of some prompts of each template."""
         table, found = self.table(), []
-        for number, prompts in selected.items():
-            start, row_numbers = self._starts[number], prompts.row_numbers
+        for of_template in selected:
+            start, row_numbers = of_template.prompts.first_row, of_template.row_numbers
             found.append(table.rows(row_numbers + start if start else row_numbers).to(row_numbers.device))
         return found
 
@@ -94,8 +95,9 @@ class TextFeatures:
 
         Packed by chunks: hidden states [C, L, W] of whole prompts would take several times as much memory.
         """
-        for start, prompts in zip(self._starts, self.templates, strict=True):
-            first, ends = start, (start + prompts.starts + prompts.suffix_lengths).tolist()
+        for prompts in self.templates:
+            first = start = prompts.first_row
+            ends = (start + prompts.starts + prompts.suffix_lengths).tolist()
             for class_ids in torch.arange(len(ends), device=prompts.starts.device).split(self.tower.cut.chunk):
                 end = ends[int(class_ids[-1])]  # the row behind the last suffix
                 if missing is None or missing[first:end].any():

@@ -14,7 +14,7 @@ from .. import functional
 from ..features.table import FeatureTable
 from ..reference import autocast_dtype, unit_norm
 from ..towers.modes import evaluating
-from ..towers.text import TextTower
+from ..towers.text import Prompts, TextTower
 from ..towers.watch import Watch
 from .text_features import TextFeatures, compute_features
 
@@ -63,16 +63,16 @@ class PromptEncoder:
         return torch.stack([unit_norm(x) for x in embeddings]).mean(0).to(embeddings[0].dtype)
 
     def encode_templates(
-        self, class_ids: Tensor, numbers: Sequence[int] | None = None, *, exact_rows: bool = False
+        self, class_ids: Tensor, templates: Sequence[Prompts] | None = None, *, exact_rows: bool = False
     ) -> list[Tensor]:
-        """Class ids [K] to the embeddings [K, D] of their prompts of each template, or of those with these numbers."""
-        numbers = range(len(self.templates)) if numbers is None else numbers
-        selected = {t: self.templates[t].select(class_ids, exact_rows=exact_rows) for t in numbers}
+        """Class ids [K] to the embeddings [K, D] of their prompts of each template, by default of all templates."""
+        templates = self.templates if templates is None else templates
+        selected = [prompts.select(class_ids, exact_rows=exact_rows) for prompts in templates]
         if self.features is None:
-            rows = [compute_features(self.tower, of_template) for of_template in selected.values()]
+            rows = [compute_features(self.tower, of_template) for of_template in selected]
         else:
             rows = self.features.rows(selected)
-        return self.tower.upper(rows, selected.values())
+        return self.tower.upper(rows, selected)
 
     def embeddings(self, class_ids: Tensor | None = None) -> Tensor:
         """Unit-norm embeddings [K, D], by default of all, in evaluation mode, without gradient, at least fp32."""

@@ -62,7 +62,7 @@ def _of_texts(texts: ClassTexts, template: int) -> _Comparison:
 
     def actual() -> Tensor:
         if table_is_fp32:
-            return texts.encode_templates(class_ids, [template])[0]
+            return texts.encode_templates(class_ids, [prompts])[0]
         selected = prompts.select(class_ids)
         return tower.upper([compute_features(tower, selected)], [selected])[0]
 

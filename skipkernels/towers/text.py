@@ -44,6 +44,7 @@ class Prompts:
         max_suffix_length: S, the largest of the lengths.
         has_equal_suffixes: True if all lengths are S: the rows of K classes are then counted without the device.
         row_count: R.
+        first_row: The first of these rows in a table of several templates.
         most_rows: Upper bounds of the rows of any K different classes, by K: those of the K longest suffixes.
         why_not_cropped, why_not_shared: Why a reduction is not exact for the prompts; None where it is.
     """
@@ -62,7 +63,7 @@ class Prompts:
         # 3. Rows of the prefix and of the suffixes
         lengths = pooled + 1 - P if P else torch.full_like(pooled, self.prompt_length)  # [C]
         self.suffix_lengths, self.starts = lengths, P + lengths.cumsum(0) - lengths  # [C] each
-        self.row_count, self.max_suffix_length = P + int(lengths.sum()), int(lengths.max())
+        self.row_count, self.first_row, self.max_suffix_length = P + int(lengths.sum()), 0, int(lengths.max())
         self.has_equal_suffixes = bool((lengths == self.max_suffix_length).all())
         self.most_rows = [P, *(P + lengths.sort(descending=True)[0].cumsum(0)).tolist()]
 
