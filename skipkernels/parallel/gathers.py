@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..reference import wide_dtype
+
 
 def gather_rows(rows: Tensor, sizes: Sequence[int], group: dist.ProcessGroup) -> Tensor:
     """Gather rows [b, …] of each process, `sizes` of them, to [B, …] in the order of ranks; collective.
@@ -31,7 +33,7 @@ class _GatherRows(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_gathered: Tensor) -> tuple[Tensor, None, None]:
         longest, own = max(ctx.sizes), ctx.sizes[dist.get_rank(ctx.group)]
-        wide = d_gathered.to(torch.promote_types(ctx.dtype, torch.float32))  # P roundings to bf16 would add up
+        wide = d_gathered.to(wide_dtype(ctx.dtype))  # P roundings to bf16 would add up
         parts = torch.stack([_with_zero_rows(part, longest) for part in wide.split(ctx.sizes)])
         return reduce_scatter(parts, ctx.group)[:own].to(ctx.dtype), None, None
 

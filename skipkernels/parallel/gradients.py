@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..reference import wide_dtype
 from .sharded_clip import ShardedSkipCLIP, check_sharded
 
 _BUCKET_BYTES = 32 << 20  # largest message, except for a larger gradient
@@ -29,16 +30,12 @@ def all_reduce_gradients(clip: ShardedSkipCLIP) -> None:
                 parameter.grad = torch.zeros_like(parameter)
             gradients.append(parameter.grad)
     for bucket in _buckets(gradients):
-        flat = torch.cat([gradient.to(_sum_dtype(gradient)).flatten() for gradient in bucket])
+        # bf16 and fp16 would round at each addition
+        flat = torch.cat([gradient.to(wide_dtype(gradient.dtype)).flatten() for gradient in bucket])
         dist.all_reduce(flat, group=group)
         flat /= dist.get_world_size(group)
         for gradient, mean in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
             gradient.copy_(mean.view_as(gradient))
-
-
-def _sum_dtype(gradient: Tensor) -> torch.dtype:
-    """Dtype of sums over processes: bf16 and fp16 would round at each addition."""
-    return torch.promote_types(gradient.dtype, torch.float32)
 
 
 def _buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
@@ -46,8 +43,8 @@ def _buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
     bucket: list[Tensor] = []
     nbytes = 0
     for gradient in gradients:
-        added = gradient.numel() * _sum_dtype(gradient).itemsize
-        if bucket and (_sum_dtype(bucket[0]) != _sum_dtype(gradient) or nbytes + added > _BUCKET_BYTES):
+        added = gradient.numel() * wide_dtype(gradient.dtype).itemsize
+        if bucket and (wide_dtype(bucket[0].dtype) != wide_dtype(gradient.dtype) or nbytes + added > _BUCKET_BYTES):
             yield bucket
             bucket, nbytes = [], 0
         bucket.append(gradient)

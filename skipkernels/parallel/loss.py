@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, pad
 
 from .. import functional
-from ..reference import widened
+from ..reference import wide_dtype, widened
 from .gathers import gather_shares
 
 
@@ -63,7 +63,7 @@ def sharded_cross_entropy(
         loss = loss + label_smoothing * (lse * mean_weight - smooth[0].sum(0) / own.number)
     # 3. Mean, weighted by the class of each image
     total = len(loss) if class_weight is None else class_weight[own.targets].sum()
-    return (loss.sum() / total).to(_loss_dtype(image))
+    return (loss.sum() / total).to(wide_dtype(image.dtype))
 
 
 def sharded_contrastive_loss(
@@ -82,7 +82,7 @@ def sharded_contrastive_loss(
         share = _empty_share(image, text, logit_scale)
     else:
         share = functional.class_sampled_ce(text, image, own, logit_scale, reduction="sum")
-    text_to_image = (_sum_over_processes(share, group) / B).to(_loss_dtype(image))
+    text_to_image = (_sum_over_processes(share, group) / B).to(wide_dtype(image.dtype))
     return (image_to_text + text_to_image) / 2
 
 
@@ -97,7 +97,7 @@ def sharded_pairwise_sigmoid_loss(
         share = _empty_share(image, text, logit_scale, logit_bias)
     else:
         share = functional.pairwise_sigmoid(image, text, _places_of(own, len(image)), logit_scale, logit_bias)
-    return (_sum_over_processes(share, group) / len(image)).to(_loss_dtype(image))
+    return (_sum_over_processes(share, group) / len(image)).to(wide_dtype(image.dtype))
 
 
 def _places_of(positions: Tensor, number: int) -> Tensor:
@@ -126,7 +126,7 @@ def sharded_binary_cross_entropy(
     else:
         logits = functional.class_sampled_logits(image, text, logit_scale) + bias
         share = binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="sum")
-    return (_sum_over_processes(share, group) / elements).to(_loss_dtype(image))
+    return (_sum_over_processes(share, group) / elements).to(wide_dtype(image.dtype))
 
 
 def _empty_share(image: Tensor, text: Tensor, *numbers: Tensor | float) -> Tensor:
@@ -140,7 +140,3 @@ def _empty_share(image: Tensor, text: Tensor, *numbers: Tensor | float) -> Tenso
 def _sum_over_processes(share: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Sum one number of each process, widened, in the order of ranks; see `gather_shares`."""
     return gather_shares(widened(share), group).sum()
-
-
-def _loss_dtype(image: Tensor) -> torch.dtype:
-    return torch.float64 if image.dtype == torch.float64 else torch.float32

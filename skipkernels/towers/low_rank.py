@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..reference import without_autocast
+from ..reference import wide_dtype, without_autocast
 
 
 class LowRankUpdate(nn.Module):
@@ -25,7 +25,7 @@ class LowRankUpdate(nn.Module):
         super().__init__()
         self.parts, self.updated, self.rank, self.alpha = parts, tuple(updated), rank, alpha
         rows, columns = weight.shape
-        dtype = torch.promote_types(weight.dtype, torch.float32)
+        dtype = wide_dtype(weight.dtype)
         down = torch.empty(len(updated), rank, columns, device=generator.device)
         nn.init.uniform_(down, -(columns**-0.5), columns**-0.5, generator=generator)
         self.lora_A = nn.Parameter(down.to(weight.device, dtype))  # [n, rank, in] for n updated parts

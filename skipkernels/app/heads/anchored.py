@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...checks import check_shape, warn_caller
+from ...reference import wide_dtype
 from .head import Head, check_labels, check_positive, unit_rows
 from .logistic import ITERATIONS, Fit, logistic_regression
 
@@ -46,7 +47,7 @@ def anchored_probe(image: Tensor, labels: Tensor, text: Tensor, scale: float | T
     check_positive("anchored_probe", l2=l2)
     fit = logistic_regression(x, labels, anchor, l2, tolerance=TOLERANCE * l2 * scale)
     _warn_above_tolerance("anchored_probe", fit, l2, scale)
-    dtype = torch.promote_types(image.dtype, torch.float32)
+    dtype = wide_dtype(image.dtype)
     return Head(fit.weight.to(dtype), fit.bias.to(dtype), torch.tensor(scale, dtype=dtype, device=image.device))
 
 
@@ -90,7 +91,7 @@ def linear_probe(image: Tensor, labels: Tensor, classes: int, scale: float | Ten
     check_positive("linear_probe", l2=l2)
     fit = logistic_regression(x, labels, anchor, l2, tolerance=TOLERANCE * l2 * scale, bias=True)
     _warn_above_tolerance("linear_probe", fit, l2, scale)
-    dtype = torch.promote_types(image.dtype, torch.float32)
+    dtype = wide_dtype(image.dtype)
     bias = fit.bias.masked_fill(labels.bincount(minlength=classes) == 0, -torch.inf)
     return Head(fit.weight.to(dtype), bias.to(dtype))
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...checks import check_shape
-from ...reference import widened
+from ...reference import wide_dtype, widened
 from .head import Head, check_labels, check_positive, unit_rows
 
 SHRINKAGE = 0.3
@@ -52,7 +52,7 @@ def gaussian_head(image: Tensor, labels: Tensor, classes: int, shrinkage: float 
     covariance.diagonal().add_(shrinkage * variance)
     weight = torch.cholesky_solve(mean.T, torch.linalg.cholesky(covariance)).T
     bias = -(mean * weight).sum(dim=1) / 2 + (counts / len(x)).log()
-    dtype = torch.promote_types(image.dtype, torch.float32)
+    dtype = wide_dtype(image.dtype)
     return Head(weight.to(dtype), bias.to(dtype))
 
 

@@ -58,11 +58,6 @@ class Recipe:
     tail: Tail | None = None  # Ranks of the tail of Skip Tuning
 
 
-def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
-    """Return fp32, or `dtype` if it is wider: the dtype of logits, and of weights that a method adds to a model."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def cosine_logits(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
     """Logits [B, C] of images over classes, computed as in `SkipCLIP.predict`.
 

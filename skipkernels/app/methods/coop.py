@@ -9,9 +9,10 @@ from open_clip.model import CLIP, CustomTextCLIP
 from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 
+from ...reference import wide_dtype
 from ..data import InputError, Task
 from ..heads import AffineHead
-from .base import Recipe, Tokenizer, TrainingData, at_least_fp32
+from .base import Recipe, Tokenizer, TrainingData
 from .frozen import FrozenModel
 
 
@@ -61,7 +62,7 @@ class CoOp(FrozenModel):
         embedding = self._text.token_embedding.weight
         initial = torch.empty(count, embedding.shape[1], device=self._generator.device)
         nn.init.normal_(initial, std=0.02, generator=self._generator)
-        self.context = nn.Parameter(initial.to(device, at_least_fp32(embedding.dtype)))  # v, [M, W]
+        self.context = nn.Parameter(initial.to(device, wide_dtype(embedding.dtype)))  # v, [M, W]
         model.requires_grad_(False)
 
     def _placeholder_prompts(self, names: list[str], tokens: Tensor, vectors: int) -> tuple[int, Tensor]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ...reference import wide_dtype
 from ..data import Task
-from .base import Method, Tokenizer, at_least_fp32, check_open_clip
+from .base import Method, Tokenizer, check_open_clip
 
 
 class FrozenModel(Method):
@@ -32,4 +33,4 @@ class FrozenModel(Method):
         """Uninitialised tensor [D], on the device of the embeddings, in the dtype of the logits."""
         with torch.no_grad():
             first = self.model.encode_text(self._tokens[self._train_test][0][:1], normalize=False)
-        return torch.empty_like(first[0], dtype=at_least_fp32(first.dtype))
+        return torch.empty_like(first[0], dtype=wide_dtype(first.dtype))

@@ -44,6 +44,7 @@ from ...ops.add_layer_norm import NormArguments, NormResults, add_layer_norm, ad
 from ...ops.mlp_activation import KINDS, mlp_activation, mlp_activation_backward
 from ...ops.mlp_activation import Needs as ActivationNeeds
 from ...ops.rotary_embedding import rotary_embedding
+from ...reference import wide_dtype
 from ..rows import Hidden, RowsOptions
 from .weights import ATTENTION_NORMS, BlockSettings, BlockWeights, Gradients
 
@@ -305,7 +306,7 @@ def rotate(call: BlockCall, projected: Sequence[Tensor], *, inverse: bool = Fals
     if call.options.rotary is None:
         return tuple(projected)
     (cos, sin, interleaved), heads = call.options.rotary, call.settings.heads
-    wide = torch.promote_types(projected[0].dtype, torch.float32)
+    wide = wide_dtype(projected[0].dtype)
     cos, sin = cos.to(wide), sin.to(wide)
     if len(projected) == 1:  # query and key are the first 2H heads
         return (rotary_embedding(projected[0], cos, sin, 2 * heads, interleaved, inverse),)
