@@ -137,8 +137,8 @@ class Classifier:
 
         Args:
             run: Run folder.
-            classes: Names of other classes, which are recognised by their text alone; their probabilities are not
-                calibrated. Default: the trained classes.
+            classes: Names in place of those of the trained classes. A trained class keeps its row of a head, others are
+                recognised by their text alone; probabilities are not calibrated. Default: the trained classes.
             templates: Prompt templates, each with one {}. Default: those of the run; with other templates,
                 probabilities are not calibrated.
             device: Device. Default: "cuda" or "mps" if there is one, else "cpu".
