@@ -11,6 +11,7 @@ from skipkernels import FeatureCache
 from skipkernels.app import heads
 from skipkernels.app.data.tasks import summarise
 from skipkernels.app.methods import Method
+from skipkernels.app.results.class_metrics import accuracy
 from skipkernels.app.train.setup import BATCH, RunSetup
 
 # The accuracies of a run. "joint": on the test images of base and new classes, among all of them.
@@ -39,17 +40,17 @@ def accuracies(
         found, labels = zip(*((logits(x), of) for x, of in features.loader(BATCH, "sequential")), strict=True)
         return torch.cat(found), torch.cat(labels)
 
-    def accuracy(found: torch.Tensor, labels: torch.Tensor) -> float:
+    def checked(found: torch.Tensor, labels: torch.Tensor) -> float:
         if not found.isfinite().all():
             raise FloatingPointError(f"{method.name}: logits are not finite")
-        return 100.0 * (found.argmax(dim=1) == labels).double().mean().item()
+        return accuracy(labels, found.argmax(dim=1))
 
     classes = len(base.classes)
     (of_base, base_labels), (of_new, new_labels) = (of_test(tests[test.name]) for test in (base, new))
     if of_base.shape[1] == classes:
-        return dict.fromkeys(ACCURACIES) | {"base": accuracy(of_base, base_labels)}
-    split = {"base": accuracy(of_base[:, :classes], base_labels), "new": accuracy(of_new[:, classes:], new_labels)}
-    joint = accuracy(torch.cat([of_base, of_new]), torch.cat([base_labels, new_labels + classes]))
+        return dict.fromkeys(ACCURACIES) | {"base": checked(of_base, base_labels)}
+    split = {"base": checked(of_base[:, :classes], base_labels), "new": checked(of_new[:, classes:], new_labels)}
+    joint = checked(torch.cat([of_base, of_new]), torch.cat([base_labels, new_labels + classes]))
     return dict(summarise(setup.task.protocol, split)) | {"joint": joint}
 
 

@@ -83,7 +83,8 @@ class TextFeatures:
         """Open the features in a folder; a small table is read into the memory of a GPU, so that no step waits."""
         from .text_cache import features_in_folder
 
-        prompts, device = self.templates[0], self.templates[0].tokens.device
+        prompts = self.templates[0]
+        device = prompts.tokens.device
         first = prompts.select(torch.zeros(1, dtype=torch.int64, device=device), exact_rows=True)
         table = features_in_folder(folder / "features", self, probe=compute_features(self.tower, first))
         if device.type == "cpu" or len(table) * table.layout.row_bytes > _BYTES_ON_GPU:

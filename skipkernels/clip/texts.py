@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from .. import functional
-from ..features.table import FeatureTable
+from ..features.table import FeatureTable, MemoryTable
 from ..reference import autocast_dtype, unit_norm
 from ..towers.modes import evaluating
 from ..towers.text import Prompts, TextTower
@@ -163,7 +163,8 @@ class ClassTexts(PromptEncoder):
     def step_tensors(self) -> list[Tensor | None]:
         """Tensors that a step reads, besides those of the model; None in place of features in a folder."""
         layouts = [x for prompts in self.templates for x in prompts.tensors().values()]
-        features = [] if self.features is None else [getattr(self.features.table(), "features", None)]
+        tables = [] if self.features is None else [self.features.table()]
+        features = [table.features if isinstance(table, MemoryTable) else None for table in tables]
         return [self.prototypes, *layouts, *features]
 
     def check_contents(self) -> None:

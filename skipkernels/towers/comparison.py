@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, raise_if_above
+from ..reference import wide_dtype
 from .block import FusedBlock, unfused
 
 _NEGLIGIBLE = 0.01  # of the largest gradient: that of a key's bias is 0 up to rounding
@@ -88,7 +89,7 @@ def _random_weights(block: Any, generator: torch.Generator) -> Iterator[dict[str
     before = list(_tensors(block))
     copies: dict[int, tuple[str, Tensor]] = {}  # a tensor may be in several places
     for _, name, x in before:
-        dtype = torch.promote_types(x.dtype, torch.float32) if x.is_floating_point() else x.dtype
+        dtype = wide_dtype(x.dtype) if x.is_floating_point() else x.dtype
         copy = x.detach().to(dtype, copy=True)
         if isinstance(x, nn.Parameter):
             random = torch.randn(x.shape, generator=generator, device="cpu")

@@ -14,24 +14,24 @@ BALANCED = "validation_balanced"
 """Name of the balanced accuracy on the validation images, where epochs and blends are compared by it."""
 
 
-def image_scores(labels: Tensor, predicted: Tensor, *, balanced: bool) -> Tensor:
-    """Scores [n] of images, 0 for a wrong prediction; their mean is the accuracy in per cent, or the balanced one.
-
-    The balanced accuracy is the mean over the C classes with images. Of n images, those of a class with n_c weigh
-    n / (C n_c): the mean over all images of these weights times right or wrong is the sum over classes of recall / C.
+def accuracy(labels: Tensor, predicted: Tensor, *, balanced: bool = False) -> float:
+    """Share of right predictions in per cent; balanced, the mean over the classes with images of that of a class.
 
     >>> import torch
     >>> labels, predicted = torch.tensor([0, 0, 0, 1]), torch.tensor([0, 0, 1, 1])
-    >>> [round(image_scores(labels, predicted, balanced=how).mean().item(), 2) for how in (False, True)]
+    >>> [round(accuracy(labels, predicted, balanced=how), 2) for how in (False, True)]
     [75.0, 83.33]
     """
-    scores, counts = 100.0 * (labels == predicted).double(), labels.bincount()
-    return scores * len(labels) / ((counts > 0).sum() * counts[labels]) if balanced else scores
+    right = (labels == predicted).double()  # [n]
+    if balanced:
+        counts = labels.bincount()  # [C]
+        right = (labels.bincount(right) / counts)[counts > 0]
+    return 100.0 * right.mean().item()
 
 
 def balanced_accuracy(labels: Tensor, predicted: Tensor) -> float:
-    """Mean over the classes with images of the share of their images that are predicted as them, in per cent."""
-    return round(image_scores(labels, predicted, balanced=True).mean().item(), 4)
+    """Balanced `accuracy`, rounded as in metrics.json."""
+    return round(accuracy(labels, predicted, balanced=True), 4)
 
 
 class ClassMetrics(NamedTuple):

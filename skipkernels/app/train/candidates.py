@@ -33,7 +33,7 @@ from ..methods.base import cosine_logits
 from ..methods.registry import AUTO
 from ..report.formats import plural
 from ..report.words import name_of_classifier
-from ..results.class_metrics import image_scores, metrics_of_test
+from ..results.class_metrics import accuracy, metrics_of_test
 from ..results.predictions import top_classes
 from .calibration import calibrate
 from .choice import Choice
@@ -128,7 +128,7 @@ class Trial:
     def scored(cls, candidate: Candidate, seconds: float, logits: Tensor, labels: Tensor) -> Trial:
         """Score logits [n, C] of held-out images."""
         top = logits.argmax(dim=1)
-        plain, of_classes = (image_scores(labels, top, balanced=each).mean().item() for each in (False, True))
+        plain, of_classes = (accuracy(labels, top, balanced=each) for each in (False, True))
         loss = F.cross_entropy(logits.double(), labels).item()
         return cls(candidate, seconds, plain, of_classes, loss, logits)
 

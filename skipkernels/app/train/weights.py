@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ...digests import digest_file
+from ...reference import wide_dtype
 from ..data import InputError
 from ..heads import Head
 from ..methods import Method
@@ -101,5 +102,5 @@ class Interpolation:
 def _between(before: Tensor, after: Tensor, alpha: float) -> Tensor:
     if alpha in (0, 1) or not before.is_floating_point():
         return after if alpha == 1 else before
-    wide = torch.promote_types(before.dtype, torch.float32)
+    wide = wide_dtype(before.dtype)
     return torch.lerp(before.to(wide), after.to(wide), alpha)
