@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from skipkernels.app.config import TuneConfig
     from skipkernels.app.serve import Classifier, blend, export
     from skipkernels.app.train import tune
-    from skipkernels.boundary import LSkipBoundary
+    from skipkernels.boundary import run_frozen
     from skipkernels.clip import SkipCLIP, SkipOutput
     from skipkernels.features import CacheError, FeatureCache
     from skipkernels.graphs import GraphedStep, graphed
@@ -36,7 +36,6 @@ __all__ = [
     "FeatureCache",
     "FusedSGD",
     "GraphedStep",
-    "LSkipBoundary",
     "RankSampler",
     "SkipCLIP",
     "SkipOutput",
@@ -56,6 +55,7 @@ __all__ = [
     "parallel",
     "reference",
     "retrieval",
+    "run_frozen",
     "save_lora",
     "tune",
     "unfuse",
@@ -65,7 +65,7 @@ _SUBMODULES = ("functional", "ops", "pairs", "parallel", "reference", "retrieval
 _find = lazy_names(
     __name__,
     {
-        "boundary": ("LSkipBoundary",),
+        "boundary": ("run_frozen",),
         "clip": ("SkipCLIP", "SkipOutput"),
         "features": ("CacheError", "FeatureCache"),
         "graphs": ("GraphedStep", "graphed"),

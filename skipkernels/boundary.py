@@ -1,13 +1,8 @@
-"""LSkip: each tower has a cut, and the blocks below it are frozen.
-
-`LSkipBoundary` runs them, a bounded number of samples at a time. Their output is a constant: backward stops at the
-first block above the cut, which computes no gradient of its input.
-"""
+"""LSkip: each tower has a cut. The blocks below it are frozen, and run a bounded number of samples at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,11 +10,10 @@ from torch import Tensor
 DEFAULT_CHUNK = 256  # samples; each takes about 0.6 MB of hidden states and 2.4 MB in the MLP of a ViT-B/16
 
 
-class LSkipBoundary(torch.autograd.Function):
-    """Run `lower` over `inputs` in chunks of at most `chunk` samples, without gradient.
+def run_frozen(lower: Callable[[Tensor], Tensor], inputs: Tensor, chunk: int = DEFAULT_CHUNK) -> Tensor:
+    """Run `lower` over `inputs` in chunks of at most `chunk` samples. Its output is a constant: backward stops there.
 
-    Called as `LSkipBoundary.apply(lower, inputs, chunk)`. It is a Function although no gradient passes: by
-    `needs_input_grad` it learns that the caller expects one, and raises an error.
+    The first block above the cut then computes no gradient of its input.
 
     Args:
         lower: Function of [n, …] to [n, …] that treats samples independently.
@@ -36,44 +30,35 @@ class LSkipBoundary(torch.autograd.Function):
 
     Example:
         >>> layer = torch.nn.Linear(3, 2).requires_grad_(False)
-        >>> hidden = LSkipBoundary.apply(layer, torch.ones(5, 3), 2)
+        >>> hidden = run_frozen(layer, torch.ones(5, 3), 2)
         >>> hidden.shape, hidden.requires_grad
         (torch.Size([5, 2]), False)
     """
-
-    @staticmethod
-    def forward(ctx: Any, lower: Callable[[Tensor], Tensor], inputs: Tensor, chunk: int = DEFAULT_CHUNK) -> Tensor:
-        """Run `lower`; see the class."""
-        if ctx.needs_input_grad[1]:
-            raise _lost_gradient("its input")
-
-        def run(samples: Tensor) -> Tensor:  # [≤ chunk, …] -> [≤ chunk, …]
-            # Frozen blocks record nothing, but with grad mode on, `hidden` requires grad if `lower` uses a tensor that
-            # does, such as a learned context.
-            with torch.enable_grad():
-                hidden = lower(samples)
-            if hidden.requires_grad:
-                raise _lost_gradient("a tensor used below it")
-            return hidden
-
-        if len(inputs) <= chunk:
-            output = run(inputs)  # [B, …]
-        else:
-            first = run(inputs[:chunk])  # [chunk, …]
-            output = first.new_empty(len(inputs), *first.shape[1:])  # [B, …]
-            output[:chunk] = first
-            for start in range(chunk, len(inputs), chunk):
-                output[start : start + chunk] = run(inputs[start : start + chunk])  # [≤ chunk, …]
+    if inputs.requires_grad and torch.is_grad_enabled():
+        raise _lost_gradient("its input")
+    first, *others = inputs.detach().split(chunk)  # [≤ chunk, …] each
+    output = _run_chunk(lower, first)
+    if not others:
         return output
+    whole = output.new_empty(len(inputs), *output.shape[1:])  # [B, …]
+    whole[:chunk] = output
+    for i, samples in enumerate(others, start=1):
+        whole[i * chunk : (i + 1) * chunk] = _run_chunk(lower, samples)
+    return whole
 
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, None, None]:
-        """Return no gradients."""
-        return None, None, None
+
+def _run_chunk(lower: Callable[[Tensor], Tensor], samples: Tensor) -> Tensor:
+    # Frozen blocks record nothing, but with grad mode on, `hidden` requires grad if `lower` uses a tensor that does,
+    # such as a learned context.
+    with torch.enable_grad():
+        hidden = lower(samples)
+    if hidden.requires_grad:
+        raise _lost_gradient("a tensor used below it")
+    return hidden
 
 
 def _lost_gradient(of: str) -> RuntimeError:
     return RuntimeError(
-        f"LSkipBoundary: no gradient passes the cut, and {of} requires grad. To train it, use skip_layers=0 for this "
+        f"run_frozen: no gradient passes the cut, and {of} requires grad. To train it, use skip_layers=0 for this "
         "tower, (0, …) for images or (…, 0) for texts; otherwise detach it, or set its requires_grad to False."
     )

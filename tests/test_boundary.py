@@ -1,4 +1,4 @@
-"""LSkipBoundary saves nothing for backward, passes no gradient and bounds memory.
+"""run_frozen saves nothing for backward, passes no gradient and bounds memory.
 
 A step in which the cut would drop a gradient raises an error.
 """
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import skipkernels as sk
-from skipkernels import LSkipBoundary
+from skipkernels import run_frozen
 from tests.models import tiny_batch, tiny_clip, tiny_tokens
 
 C = 7
@@ -37,7 +37,7 @@ class Lower(nn.Module):
 )
 def test_boundary_runs_full_chunks_without_gradient(batch, chunk, batches):
     lower, inputs = Lower().double(), torch.randn(batch, 8, dtype=torch.float64)
-    hidden = LSkipBoundary.apply(lower, inputs, *chunk)
+    hidden = run_frozen(lower, inputs, *chunk)
     assert lower.batches == batches and not hidden.requires_grad
     torch.testing.assert_close(hidden, lower(inputs))
 
@@ -46,7 +46,7 @@ def test_boundary_runs_full_chunks_without_gradient(batch, chunk, batches):
 def test_boundary_refuses_to_lose_a_gradient(trains, named):
     lower, inputs = Lower().requires_grad_(trains == "lower"), torch.randn(5, 8, requires_grad=trains == "inputs")
     with pytest.raises(RuntimeError, match=f"no gradient passes the cut, and {named} requires grad"):
-        LSkipBoundary.apply(lower, inputs, 2)
+        run_frozen(lower, inputs, 2)
 
 
 # ---- gradients that the cut would drop ---------------------------------------------------------------------------

@@ -7,6 +7,7 @@ sequences, else as the model calls them, with sequences [n, tokens, W].
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from abc import ABC, abstractmethod
@@ -16,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
-from ..boundary import DEFAULT_CHUNK, LSkipBoundary
+from ..boundary import DEFAULT_CHUNK, run_frozen
 from ..digests import digest_tensors
 from ..options import FusedMemory, Memory
 from .block import fuse_blocks, why_takes_no_rows
@@ -102,19 +104,30 @@ class Tower(ABC):
 
     # ---- running -----------------------------------------------------------------------------------------------------
 
+    @property
+    def takes_rows_above(self) -> bool:
+        """True if the blocks above the cut, at least one, are called with rows."""
+        return len(self.upper_blocks) > 0 and self.why_no_rows(self.upper_blocks) is None
+
+    @contextlib.contextmanager
+    def weights_computed_once(self) -> Iterator[None]:
+        """Compute the low-rank updates of weights once in this context, however often the blocks above the cut run."""
+        # Not those of blocks that backward may call again, outside this context.
+        with parametrize.cached() if self.takes_rows_above else contextlib.nullcontext():
+            yield
+
     def _run_lower(self, run: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
-        """Run the embedding and the blocks below the cut, `run`, over images or tokens; see `LSkipBoundary`.
+        """Run the embedding and the blocks below the cut, `run`, over images or tokens; see `run_frozen`.
 
         Evaluation mode: no dropout, frozen batch norms. With skip = 0 the embedding trains, and runs as any other part.
         """
         if self.skip == 0:
             return run(inputs)
-        # The boundary refuses inputs that require grad, as it returns no gradient. Under no_grad none is asked for.
-        constant = inputs if torch.is_grad_enabled() else inputs.detach()
+        device = inputs.device
         if self.cut.lower_device is not None:  # not yet the device of these parts while SkipCLIP is constructed
-            constant = constant.to(next(self.lower_parameters()).device)
+            inputs = inputs.to(next(self.lower_parameters()).device)
         with evaluating([part for part in self.lower_parts() if isinstance(part, nn.Module)]):
-            return LSkipBoundary.apply(run, constant, self.cut.chunk).to(inputs.device)
+            return run_frozen(run, inputs, self.cut.chunk).to(device)
 
     def _run_lower_blocks(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
         """Run the blocks below the cut over sequences [n, tokens, W]. They save nothing for backward."""
@@ -259,7 +272,7 @@ class ImageTower(Tower):
         as that of the texts, so that features from a cache give the same result as images.
         """
         features = features.to(self.dtype)
-        if not self.upper_blocks or self.why_no_rows(self.upper_blocks) is not None:
+        if not self.takes_rows_above:
             return self.finish(self._call_upper_blocks(features))
         first_tokens = Pooled(slice(None, None, features.shape[1]))  # of the sequences, among their rows
         pooled = first_tokens if self.why_not_pooled() is None else None
