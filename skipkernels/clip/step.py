@@ -66,26 +66,16 @@ class SkipOutput(NamedTuple):
     Attributes:
         loss: [], mean cross-entropy over the batch, weighted if SkipCLIP has class weights; of `sigmoid_loss`, the mean
             over images and classes.
-        logits: [B, K]. In training they are computed with `return_logits`, for soft labels and by `sigmoid_loss` only;
-            else the item `kept_logits` of the tuple is None, and reading the attribute raises an AttributeError.
+        logits: [B, K]; in training None, but with `return_logits`, for soft labels and of `sigmoid_loss`.
         class_ids: [K] int64, ascending, the kept classes; in evaluation all classes, K = C.
         targets: [B] int64, positions of the labels in `class_ids`; of soft labels and of `sigmoid_loss` [B, K], the
             labels themselves.
     """
 
     loss: Tensor
-    kept_logits: Tensor | None
+    logits: Tensor | None
     class_ids: Tensor
     targets: Tensor
-
-    @property
-    def logits(self) -> Tensor:  # noqa: D102
-        if (logits := self.kept_logits) is None:
-            raise AttributeError(
-                "SkipOutput.logits: this training step did not compute logits. Call clip(pixel_values, labels, "
-                "return_logits=True) for those of the kept classes, or clip.predict(pixel_values) for all classes."
-            )
-        return logits
 
 
 # ---- what a step takes -----------------------------------------------------------------------------------------------

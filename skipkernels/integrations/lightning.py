@@ -89,7 +89,8 @@ class SkipModule(LightningModule):
 
     def metrics(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Values [] of a batch by name, for validation and test: loss and accuracy over all classes."""
-        out: SkipOutput = self.clip(x, labels)
+        out: SkipOutput = self.clip(x, labels, return_logits=True)
+        assert out.logits is not None
         expected = labels.argmax(dim=1) if labels.ndim == 2 else labels
         return {"loss": out.loss, "accuracy": (out.logits.argmax(dim=1) == expected).float().mean()}
 
