@@ -287,15 +287,14 @@ class SkipCLIP(nn.Module):
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
         """Images [B, 3, height, width], or features at the cut [B, N, W], to image embeddings [B, D], any norm."""
-        self.check_device()
-        self.images.check(pixel_values)
+        self.check_inputs(pixel_values)
         return self.images.encode(pixel_values)
 
     def encode_classes(self, class_ids: Tensor) -> Tensor:
         """Class ids [K], int64 in [0, C), to text embeddings [K, D], not normalised. Ids may repeat."""
         self.check_device()
         checks.check_class_ids(class_ids, len(self.texts))
-        return self.texts.encode(class_ids.to(self.prototypes.device, torch.int64), exact_rows=True)
+        return self.texts.encode_repeated(class_ids.to(self.prototypes.device, torch.int64))
 
     def refresh(self) -> None:
         """Read the model again, after a deliberate change to it or to its weights below the cut.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,14 +19,6 @@ if TYPE_CHECKING:
 
 # Largest features of a folder that are read into the memory of a GPU: those of about 40,000 classes of ViT-B.
 _BYTES_ON_GPU = 256 << 20
-
-
-def compute_features(tower: TextTower, selected: SelectedPrompts) -> Tensor:
-    """Compute the features [R, W] of some prompts at the cut."""
-    # Below a cut as kept features are: without autocast.
-    autocast = torch.autocast(selected.class_ids.device.type, enabled=False) if tower.skip > 0 else nullcontext()
-    with autocast:
-        return selected.pack(tower.lower(selected.tokens, selected.prompts))
 
 
 class TextFeatures:
@@ -85,8 +76,8 @@ class TextFeatures:
 
         prompts = self.templates[0]
         device = prompts.tokens.device
-        first = prompts.select(torch.zeros(1, dtype=torch.int64, device=device), exact_rows=True)
-        table = features_in_folder(folder / "features", self, probe=compute_features(self.tower, first))
+        first = prompts.select(torch.zeros(1, dtype=torch.int64, device=device))
+        table = features_in_folder(folder / "features", self, probe=self.tower.lower(first)[: first.last_rows[0] + 1])
         if device.type == "cpu" or len(table) * table.layout.row_bytes > _BYTES_ON_GPU:
             return table
         return MemoryTable(table.rows(torch.arange(len(table))).to(device))
@@ -102,9 +93,10 @@ class TextFeatures:
             for class_ids in torch.arange(len(ends), device=prompts.starts.device).split(self.tower.cut.chunk):
                 end = ends[int(class_ids[-1])]  # the row behind the last suffix
                 if missing is None or missing[first:end].any():
-                    rows = compute_features(self.tower, prompts.select(class_ids, exact_rows=True))
+                    rows = self.tower.lower(prompts.select(class_ids))
                     # Each chunk begins with the shared prefix, which is stored once, with the first of them.
-                    yield first, rows if first == start else rows[prompts.prefix_length :], len(class_ids)
+                    stored = 0 if first == start else prompts.prefix_length
+                    yield first, rows[stored : stored + end - first], len(class_ids)
                 first = end
 
     def drop(self) -> None:

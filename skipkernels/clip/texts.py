@@ -14,9 +14,9 @@ from .. import functional
 from ..features.table import FeatureTable, MemoryTable
 from ..reference import autocast_dtype, unit_norm
 from ..towers.modes import evaluating
-from ..towers.text import Prompts, TextTower
+from ..towers.text import SelectedPrompts, TextTower
 from ..towers.watch import Watch
-from .text_features import TextFeatures, compute_features
+from .text_features import TextFeatures
 
 
 class PromptEncoder:
@@ -55,24 +55,30 @@ class PromptEncoder:
         """Ids [n] of all classes."""
         return torch.arange(len(self), device=self.device)
 
-    def encode(self, class_ids: Tensor, *, exact_rows: bool = False) -> Tensor:
-        """Class ids [K] to text embeddings [K, D], any norm, with gradient; for `exact_rows` see `Prompts.select`."""
-        embeddings = self.encode_templates(class_ids, exact_rows=exact_rows)
+    def encode(self, class_ids: Tensor) -> Tensor:
+        """Different class ids [K] to text embeddings [K, D], any norm, with gradient."""
+        embeddings = self.encode_templates(class_ids)
         if len(embeddings) == 1:
             return embeddings[0]
         return torch.stack([unit_norm(x) for x in embeddings]).mean(0).to(embeddings[0].dtype)
 
-    def encode_templates(
-        self, class_ids: Tensor, templates: Sequence[Prompts] | None = None, *, exact_rows: bool = False
-    ) -> list[Tensor]:
-        """Class ids [K] to the embeddings [K, D] of their prompts of each template, by default of all templates."""
-        templates = self.templates if templates is None else templates
-        selected = [prompts.select(class_ids, exact_rows=exact_rows) for prompts in templates]
+    def encode_repeated(self, class_ids: Tensor) -> Tensor:
+        """Class ids [K] that may repeat to text embeddings [K, D], as `encode`; on a GPU with a host sync."""
+        different, positions = class_ids.unique(return_inverse=True)
+        return self.encode(different)[positions]
+
+    def encode_templates(self, class_ids: Tensor) -> list[Tensor]:
+        """Different class ids [K] to the embeddings [K, D] of their prompts of each template."""
+        return self.encode_prompts([prompts.select(class_ids) for prompts in self.templates])
+
+    def encode_prompts(self, selected: Sequence[SelectedPrompts]) -> list[Tensor]:
+        """Prompts of one or more templates to their embeddings [K, D] of each."""
         if self.features is None:
-            rows = [compute_features(self.tower, of_template) for of_template in selected]
+            rows = [self.tower.lower(of_template) for of_template in selected]
         else:
             rows = self.features.rows(selected)
-        return self.tower.upper(rows, selected)
+        with self.tower.weights_computed_once():
+            return [self.tower.upper(*of_template) for of_template in zip(rows, selected, strict=True)]
 
     def embeddings(self, class_ids: Tensor | None = None) -> Tensor:
         """Unit-norm embeddings [K, D], by default of all, in evaluation mode, without gradient, at least fp32."""
@@ -191,7 +197,7 @@ class ClassTexts(PromptEncoder):
 class FixedTexts(ClassTexts):
     """Texts that do not train: the embeddings of the classes are the prototypes."""
 
-    def encode(self, class_ids: Tensor, *, exact_rows: bool = False) -> Tensor:  # noqa: D102
+    def encode(self, class_ids: Tensor) -> Tensor:  # noqa: D102
         return self.prototypes.index_select(0, class_ids)
 
     def kept_embeddings(self) -> Tensor:  # noqa: D102

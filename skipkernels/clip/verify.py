@@ -15,7 +15,6 @@ from ..towers.block import unfused
 from ..towers.modes import deterministic_training, evaluating
 from ..towers.text import representative_classes
 from .images import ImageEncoder
-from .text_features import compute_features
 from .texts import ClassTexts
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -61,10 +60,8 @@ def _of_texts(texts: ClassTexts, template: int) -> _Comparison:
     table_is_fp32 = all(torch.finfo(parameter.dtype).bits >= 32 for parameter in parameters)
 
     def actual() -> Tensor:
-        if table_is_fp32:
-            return texts.encode_templates(class_ids, [prompts])[0]
         selected = prompts.select(class_ids)
-        return tower.upper([compute_features(tower, selected)], [selected])[0]
+        return texts.encode_prompts([selected])[0] if table_is_fp32 else tower.upper(tower.lower(selected), selected)
 
     return _Comparison("texts", lambda: tower.reference_forward(rows), actual, parameters)
 

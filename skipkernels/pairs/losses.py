@@ -77,7 +77,7 @@ def encoded_loss(
 ) -> Tensor:
     """Encode images, and captions by id or tokens, at most `chunk` at a time, and compute `loss_of` the embeddings."""
     if captions.ndim == 1:
-        encode_text = functools.partial(clip.texts.encode, exact_rows=True)
+        encode_text = clip.texts.encode_repeated
     else:
         encode_text = functools.partial(_encode_tokens, clip)
     if chunk is None:
@@ -91,7 +91,7 @@ def encoded_loss(
 def _encode_tokens(clip: SkipCLIP, tokens: Tensor) -> Tensor:
     """Tokens [n, L], cropped to the longest, to embeddings [n, D], with gradient; on a GPU with host syncs."""
     texts = clip.texts.others(tokens)
-    return texts.encode(texts.class_ids, exact_rows=True)
+    return texts.encode(texts.class_ids)
 
 
 def _loss_of_pairs(clip: SkipCLIP, bias: Tensor | float | None, image: Tensor, text: Tensor) -> Tensor:

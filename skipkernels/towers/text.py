@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils import parametrize
 
 from ..ops.packed_layout import packed_layout
+from ..reference import without_autocast
 from .base import Tower
 from .rows import Pooled, RowsOptions, Suffixes
 
@@ -76,12 +77,9 @@ class Prompts:
         for name, value in self.tensors().items():
             setattr(self, name, fn(value))
 
-    def select(self, class_ids: Tensor, *, exact_rows: bool = False) -> SelectedPrompts:
-        """Return the layout of the prompts of `class_ids` [K] in a step.
-
-        With `exact_rows` no row follows the last suffix, and ids may repeat; on a GPU they are counted by a host sync.
-        """
-        return SelectedPrompts(self, class_ids, exact_rows or counts_are_known(class_ids.device))
+    def select(self, class_ids: Tensor) -> SelectedPrompts:
+        """Return the layout of the prompts of K different classes, `class_ids` [K]."""
+        return SelectedPrompts(self, class_ids)
 
 
 def _shared_prefix_length(tokens: Tensor, pooled: Tensor) -> int:
@@ -91,12 +89,12 @@ def _shared_prefix_length(tokens: Tensor, pooled: Tensor) -> int:
 
 
 def counts_are_known(device: torch.device) -> bool:
-    """Return True if the number of rows of a step can be read on the host; on a GPU that would be a host sync."""
+    """Return True if the number of rows can be read on the host; on a GPU that would be a host sync."""
     return device.type == "cpu"
 
 
 class SelectedPrompts:
-    """Layout of the prompts of K classes in a step: the shared prefix, then their suffixes, one after the other.
+    """Layout of the prompts of K different classes: the shared prefix, then their suffixes, one after the other.
 
         a photo of a | cat . end | hot dog . end | …      "|" begins a suffix; `end` is pooled
 
@@ -111,13 +109,15 @@ class SelectedPrompts:
         last_rows: int64 [K], row of the last token of each class; with a shared prefix that is the pooled one.
     """
 
-    def __init__(self, prompts: Prompts, class_ids: Tensor, exact_rows: bool):
+    def __init__(self, prompts: Prompts, class_ids: Tensor):
         self.prompts, self.class_ids = prompts, class_ids
         P, K, lengths = prompts.prefix_length, len(class_ids), prompts.suffix_lengths
         if prompts.has_equal_suffixes:
             self.row_count = P + K * prompts.max_suffix_length
+        elif counts_are_known(class_ids.device):
+            self.row_count = P + int(lengths[class_ids].sum())
         else:
-            self.row_count = P + int(lengths[class_ids].sum()) if exact_rows else prompts.most_rows[K]
+            self.row_count = prompts.most_rows[K]
         self.row_numbers, offsets, self.last_rows = packed_layout(class_ids, prompts.starts, lengths, P, self.row_count)
         self.offsets = None if prompts.has_equal_suffixes else offsets
 
@@ -193,38 +193,32 @@ class TextTower(Tower):
         length = tokens.shape[1]
         return torch.full((1, 1, length, length), -torch.inf, device=tokens.device).triu(1)
 
-    def lower(self, tokens: Tensor, prompts: Prompts) -> Tensor:
-        """Map tokens [n, L] of some of these prompts to hidden states at the cut [n, L, W]; with a cut constants."""
+    def lower(self, selected: SelectedPrompts) -> Tensor:
+        """Map prompts to rows [R, W] at the cut; with a cut constants, which do not depend on autocast."""
+        prompts = selected.prompts
 
         def run(tokens: Tensor) -> Tensor:
             return self._run_lower_blocks(self.embed(tokens, prompts), self.mask(tokens, prompts))
 
-        return self._run_lower(run, tokens)
+        with without_autocast(selected.class_ids.device) if self.skip > 0 else contextlib.nullcontext():
+            return selected.pack(self._run_lower(run, selected.tokens))
 
     @abstractmethod
     def finish(self, hidden: Tensor) -> Tensor:
         """Map hidden states [K, W] of the pooled tokens behind the last block to embeddings [K, D]."""
 
-    def upper(self, features: Iterable[Tensor], selected: Iterable[SelectedPrompts]) -> list[Tensor]:
-        """Map rows [R, W] at the cut of some prompts of each template to text embeddings [K, D], not normalised."""
-        takes_rows = self.upper_blocks and self.why_no_rows(self.upper_blocks) is None
-        templates = zip(features, selected, strict=True)
-        if not takes_rows:
-            return [self.call_upper(rows, of_template) for rows, of_template in templates]
-        # Low-rank updates once, not for each template; not of blocks that backward may call again
-        with parametrize.cached():
-            return [self._run_upper(rows, of_template) for rows, of_template in templates]
+    def upper(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:
+        """Map rows [R, W] at the cut to text embeddings [K, D], not normalised."""
+        if not self.takes_rows_above:
+            return self.call_upper(rows, selected)
+        run = self._run_suffixes if selected.prompts.prefix_length else self._run_whole_prompts
+        return self.finish(run(rows, selected))
 
     def call_upper(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:
         """Map rows [R, W] to embeddings [K, D] by blocks that are called as the model calls them."""
         mask = self.mask(selected.tokens, selected.prompts)
         hidden = self._call_upper_blocks(selected.unpack(rows), mask)  # [K, L, W]
         return self.finish(hidden[torch.arange(len(hidden), device=hidden.device), selected.pooled])
-
-    def _run_upper(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:
-        """Map rows [R, W] to embeddings [K, D] by blocks that take rows."""
-        run = self._run_suffixes if selected.prompts.prefix_length else self._run_whole_prompts
-        return self.finish(run(rows, selected))
 
     def _run_suffixes(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:
         """Run the shared prefix and the suffixes; return hidden states [K, W] of the pooled tokens."""

@@ -10,9 +10,9 @@ import torch
 from open_clip.transformer import QuickGELU
 
 import skipkernels as sk
-from skipkernels.clip import text_features
 from skipkernels.features.writer import TableWriter
 from skipkernels.folders import locked
+from skipkernels.towers.text import TextTower
 from tests.clip.clips import three_templates
 from tests.models import tiny_batch, tiny_clip, tiny_coca, tiny_tokens
 
@@ -68,13 +68,13 @@ def test_text_cache_with_class_token_behind_padding(tmp_path):
 
 def texts_that_run(monkeypatch) -> list[int]:
     """Numbers of texts that run below the cut, call by call."""
-    ran, compute = [], text_features.compute_features
+    ran, lower = [], TextTower.lower
 
     def counted(tower, selected):
         ran.append(len(selected.class_ids))
-        return compute(tower, selected)
+        return lower(tower, selected)
 
-    monkeypatch.setattr(text_features, "compute_features", counted)
+    monkeypatch.setattr(TextTower, "lower", counted)
     return ran
 
 
