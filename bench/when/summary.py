@@ -100,10 +100,12 @@ class Interval(NamedTuple):
 
 def values(rows: Sequence[Row], task: str, line: Line, column: str) -> dict[str, float]:
     """A column of the reported runs of a line, by seed. The zero-shot model is that of any run."""
+    found = [row for row in rows if (row["task"], row["phase"]) == (task, "report")]
     if line == ZERO_SHOT:
-        line, column = HALF, f"zero_shot_{column}"
-    wanted = {"task": task, "phase": "report", "method": line.method, "blended": str(int(line.blended))}
-    found = (row for row in rows if wanted.items() <= row.items() and row.get("head", "") == line.head)
+        column = f"zero_shot_{column}"
+    else:
+        wanted = {"method": line.method, "blended": str(int(line.blended))}
+        found = [row for row in found if wanted.items() <= row.items() and row.get("head", "") == line.head]
     return {row["seed"]: float(row[column]) for row in found if row.get(column)}
 
 
