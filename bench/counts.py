@@ -188,12 +188,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             tables.write(TABLE, rows)
             print(f"wrote {TABLE}")
         return
-    problems = list(compare(rows, [row for row in tables.read(TABLE, Row) if row.C in args.classes]))
-    for problem in problems:
-        print(problem)
-    print(f"{len(rows)} rows, {len(problems)} problems")
-    if problems:
-        raise SystemExit(1)
+    table = [row for row in tables.read(TABLE, Row) if row.C in args.classes]
+    tables.report(list(compare(rows, table)), f"{len(rows)} rows")
 
 
 if __name__ == "__main__":

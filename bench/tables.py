@@ -45,6 +45,15 @@ def write(path: Path, rows: Sequence[R]) -> None:
         writer.writerows(rows)
 
 
+def report(problems: Sequence[str], compared: str) -> None:
+    """Print the problems, what was compared, and how many there are; exit with 1 if there are any."""
+    for problem in problems:
+        print(problem)
+    print(f"{compared}, {len(problems)} problems")
+    if problems:
+        raise SystemExit(1)
+
+
 def compare(
     rows: Sequence[R], table: Sequence[R], path: Path, makes: str, worse: Callable[[R, R], Iterator[str]]
 ) -> Iterator[str]:

@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from skipkernels.ops import OPERATORS, launching
 
-from . import aot, measure
+from . import measure
 from .launches import ARCHITECTURES, CALLS, FAMILIES, launches_of
+from .machine_code import Job, compile_all, job_of, once
 from .measure import DTYPES, OURS
 from .operators import Case, Run
 from .operators.gate import Gate
@@ -53,7 +53,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: the folder of the package")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no other entry after this time")
     args = parser.parse_args(arguments)
-    console = Console()
     device = launching.target(args.device)
     if not device.name:
         parser.error("there is no GPU here")
@@ -75,12 +74,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if place in timed or time.monotonic() > end:
                 continue
             timed.add(place)
-            candidates = sound(op, dtype, target, place, neighbours(options), console)
+            candidates = sound(op, dtype, target, place, neighbours(options))
             chosen[place], report = fastest(case, dtype, args.device, place, [options, *candidates])
-            console.print(f"{_text(place)}, {case.shape} {dtype}: {report}", highlight=False, soft_wrap=True)
+            print(f"{_text(place)}, {case.shape} {dtype}: {report}", flush=True)
             if not args.no_save:
                 path.write_text(json.dumps(table_with(device, chosen), indent=1) + "\n")
-    console.print(f"result: {len(timed)} entries timed; the table is {path}", soft_wrap=True)
+    print(f"result: {len(timed)} entries timed; the table is {path}")
 
 
 def read_chosen(path: Path) -> dict[Place, Options]:
@@ -147,32 +146,24 @@ def _is_possible(options: Options) -> bool:
     return all(size >= 1 and size == int(size) for size in sizes) and options["num_warps"] <= MOST_WARPS
 
 
-def sound(
-    op: str, dtype: str, target: str, place: Place, candidates: Sequence[Options], console: Console
-) -> list[Options]:
+def sound(op: str, dtype: str, target: str, place: Place, candidates: Sequence[Options]) -> list[Options]:
     """Candidates that compile in all calls of `bench.aot`, without spills and within the limits of the GPU."""
-    jobs = [(number, job) for number, each in enumerate(candidates) for job in jobs_of(op, dtype, target, place, each)]
-    outcomes = aot.outcomes_of([job for _, job in jobs], console)
-    unsound = {
-        number
-        for (number, _), outcome in zip(jobs, outcomes, strict=True)
-        if isinstance(outcome, str) or any(aot.problems_of(outcome))
-    }
+    of_each = (once(jobs_of(op, dtype, target, place, each)) for each in candidates)
+    jobs = [(number, job) for number, of in enumerate(of_each) for job in of]
+    compiled = compile_all([job for _, job in jobs])
+    unsound = {number for (number, _), each in zip(jobs, compiled, strict=True) if each.problems}
     return [each for number, each in enumerate(candidates) if number not in unsound]
 
 
-def jobs_of(op: str, dtype: str, target: str, place: Place, options: Options) -> list[aot.Job]:
-    """The kernels, each once, of the calls of an operator that take an entry, with other options."""
-    architecture, jobs = ARCHITECTURES[target], {}
+def jobs_of(op: str, dtype: str, target: str, place: Place, options: Options) -> Iterator[Job]:
+    """The kernels of the calls of an operator that take an entry, with other options."""
     for name in (name for name in CALLS if FAMILIES[name] == op):
         for call in CALLS[name](DTYPES[dtype]):
             with defaults_but({place: options}) as taken:
-                launches = launches_of(name, call.arguments, architecture)
+                launches = launches_of(name, call.arguments, ARCHITECTURES[target])
             for number, launch in enumerate(launches if place in taken else ()):
                 if launch.kernel.fn.__name__ == f"_{place[0]}_kernel":
-                    (kernel,) = aot.kernels_of([launch], architecture)
-                    jobs[kernel.key] = aot.Job(name, call.shape, dtype, number, target, launch.grid, kernel)
-    return [*jobs.values()]
+                    yield job_of(launch, name, call.shape, dtype, number, target)
 
 
 # ---- times -----------------------------------------------------------------------------------------------------------

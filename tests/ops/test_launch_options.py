@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from bench import tune
-from bench.aot import kernel_modules, kernels_in
 from bench.launches import ARCHITECTURES, CALLS, WIDTHS, launches_of
+from bench.machine_code import kernel_paths
 from skipkernels.ops import launching
 from skipkernels.ops.launching import Target, launch_options, table_of
 from tests.ops import test_rotary_embedding as rotary
@@ -76,8 +76,7 @@ def test_products_widen_unless_only_the_wide_product_fails(monkeypatch, working,
 
 
 def test_defaults_have_every_kernel():
-    kernels = {name for module in kernel_modules() for name in kernels_in(module)}
-    assert {f"_{name}_kernel" for name in table_of(A100)} == kernels
+    assert {f"_{name}_kernel" for name in table_of(A100)} == set(kernel_paths().values())
 
 
 @pytest.mark.parametrize("target", ["sm_80", "gfx942"])

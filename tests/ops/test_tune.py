@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 
-from bench import aot, tune
+from bench import tune
+from bench.machine_code import Compiled
 from bench.operators import Case
 from bench.operators.gate import Gate
 from bench.operators.record import cases_of
@@ -29,7 +29,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """One case, of four candidates that compile."""
     case = next(cases_of("class_scores", "fp32", torch.device("cpu")))
     monkeypatch.setattr(tune, "cases", lambda *_: iter([("class_scores", "fp32", case)]))
-    monkeypatch.setattr(tune, "sound", lambda op, dtype, target, place, candidates, console: candidates[:4])
+    monkeypatch.setattr(tune, "sound", lambda op, dtype, target, place, candidates: candidates[:4])
     monkeypatch.setattr(launching, "target", lambda device: launching.Target("cuda", 90, "My GPU"))
 
 
@@ -93,12 +93,11 @@ def test_default_stays(backend: Backend, small, monkeypatch, tmp_path: Path, why
 
 def test_sound_candidates_compile_without_spills(monkeypatch):
     """In all calls: the second candidate does not compile in one of two, and the third spills in one."""
-    good = aot.Result(ROW, (32,), has_dot=True)
-    spilling = good._replace(row=ROW._replace(spilled_bytes=4))
-    monkeypatch.setattr(tune, "jobs_of", lambda *_: ["job", "job"])
-    monkeypatch.setattr(aot, "outcomes_of", lambda *_: [good, good, good, "does not compile", spilling, good])
+    good, missing, spilling = Compiled(ROW, []), Compiled(None, ["does not compile"]), Compiled(ROW, ["spills 4 bytes"])
+    monkeypatch.setattr(tune, "once", lambda _: ["job", "job"])
+    monkeypatch.setattr(tune, "compile_all", lambda _: [good, good, good, missing, spilling, good])
     given = [{"num_warps": warps} for warps in (1, 2, 4)]
-    assert tune.sound("class_scores", "bf16", "sm_90", ("class_scores",), given, Console()) == given[:1]
+    assert tune.sound("class_scores", "bf16", "sm_90", ("class_scores",), given) == given[:1]
 
 
 @interpreted
