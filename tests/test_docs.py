@@ -323,7 +323,7 @@ def nothing_runs(monkeypatch) -> None:
     """Parse commands without running them; check the settings of tune."""
 
     def resolve(command: cli.TuneCommand, *_: Any) -> int:
-        tune_config(command, resume=bool(command.resume)).resolved()
+        tune_config(command).resolved()
         return 0
 
     for command in cli.COMMANDS.values():

@@ -23,7 +23,6 @@ from skipkernels.app.methods.lora import LoRA
 from skipkernels.app.methods.tuned import TunedModel
 from skipkernels.app.train.candidates import BLENDS
 from skipkernels.app.train.evaluation import Evaluator
-from skipkernels.app.train.run import Plan
 from skipkernels.app.train.run import Run as TuneRun
 from skipkernels.app.train.setup import BATCH, RunSetup, build_run
 from skipkernels.app.train.trainer import Trainer
@@ -113,7 +112,7 @@ def chosen(run: Run) -> list[dict[str, Any]]:
     torch.manual_seed(run.seed)
     with tempfile.TemporaryDirectory() as folder:
         config = replace(run.config(), out=Path(folder, "run"))
-        tuning = TuneRun(Plan(config, open_data(run)), RunFolder(config))
+        tuning = TuneRun(config, RunFolder(config), open_data(run))
         setup, tests = tuning.setup, tuning.setup.test_features()
         zero_shot = accuracies(setup, setup.zero_shot, tests)
         metrics = tuning.execute()

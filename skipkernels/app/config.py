@@ -22,7 +22,7 @@ from .data.base import InputError
 from .data.files import file_name
 from .data.registry import is_own
 from .methods.registry import AUTO, METHODS
-from .settings import Settings, option
+from .settings import Settings
 from .untrusted import check_source
 
 if TYPE_CHECKING:
@@ -58,14 +58,13 @@ def setting_error(error: ValidationError) -> InputError:
 
 @dataclass(frozen=True, config=_SCHEMA)
 class TuneConfig(Settings):
-    """Configuration of a run. Its fields are those of `Settings`; `tune` and the command take `resume=RUN` too.
+    """Configuration of a run. Its fields are those of `Settings`.
 
     Example:
         >>> TuneConfig(data="imagefolder:photos", epochs=3, out="runs/photos").out
         PosixPath('runs/photos')
     """
 
-    resume: bool = option(False, results=False)
     dataset_identity: str | None = None
     """Digest of a dataset that was passed to `tune`, which sets it."""
 
@@ -137,8 +136,8 @@ class TuneConfig(Settings):
 
     @property
     def folder(self) -> Path:
-        """Folder of the results. Default: in runs/, named after the data and the method."""
-        return self.out or Path("runs", file_name(f"{self.data}-{self._resolved_method}"))
+        """Folder of the results. Default: that of the run to resume, or one in runs/, named after data and method."""
+        return self.out or self.resume or Path("runs", file_name(f"{self.data}-{self._resolved_method}"))
 
     @property
     def _resolved_method(self) -> str:
@@ -201,8 +200,8 @@ class TuneConfig(Settings):
         self.task_options().check()
         if self.cache is not None and self.skip_layers == 0:
             _refuse("cache", "must be left out with `skip_layers=0`: features are kept at the cut, and there is none.")
-        if self.resume and self.overwrite:
-            _refuse("resume", "must be left out with `overwrite`, which replaces the run.")
+        if self.resume is not None and (self.overwrite or self.out != self.resume):
+            _refuse("resume", "continues the run in its folder; leave out `out` and `overwrite`.")
         if isinstance(self.class_weight, (int, float)) and not 0 < self.class_weight <= 1:
             _refuse("class_weight", f"must be balanced, or above 0 and at most 1; got {self.class_weight}.")
         if self.class_weight is not None and self.sampler == "class_pure":
@@ -234,7 +233,7 @@ class TuneConfig(Settings):
     def _plain(self) -> dict[str, Any]:
         """Settings that a file may have, as values of JSON."""
         values = dataclasses.asdict(self)
-        del values["trust"]
+        del values["trust"], values["resume"]
         return to_jsonable_python(values)
 
     def to_yaml(self) -> str:

@@ -208,10 +208,9 @@ class Settings:
     """Folder of the results. By default runs/DATA-METHOD."""
     overwrite: bool = option(False, results=False)
     """Replace an earlier run in the folder."""
-    resume: bool | Path = option(False, results=False)
-    """Resume a run after its last complete epoch, bit-exactly with the same number of threads. With RUN: the run in
-    this folder, with its settings. Without RUN: the run in --out, with the settings given here; if there is none,
-    start it."""
+    resume: Path | None = option(None, results=False, strict=False)
+    """Folder of a run to continue after its last complete epoch, with its settings; bit-exactly with the same number of
+    threads."""
 
     def command(self, name: str, *, left_out: Collection[str] = ()) -> str:
         """Return the command of `skipkernels` with the settings that differ from their default.

@@ -32,7 +32,7 @@ class CompareCommand(Settings):
     """Run completed runs again."""
     method: tyro.conf.Suppress[str] = Settings.method
     seed: tyro.conf.Suppress[int] = Settings.seed
-    resume: tyro.conf.Suppress[bool] = False
+    resume: tyro.conf.Suppress[Path | None] = None
 
     def execute(self, out: Terminal, err: Terminal) -> int:
         """Run the comparison, write its files, and print its tables. Returns 0."""

@@ -69,21 +69,6 @@ def import_torch(err: Terminal) -> None:
         import open_clip  # noqa: F401
 
 
-def _flag_or_path(words: list[str]) -> bool | Path:
-    if len(words) > 1:
-        raise ValueError(f"one folder; got {' '.join(words)}")
-    return Path(words[0]) if words else True
-
-
-_FLAG_OR_PATH = tyro.constructors.PrimitiveConstructorSpec[Any](
-    nargs="*",
-    metavar="[RUN]",
-    instance_from_str=_flag_or_path,
-    is_instance=lambda value: isinstance(value, (bool, Path)),
-    str_from_instance=lambda value: [str(value)] if isinstance(value, Path) else [],
-)
-
-
 def registry(*, basic: bool) -> tyro.constructors.ConstructorRegistry:
     """Return the rules by which tyro reads options. With `basic`, help texts have only the settings in `BASIC`."""
     rules = tyro.constructors.ConstructorRegistry()
@@ -97,11 +82,6 @@ def registry(*, basic: bool) -> tyro.constructors.ConstructorRegistry:
         spec: Any = tyro.constructors.ConstructorRegistry.get_struct_spec(read)  # by tyro's own rule
         return dataclasses.replace(spec, fields=tuple(_field(field, hidden) for field in spec.fields))
 
-    @rules.primitive_rule
-    def flag_or_path_rule(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
-        """Let --resume be a flag, or have a folder."""
-        return _FLAG_OR_PATH if info.type == bool | Path else None
-
     return rules
 
 
@@ -113,7 +93,7 @@ def _field(field: tyro.constructors.StructFieldSpec, hidden: set[str]) -> tyro.c
         return text and " ".join(text.split())
 
     hint: Any = field.type
-    if field.default in (None, ()) or field.type == bool | Path:
+    if field.default in (None, ()):
         hint = Annotated[hint, tyro.conf.arg(help_behavior_hint="")]
     if field.name in hidden:
         hint = Annotated[hint, tyro.conf.Suppress]

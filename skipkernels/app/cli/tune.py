@@ -31,7 +31,7 @@ class TuneCommand(Settings):
 
     def execute(self, out: Terminal, err: Terminal) -> int:
         """Tune, and print accuracy and cost. Returns 0."""
-        config = self._settings()
+        config = tune_config(self)
         if self.print_config:
             as_given = {name: getattr(config, name) for name in _AS_GIVEN}
             out.print(dataclasses.replace(config.resolved(), **as_given).to_yaml().rstrip(), soft_wrap=True)
@@ -43,18 +43,6 @@ class TuneCommand(Settings):
         metrics = tune(config, err)
         _show(config.from_yaml(config.folder / CONFIG, trust=True), metrics, out)  # nothing is loaded
         return 0
-
-    def _settings(self) -> TuneConfig:
-        """Return the settings of the options; those of the run of --resume RUN are the defaults of the options."""
-        from skipkernels.app.data import InputError
-        from skipkernels.app.results.files import existing_run
-
-        if isinstance(self.resume, bool):
-            return tune_config(self)
-        run = existing_run(self.resume, "tune", "resume")
-        if self.out is not None:
-            raise InputError("the run is continued in its folder; leave out `out`.", "resume", "tune")
-        return tune_config(self, out=run, resume=True)
 
 
 def _show(config: TuneConfig, metrics: dict[str, Any], out: Terminal) -> None:
@@ -87,11 +75,9 @@ def command_with_file(arguments: list[str], err: Terminal) -> TuneCommand:
     if named.config is None and named.resume is None:
         return TuneCommand()
     from skipkernels.app.config import CONFIG, TuneConfig
+    from skipkernels.app.results.files import existing_run
 
-    file = Path(named.resume, CONFIG) if named.config is None else Path(named.config)
-    if named.config is None and not file.exists():  # `TuneCommand` refuses the folder
-        return TuneCommand()
-
+    file = existing_run(named.resume, "tune", "resume") / CONFIG if named.config is None else Path(named.config)
     given = {word.partition("=")[0].removeprefix("--") for word in arguments if word.startswith("--")}
     config = TuneConfig.from_yaml(file, trust="trust" in given, given=given)
     left_out = [name for name in _NOT_FROM_FILE if getattr(config, name) and name not in given]

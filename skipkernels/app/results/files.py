@@ -42,7 +42,7 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise InputError(
             f"{folder / METRICS}: no such file. A run has it when it is complete; continue one that was stopped with "
-            "`resume=True`."
+            "`resume=RUN`."
         ) from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error

@@ -79,7 +79,7 @@ def blend(
         raise InputError(f'must be from 0 to 1, or "auto"; got {alpha!r}.', "alpha", "blend")
     folder, target = _folders(run, out)
     config = _config_of_run(folder, device, trust=trust)
-    written = replace(config, out=target, overwrite=overwrite, resume=False).resolved()
+    written = replace(config, out=target, overwrite=overwrite).resolved()
     new_folder = RunFolder(written)  # refuses a folder that can't be written
     blends = _Blends(folder, replace(config, trust=trust, refresh="never", workers=0).resolved())
     curve = blends.curve(sorted({*ALPHAS, *([] if alpha == "auto" else [float(alpha)])}))

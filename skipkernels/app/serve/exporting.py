@@ -174,6 +174,6 @@ def _write_card(source: Path, folder: Path, described: Description, to: Target, 
     names: dict[str, Any] = {name: getattr(described, name) for name in ("model", "pretrained", "data")}
     if described.data != config.data:  # the path is not shared, and a command needs one
         names["data"] += ":PATH"
-    config = replace(config, **names, root=None, cache=None, out=None, resume=False, dataset_identity=None)
+    config = replace(config, **names, root=None, cache=None, out=None, dataset_identity=None)
     card = model_card(config, described, read_metrics(source), use=to, head_code=head_code)
     replace_text(folder / CARD, card)

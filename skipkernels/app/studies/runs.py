@@ -20,10 +20,10 @@ from ..config import CONFIG, TuneConfig
 from ..console import Terminal, plain, print_plain
 from ..data import InputError
 from ..data.files import file_name
-from ..results.files import METRICS
-from ..train import check, tune
-from ..train.choice import chosen_before
-from ..train.writing import RunFolder
+from ..results.files import METRICS, read_metrics
+from ..train import tune
+from ..train.choice import Choice
+from ..train.writing import check_settings
 
 RUNS = "runs"
 
@@ -50,7 +50,7 @@ def run_variants(
 
     All variants run with one seed before the next seed, so that temporary load on the machine affects all of them. Each
     run has its own subprocess, so that times and peak memory are comparable. Completed runs in the folder are not run
-    again unless `overwrite`, and interrupted runs are resumed. Each variant is checked before the first run starts.
+    again unless `overwrite`, and interrupted runs are resumed.
 
     With `keep_diverged`, a run with an infinite or NaN loss is a result, with the status "diverged" and its time.
     """
@@ -58,12 +58,7 @@ def run_variants(
         (name, *_plan(name, variants[name], seed, folder, overwrite=overwrite))
         for seed, name in itertools.product(seeds, variants)
     ]
-    waiting = {variant: config for variant, config, metrics in planned if metrics is None}  # one seed of each
-    complete = sum(metrics is not None for _, _, metrics in planned)
-    if len(planned) - complete > 1:
-        console.print(plain("checking the settings", "dim"))
-        _in_subprocess(_check, waiting)
-    if complete:
+    if complete := sum(metrics is not None for _, _, metrics in planned):
         print_plain(console, f"{complete} of {len(planned)} runs are complete in {folder}")
     results = []
     for number, (variant, config, metrics) in enumerate(planned, 1):
@@ -71,7 +66,8 @@ def run_variants(
             title, started = f"{variant}, seed {config.seed}", time.perf_counter()
             console.print(plain(f"{number} of {len(planned)}", "bold"), plain(f" {title}"), soft_wrap=True)
             try:
-                metrics = _in_subprocess(_run, config)
+                with _variant_in_errors(variant):
+                    metrics = _in_subprocess(_run, config)
             except FloatingPointError:
                 if not keep_diverged:
                     raise
@@ -88,15 +84,19 @@ def _folder(variant: str, seed: int) -> str:
 def _plan(
     variant: str, config: TuneConfig, seed: int, folder: Path, *, overwrite: bool
 ) -> tuple[TuneConfig, dict[str, Any] | None]:
-    """Return the configuration of a run, and the metrics if it is complete; raise if that has other settings."""
+    """Return the configuration of a run, and the metrics if it is complete; raise if it has other settings."""
     out = folder / _folder(variant, seed)
-    config = dataclasses.replace(config, seed=seed, out=out, overwrite=overwrite, resume=False)
-    metrics = None
+    config = dataclasses.replace(config, seed=seed, out=out, overwrite=overwrite)
     with _variant_in_errors(variant):
         config = config.resolved()
-        if (out / METRICS).exists() and not overwrite:
-            metrics = RunFolder(dataclasses.replace(chosen_before(config)[0], resume=True)).finished
-    return dataclasses.replace(config, resume=not overwrite and (out / CONFIG).exists()), metrics
+        if overwrite or not (out / CONFIG).exists():
+            return config, None
+        choice = Choice.read(out)
+        asked = TuneConfig.from_yaml(out / CONFIG, trust=True).identity() if choice is None else choice.asked
+        check_settings(out, config, asked)
+        chosen = {} if choice is None else choice.settings
+        metrics = read_metrics(out) if (out / METRICS).exists() else None
+        return dataclasses.replace(config, **chosen, resume=out), metrics
 
 
 def _outcome(metrics: Mapping[str, Any]) -> str:
@@ -116,12 +116,6 @@ def _in_subprocess(work: Callable[[Any], Any], argument: Any) -> Any:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as process:
         return process.submit(work, argument).result()
-
-
-def _check(configs: Mapping[str, TuneConfig]) -> None:
-    for name, config in configs.items():
-        with _variant_in_errors(name):
-            check(config)
 
 
 def _run(config: TuneConfig) -> dict[str, Any]:

@@ -8,11 +8,8 @@ from ..._lazy import lazy_names
 
 if TYPE_CHECKING:
     from .evaluation import evaluate_run
-    from .tuning import check, tune
+    from .tuning import tune
 
-__all__ = ["check", "evaluate_run", "tune"]
+__all__ = ["evaluate_run", "tune"]
 
-__getattr__ = lazy_names(
-    __name__,
-    {"evaluation": ("evaluate_run",), "tuning": ("check", "tune")},
-)
+__getattr__ = lazy_names(__name__, {"evaluation": ("evaluate_run",), "tuning": ("tune",)})

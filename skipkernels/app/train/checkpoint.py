@@ -84,7 +84,7 @@ def save(
         reason = (getattr(cause, "strerror", None) or first_line(cause)).rstrip(".")
         raise InputError(
             f"the checkpoint can't be written to {folder}: {reason}. The previous one, if any, is kept; "
-            "free disk space and continue with `resume=True`.",
+            "free disk space and continue with `resume=RUN`.",
             "out",
             "tune",
         ) from error

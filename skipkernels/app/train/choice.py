@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ...formatting import first_line
-from ..config import TuneConfig
 from ..data import InputError
 from ..results.files import CANDIDATES
 from ..untrusted import read_object, validated
@@ -42,15 +41,3 @@ class Choice:
     def to_json(self) -> str:
         """Contents of the file."""
         return json.dumps(asdict(self), indent=2) + "\n"
-
-
-def chosen_before(config: TuneConfig) -> tuple[TuneConfig, Choice | None]:
-    """Return the configuration with the settings that a run in its folder chose for it, and this choice.
-
-    Without such a choice, the configuration is returned as it is. That of the run, which has the chosen settings, is
-    recognised, too.
-    """
-    choice = None if config.out is None else Choice.read(config.out)
-    if choice is None or config.identity() not in (choice.asked, choice.asked | choice.settings):
-        return config, None
-    return replace(config, **choice.settings), choice

@@ -72,7 +72,7 @@ class Description:
         if not path.is_file():
             raise InputError(
                 f"{path}: no such file. A run has it after its first epoch. Give the folder of a run, wait for the "
-                "first epoch of a run in progress, or continue a run that was stopped with `resume=True`."
+                "first epoch of a run in progress, or continue a run that was stopped with `resume=RUN`."
             )
         try:
             values = read_object(path)

@@ -43,15 +43,6 @@ _log = logging.getLogger("skipkernels")
 _log.addHandler(logging.NullHandler())  # silent, unless the program that uses the library configures logging
 
 
-class Plan(NamedTuple):
-    """A run to start or to continue."""
-
-    config: TuneConfig  # resolved, with the settings that an earlier process chose
-    open_data: Callable[[], Source]
-    choice: Choice | None = None  # of an earlier process
-    command: str = ""  # that repeats the run; empty for a dataset of Python
-
-
 class Embedded(NamedTuple):
     """Features of a run's images, and the accuracy of the pretrained weights."""
 
@@ -63,6 +54,14 @@ class Embedded(NamedTuple):
 class Run:
     """A run in a folder.
 
+    Args:
+        config: Resolved configuration.
+        folder: Folder of the run, with the checkpoint and the choice of an earlier process.
+        open_data: Function that opens the dataset.
+        command: Command that repeats the run; empty for a dataset of Python.
+        console: Console for progress. Default: none.
+        loggers: Loggers of the rows of the epochs.
+
     Attributes:
         setup: Model, data, method and settings; after the choice between candidates, those of the chosen one.
         choice: The choice, also of an earlier process; None if there is none.
@@ -70,16 +69,23 @@ class Run:
     """
 
     def __init__(
-        self, plan: Plan, folder: RunFolder, *, console: Console | None = None, loggers: Sequence[Logger] = ()
+        self,
+        config: TuneConfig,
+        folder: RunFolder,
+        open_data: Callable[[], Source],
+        *,
+        command: str = "",
+        console: Console | None = None,
+        loggers: Sequence[Logger] = (),
     ):
-        config, self.choice, self.command = plan.config, plan.choice, plan.command
-        self.folder, self.console, self.loggers = folder, console or Console(quiet=True), loggers
+        self.folder, self.choice, self.command = folder, folder.choice, command
+        self.console, self.loggers = console or Console(quiet=True), loggers
         self.started = time.perf_counter()
         self.memory = PeakMemory(torch.device(config.device))
         self.baseline_memory = self.memory.read()
         if config.model != PACKAGED:
             print_plain(self.console, f"loading {config.model}; what is not on this machine is downloaded first")
-        self.setup = build_run(config, open_data=plan.open_data)
+        self.setup = build_run(config, open_data=open_data)
         self.method, self.task = self.setup.method, self.setup.task
         self.display = ProgressDisplay(self.console, title=title_of(config, name_of_run(config)), memory=self.memory)
         self.rows = [] if folder.checkpoint is None else list(folder.checkpoint.rows)

@@ -17,12 +17,10 @@ from ..config import CONFIG, TuneConfig
 from ..console import print_plain
 from ..data.base import SizedDataset
 from . import checkpoint
-from .choice import chosen_before
 from .model import check_model
 from .own_dataset import OwnData
 from .progress import Logger
-from .run import Plan, Run
-from .setup import build_run
+from .run import Run
 from .writing import RunFolder
 
 
@@ -44,7 +42,7 @@ def tune(
     resumed from its last complete epoch.
 
     Args:
-        config: Configuration of the run. Default: `TuneConfig()`.
+        config: Configuration of the run. Default: that of the run to `resume`, else `TuneConfig()`.
         console: Console for progress. Default: none; notes, epochs and warnings also go to the Python logger
             "skipkernels".
         dataset: Training images, instead of the setting `data`: a map-style dataset of (image, label), as
@@ -57,8 +55,7 @@ def tune(
             labels; see `FeatureCache.build`.
         loggers: Loggers of the rows of the epochs; see `train.progress.Logger`. They are closed at the end, also
             after an error. A run without epochs writes no rows.
-        **settings: Fields of `TuneConfig`, which replace those of `config`. `resume` may be the folder of a run, of
-            which the settings are then those of `config`, and the default of `out`.
+        **settings: Fields of `TuneConfig`, which replace those of `config`.
 
     Returns:
         Contents of metrics.json: zero-shot and tuned accuracy, kept classes, steps, and cost in seconds and memory.
@@ -84,49 +81,34 @@ def tune(
             settings["test"], test = test, None
         if isinstance(validation, (str, int, float)):
             settings["validation"], validation = validation, None
-        if isinstance(run := settings.get("resume"), (str, Path)):
-            config = TuneConfig.from_yaml(Path(run, CONFIG), trust=settings.get("trust", False), given=settings)
-            settings = {"out": run, "overwrite": False} | settings | {"resume": True}
         own = OwnData(dataset, test, validation, classes, identity)
-        console = console or Console(quiet=True)
-        plan = _plan(replace(config or TuneConfig(), **settings), own)
-        folder = RunFolder(plan.config)  # it is not written before its lock is held
-        if (finished := _finished(plan.config, folder, console)) is not None:
-            return finished
-        with _memory_errors(), _seeded(plan.config):
-            return Run(plan, folder, console=console, loggers=loggers).execute()
+        return _run(_configured(config, settings), own, console or Console(quiet=True), loggers)
 
 
-def check(config: TuneConfig) -> None:
-    """Raise the errors that `tune` would raise before training, without training."""
-    plan = _plan(config, OwnData(None))
-    with _memory_errors(), _seeded(plan.config):
-        RunFolder(plan.config)
-        build_run(plan.config, open_data=plan.open_data)
+def _configured(config: TuneConfig | None, settings: dict[str, Any]) -> TuneConfig:
+    """Return the configuration with other settings; the default is that of the run to resume."""
+    if config is None and (run := settings.get("resume")) is not None:
+        config = TuneConfig.from_yaml(Path(run, CONFIG), trust=settings.get("trust", False), given=settings)
+        settings = {"out": None, "overwrite": False} | settings
+    return replace(config or TuneConfig(), **settings)
 
 
-def _plan(config: TuneConfig, own: OwnData) -> Plan:
-    """Complete a configuration by the data, the method, and an earlier choice."""
+def _run(config: TuneConfig, own: OwnData, console: Console, loggers: Sequence[Logger]) -> dict[str, Any]:
+    """Start or continue a run; return the contents of metrics.json."""
     config, open_data = own.applied(config, "tune")
     command = config.command("tune") if own.dataset is None else ""
     open_data = functools.cache(open_data or config.open_data)
     config = config.resolved(open_data)
-    if not config.resume:  # errors of data and model come before those of the run folder
+    if config.resume is None:  # errors of data and model come before those of the run folder
         open_data()
         check_model(config.model, config.pretrained)
-        return Plan(config, open_data, None, command)
-    config, choice = chosen_before(config)
-    return Plan(config, open_data, choice, command)
-
-
-def _finished(config: TuneConfig, folder: RunFolder, console: Console) -> dict[str, Any] | None:
-    """Return the metrics of the run to resume if it is complete. Prints that there is nothing to resume."""
+    folder = RunFolder(config)  # it is not written before its lock is held
     if folder.finished is not None:
         checkpoint.delete(folder.path)  # a kill may have left it
         print_plain(console, f"{folder.path}: the run is complete; there is nothing to resume.")
-    elif config.resume and folder.checkpoint is None:
-        print_plain(console, f"note: there is no epoch to resume in {folder.path}; the run starts from the beginning.")
-    return folder.finished
+        return folder.finished
+    with _memory_errors(), _seeded(config):
+        return Run(config, folder, open_data, command=command, console=console, loggers=loggers).execute()
 
 
 @contextlib.contextmanager

@@ -86,7 +86,7 @@ def _check_run_folder(path: Path, *, resume: bool, overwrite: bool) -> None:
             "tune",
         )
     if not (resume or overwrite or set(earlier) <= _BEFORE_EPOCHS):
-        stopped = "" if METRICS in earlier else " It is not complete: `resume=True` continues it."
+        stopped = "" if METRICS in earlier else " It is not complete: `resume=RUN` continues it."
         raise InputError(
             f"{path} contains an earlier run; choose another folder, or use `overwrite=True`.{stopped}",
             "out",
@@ -112,10 +112,8 @@ def _check_apart(argument: str, folder: Path, config: TuneConfig) -> None:
         )
 
 
-def _check_settings(folder: Path, config: TuneConfig, before: dict[str, Any]) -> None:
-    """Check that the run to resume has the settings that change results; of one that chose some, those before."""
-    if before != config.identity() and (choice := Choice.read(folder)) is not None:
-        before = choice.asked
+def check_settings(folder: Path, config: TuneConfig, before: dict[str, Any]) -> None:
+    """Check that a run in a folder, with the settings `before`, has those of a configuration that change results."""
     for name, value in config.identity().items():
         if before.get(name) != value:
             raise InputError(
@@ -136,6 +134,7 @@ class RunFolder:
 
     Attributes:
         path: Path of the folder.
+        choice: Choice of the run to resume between candidates, or None.
         checkpoint: Checkpoint from which the run continues, or None.
         finished: Metrics of the run to resume if it is complete, or None.
     """
@@ -143,19 +142,22 @@ class RunFolder:
     def __init__(self, config: TuneConfig):
         assert config.out is not None
         self.path = config.out
+        self.choice: Choice | None = None
         self.checkpoint: checkpoint.Checkpoint | None = None
         self.finished: dict[str, Any] | None = None
         _check_apart("out", self.path, config)
         if config.cache is not None:
             _check_apart("cache", config.cache, config)
-        _check_run_folder(self.path, resume=config.resume, overwrite=config.overwrite)
-        if config.resume and (self.path / METRICS).exists():
+        _check_run_folder(self.path, resume=config.resume is not None, overwrite=config.overwrite)
+        if config.resume is None:
+            return
+        earlier = TuneConfig.from_yaml(self.path / CONFIG, trust=True)  # nothing is loaded
+        self.choice = Choice.read(self.path)
+        if (self.path / METRICS).exists():
             self.finished = read_metrics(self.path)
-            earlier = TuneConfig.from_yaml(self.path / CONFIG, trust=True)  # nothing is loaded
-            _check_settings(self.path, config, earlier.identity())
-        elif config.resume and (saved := checkpoint.load(self.path)) is not None:
-            _check_settings(self.path, config, saved.settings)
-            self.checkpoint = saved
+        else:
+            self.checkpoint = checkpoint.load(self.path)
+        check_settings(self.path, config, earlier.identity() if self.checkpoint is None else self.checkpoint.settings)
 
     @contextlib.contextmanager
     def lock(self, config: TuneConfig) -> Iterator[None]:

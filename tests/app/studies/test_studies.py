@@ -40,7 +40,7 @@ def test_run_variants_skips_complete_and_resumes_interrupted(ran, tmp_path):
     (tmp_path / "runs" / "b-0" / "metrics.json").unlink()
     del ran[:]
     again = run_variants(two(), range(2), tmp_path, QUIET)
-    assert [(config.out.name, config.resume) for config in ran] == [("b-0", True)]
+    assert [(config.out.name, config.resume) for config in ran] == [("b-0", tmp_path / "runs" / "b-0")]
     assert [result for result in again if (result.variant, result.seed) != ("b", 0)] == [first[0], *first[2:]]
     del ran[:]
     run_variants(two(), range(2), tmp_path, QUIET, overwrite=True)
@@ -75,7 +75,7 @@ def test_compare_searches_rates_of_every_method_on_own_data(ran, own, tmp_path, 
 
     def measured(work, config):
         metrics = complete(work, config)
-        if metrics and config.seed == SEARCH_SEED:
+        if config.seed == SEARCH_SEED:
             factor = round(config.text_lr / own.with_method(config.method).resolved().text_lr, 3)
             accuracy = {"skip": {1.0: 80.0, 3.0: 80.0}, "full": {3.0: 90.0}, "lora": {}}[config.method].get(
                 factor, 70.0
@@ -85,7 +85,7 @@ def test_compare_searches_rates_of_every_method_on_own_data(ran, own, tmp_path, 
             (config.out / "metrics.json").write_text(json.dumps(metrics))
             if status == "diverged":
                 raise FloatingPointError
-        return metrics | {"method": config.method} if metrics else metrics
+        return metrics | {"method": config.method}
 
     monkeypatch.setattr(runs, "_in_subprocess", measured)
     study = compare(own, ["auto", "skip", "full", "lora", "zero-shot"], range(1), tmp_path / "out", QUIET)
@@ -110,8 +110,8 @@ def test_run_variants_shows_progress(ran, tmp_path, capsys):
     console = Console(width=200, force_terminal=False, stderr=True)
     run_variants(two(), range(2), tmp_path, console)
     lines = capsys.readouterr().err.splitlines()
-    assert lines[:2] == ["checking the settings", "1 of 4  a, seed 0"]
-    assert lines[2].startswith("a, seed 0: base 10.0 %, 0:00:0") and lines[3] == "2 of 4  b, seed 0"
+    assert lines[0] == "1 of 4  a, seed 0"
+    assert lines[1].startswith("a, seed 0: base 10.0 %, 0:00:0") and lines[2] == "2 of 4  b, seed 0"
     run_variants(two(), range(2), tmp_path, console)
     assert capsys.readouterr().err == f"4 of 4 runs are complete in {tmp_path}\n"
 
@@ -135,12 +135,16 @@ def test_compare_has_no_option_for_settings_of_the_runs(option, capsys):
     assert f"Unrecognized options: {option}" in capsys.readouterr().err
 
 
-def test_settings_are_checked_in_a_new_process(monkeypatch):
-    """It returns an error of a setting. A process of the tests' server has imported PyTorch."""
+def test_an_error_of_a_run_names_its_variant(monkeypatch, tmp_path):
+    """Also an error in the process of the run. One of the tests' server has imported PyTorch."""
     context = forkserver()
     monkeypatch.setattr(runs.multiprocessing, "get_context", lambda method: context)
-    with pytest.raises(InputError, match="epochs: 1 has no effect with `method=linear-probe`; leave it out. .run: a.$"):
-        runs._in_subprocess(runs._check, {"a": dataclasses.replace(TINY, method="linear-probe")})
+    missing = dataclasses.replace(TINY, model=f"local-dir:{tmp_path / 'none'}")
+    with pytest.raises(InputError, match=r"none: no folder .*none\. .run: a.$"):
+        run_variants({"a": missing}, [0], tmp_path, QUIET)
+    wrong = dataclasses.replace(TINY, method="linear-probe")
+    with pytest.raises(InputError, match="epochs: 1 has no effect with `method=linear-probe`; leave it out. .run: b.$"):
+        run_variants({"a": missing, "b": wrong}, [0], tmp_path, QUIET)  # before the first run
 
 
 def test_compare_command(tmp_path, capsys, in_process):

@@ -118,11 +118,11 @@ def test_a_resumed_run_does_not_choose_again(run, tmp_path, monkeypatch):
         steps = len(FACTORS) * 2 * 2 * 3  # of the search: trainings, splits, epochs, steps of an epoch
         stopped(tmp_path / "cut", step=steps + 9, **changes)
         monkeypatch.setattr(candidates.Search, "run", None)
-        tune(small(tmp_path / "cut", resume=True, **changes))
+        tune(resume=tmp_path / "cut")
     assert results(tmp_path / "cut") == results(tmp_path / "whole")
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
     with pytest.raises(InputError, match="seed is 0 in the run in .*, and 1 here"), shortened():
-        tune(small(tmp_path / "cut", resume=True, **changes | {"seed": 1}))
+        tune(resume=tmp_path / "cut", seed=1)
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def test_rare_classes_weigh_more(changes, weights, tmp_path, monkeypatch):
 
 def test_resume_with_the_same_dataset(run):
     folder, metrics = run
-    again = {"validation": 0.25, "out": folder, "resume": True, **SETTINGS}
+    again = {"validation": 0.25, "resume": folder, **SETTINGS}
     assert json.dumps(tune(dataset=in_turn(30), **again)) == json.dumps(metrics)
     with pytest.raises(InputError, match="dataset_identity is '.*' in the run in"):
         tune(dataset=in_turn(30, shift=1), **again)

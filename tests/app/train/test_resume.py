@@ -49,9 +49,9 @@ def test_resume_gives_equal_bits(tmp_path, monkeypatch, name):
     tune(small(tmp_path / "whole", **changes))
     torch.manual_seed(2)  # another state of the caller's generator
     for number, step in enumerate(interruptions):
-        stopped(tmp_path / "cut", step=step, resume=number > 0, **changes)
+        stopped(tmp_path / "cut", step=step, resume=tmp_path / "cut" if number else None, **changes)
     workers = {"workers": 1} if name == "crops" else {}
-    metrics = tune(small(tmp_path / "cut", resume=True, **changes | workers))
+    metrics = tune(resume=tmp_path / "cut", **workers)
     assert results(tmp_path / "cut") == results(tmp_path / "whole")
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
     assert evaluate_run(tmp_path / "cut") == metrics["tuned"]
@@ -91,7 +91,7 @@ def test_killed_run_resumes_to_equal_bits(tmp_path):
             tune(small(folder, **changes))
         if (folder / "config.yaml").exists() and unfinished(folder):
             sk.Classifier.load(folder, device="cpu")
-        tune(small(folder, resume=True, **changes))
+        tune(small(folder, resume=folder if (folder / "config.yaml").exists() else None, **changes))
         assert results(folder) == results(whole) and files(folder) == files(whole)
         assert not [*folder.glob(".checkpoint*"), *folder.glob(".*.partial")]
 
@@ -99,7 +99,7 @@ def test_killed_run_resumes_to_equal_bits(tmp_path):
 def test_resume_of_complete_run(run, capsys):
     folder, metrics = run
     before = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
-    assert tune(small(folder, resume=True), Console()) == metrics
+    assert tune(small(folder, resume=folder), Console()) == metrics
     assert "the run is complete; there is nothing to resume" in capsys.readouterr().out
     assert main(["tune", "--resume", str(folder)]) == 0
     assert "trained classes" in capsys.readouterr().out
@@ -112,8 +112,8 @@ def test_resume_writes_the_report_of_a_run_that_was_stopped_before_it(run, copy,
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(run_page, "report_html", stop)
-        tune(small(copy, resume=True))
-    tune(small(copy, resume=True))
+        tune(resume=copy)
+    tune(resume=copy)
     assert files(copy) == files(run[0]) and results(copy) == results(run[0])
 
 
@@ -140,18 +140,14 @@ def copy(interrupted, tmp_path):
     return shutil.copytree(interrupted, tmp_path / "copy")
 
 
-SAME = ["--method", "skip", "--shots", "2", "--max-classes", "24", "--epochs", "2"]
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--out", "RUN", "--resume", *SAME, "--shots", "3"], "shots is 2 in the run in RUN, and 3 here"),
-        (["--out", "RUN", "--resume", *SAME, "--method", "full"], "method is 'skip' in"),
+        (["--resume", "RUN", "--shots", "3"], "shots is 2 in the run in RUN, and 3 here"),
         (["--resume", "RUN", "--method", "auto"], "method is 'skip' in the run in RUN, and 'auto' here"),
         (["--resume", "RUN", "--epochs", "5"], "epochs is 2 in the run in RUN, and 5 here"),
-        (["--resume", "RUN", "--out", "elsewhere"], "--resume: the run is continued in its folder; leave out --out"),
-        (["--resume", "RUN", "--overwrite"], "--resume must be left out with --overwrite"),
+        (["--resume", "RUN", "--out", "elsewhere"], "--resume: continues the run in its folder; leave out --out"),
+        (["--resume", "RUN", "--overwrite"], "--resume: continues the run in its folder; leave out --out and --over"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -162,8 +158,4 @@ def test_resume_refuses_other_settings(copy, arguments, message, capsys):
 
 def test_resume_refuses_other_training_images(copy, monkeypatch, capsys):
     monkeypatch.setattr(trainer, "digest_tensors", lambda named: "others")
-    message = fails(
-        ["tune", "--method", "skip", "--resume", "--shots", 2, "--max-classes", 24, "--epochs", 2, "--out", copy],
-        capsys,
-    )
-    assert "the training images differ" in message
+    assert "the training images differ" in fails(["tune", "--resume", copy], capsys)

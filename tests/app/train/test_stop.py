@@ -26,8 +26,9 @@ from skipkernels.app.methods.base import StepOutput
 from skipkernels.app.methods.lora import LoRA
 from skipkernels.app.report import run_page
 from skipkernels.app.results.files import read_metrics
-from skipkernels.app.train import check, checkpoint, evaluate_run, tune, tuning
+from skipkernels.app.train import checkpoint, evaluate_run, tune
 from skipkernels.app.train.reading import how_to_resume
+from skipkernels.app.train.run import Run
 from skipkernels.app.train.writing import RunFolder
 from skipkernels.folders import locked
 from tests.app.runs import at_step, fails, files, rows, small, stopped
@@ -70,7 +71,7 @@ def test_stop_during_overwrite_leaves_a_run(tmp_path, monkeypatch):
         patch.setattr(checkpoint, "delete", Mock(side_effect=KeyboardInterrupt))
         RunFolder(config).lock(config).__enter__()
     assert files(tmp_path) == {"config.yaml", "checkpoint", "model.safetensors", "report.html", "metrics.jsonl"}
-    for how in ({"overwrite": False, "resume": True}, {"overwrite": True}):
+    for how in ({"overwrite": False, "resume": tmp_path}, {"overwrite": True}):
         with RunFolder(dataclasses.replace(config, **how)).lock(config):
             assert "config.yaml" in files(tmp_path)
     assert files(tmp_path) == {"config.yaml"}
@@ -162,12 +163,13 @@ def test_report_failure_is_note(run, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("changes", [{}, {"method": "lora", "preset": "reference"}], ids=["skip", "lora"])
-def test_check_opens_data_once(tmp_path, monkeypatch, changes):
+def test_tune_opens_data_once(tmp_path, monkeypatch, changes):
     opened, open_now = [], pictograms.open_pictograms
     monkeypatch.setattr(
         pictograms, "open_pictograms", lambda *args, **how: opened.append(args) or open_now(*args, **how)
     )
-    check(small(tmp_path / "run", epochs=None, **changes))
+    monkeypatch.setattr(Run, "execute", lambda self: {})
+    tune(small(tmp_path / "run", epochs=None, **changes))
     assert len(opened) == 1
 
 
@@ -194,9 +196,9 @@ def test_out_of_memory_in_step(tmp_path, capsys):
     ids=repr,
 )
 def test_error_of_memory_is_translated(error, is_memory, tmp_path, monkeypatch):
-    monkeypatch.setattr(tuning, "build_run", Mock(side_effect=error))
+    monkeypatch.setattr(Run, "execute", Mock(side_effect=error))
     with pytest.raises(type(error) if not is_memory else MemoryError) as caught:
-        check(small(tmp_path))
+        tune(small(tmp_path))
     translated = re.match(r"tune: out of memory \([^\n]+\)\. Use `memory=min`", str(caught.value))
     assert bool(translated) == is_memory and (is_memory or caught.value is error)
 
@@ -221,13 +223,13 @@ def test_full_disk_keeps_last_epoch(tmp_path, small_disk):
         return StepOutput(self.clip(inputs, labels).loss, 5)
 
     changes = {"method": "lora", "max_classes": 4}  # two epochs of a step
-    message = "the checkpoint can't be written.* continue with `resume=True`"
+    message = "the checkpoint can't be written.* continue with `resume=RUN`"
     with at_step(2, fill, LoRA), pytest.raises(InputError, match=message):
         tune(small(tmp_path, **changes))
     small_disk(resource.RLIM_INFINITY)
     assert not (tmp_path / "metrics.json").exists(), "the run is not marked complete"
     assert evaluate_run(tmp_path) == rows(tmp_path)[0]["accuracy"] and len(rows(tmp_path)) == 1
-    assert tune(small(tmp_path, resume=True, **changes))["epochs"] == 2
+    assert tune(resume=tmp_path)["epochs"] == 2
 
 
 def test_run_folder_refuses_second_process(tmp_path, capsys):

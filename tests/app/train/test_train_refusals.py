@@ -47,7 +47,7 @@ COMMANDS = {
     "check pictograms:food --out a.txt": "--out must end in .csv; got",
     "compare --methods skip skip": "--methods must be distinct names of skip, zero-shot, full",
     "compare --seeds 0": "--seeds must be a number of runs from 1 to 1000",
-    "compare --methods zero-shot skip --skip-layers 9": "or a tuple (image, text) of either; got 9. (run: skip)",
+    "compare --methods skip zero-shot --skip-layers 9": "or a tuple (image, text) of either; got 9. (run: skip)",
 }  # fmt: skip
 
 
@@ -92,10 +92,11 @@ def test_run_without_a_complete_epoch_is_replaced(run, tmp_path):
 )
 def test_out_keeps_files_of_no_run(tmp_path, name, text, capsys):
     (tmp_path / name).write_text(text)
-    for flag in ([], ["--overwrite"], ["--resume"]):
+    for flag in ([], ["--overwrite"]):
         message = fails(["tune", "--shots", "1", "--max-classes", "6", "--out", tmp_path, *flag], capsys)
         assert f"{tmp_path} contains files with names of run files, but no config.yaml of a run: {name}" in message
         assert "--overwrite" not in message and "--resume" not in message
+    fails(["tune", "--resume", tmp_path], capsys)
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {name: text}
 
 
