@@ -77,8 +77,7 @@ class PromptEncoder:
             rows = [self.tower.lower(of_template) for of_template in selected]
         else:
             rows = self.features.rows(selected)
-        with self.tower.weights_computed_once():
-            return [self.tower.upper(*of_template) for of_template in zip(rows, selected, strict=True)]
+        return self.tower.upper(rows, selected)
 
     def embeddings(self, class_ids: Tensor | None = None) -> Tensor:
         """Unit-norm embeddings [K, D], by default of all, in evaluation mode, without gradient, at least fp32."""

@@ -7,7 +7,6 @@ sequences, else as the model calls them, with sequences [n, tokens, W].
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 from abc import ABC, abstractmethod
@@ -17,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from ..boundary import DEFAULT_CHUNK, run_frozen
@@ -108,13 +106,6 @@ class Tower(ABC):
     def takes_rows_above(self) -> bool:
         """True if the blocks above the cut, at least one, are called with rows."""
         return len(self.upper_blocks) > 0 and self.why_no_rows(self.upper_blocks) is None
-
-    @contextlib.contextmanager
-    def weights_computed_once(self) -> Iterator[None]:
-        """Compute the low-rank updates of weights once in this context, however often the blocks above the cut run."""
-        # Not those of blocks that backward may call again, outside this context.
-        with parametrize.cached() if self.takes_rows_above else contextlib.nullcontext():
-            yield
 
     def _run_lower(self, run: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
         """Run the embedding and the blocks below the cut, `run`, over images or tokens; see `run_frozen`.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils import parametrize
 
 from ..ops.packed_layout import packed_layout
 from ..reference import without_autocast
@@ -207,18 +208,25 @@ class TextTower(Tower):
     def finish(self, hidden: Tensor) -> Tensor:
         """Map hidden states [K, W] of the pooled tokens behind the last block to embeddings [K, D]."""
 
-    def upper(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:
-        """Map rows [R, W] at the cut to text embeddings [K, D], not normalised."""
+    def upper(self, rows: Iterable[Tensor], selected: Iterable[SelectedPrompts]) -> list[Tensor]:
+        """Map rows [R, W] at the cut of the prompts of each template to text embeddings [K, D], not normalised."""
+        templates = zip(rows, selected, strict=True)
         if not self.takes_rows_above:
-            return self.call_upper(rows, selected)
-        run = self._run_suffixes if selected.prompts.prefix_length else self._run_whole_prompts
-        return self.finish(run(rows, selected))
+            return [self.call_upper(*of_template) for of_template in templates]
+        # Low-rank updates once, not for each template; not those of blocks that backward may call again
+        with parametrize.cached():
+            return [self._run_upper(*of_template) for of_template in templates]
 
     def call_upper(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:
         """Map rows [R, W] to embeddings [K, D] by blocks that are called as the model calls them."""
         mask = self.mask(selected.tokens, selected.prompts)
         hidden = self._call_upper_blocks(selected.unpack(rows), mask)  # [K, L, W]
         return self.finish(hidden[torch.arange(len(hidden), device=hidden.device), selected.pooled])
+
+    def _run_upper(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:
+        """Map rows [R, W] to embeddings [K, D] by blocks that take rows."""
+        run = self._run_suffixes if selected.prompts.prefix_length else self._run_whole_prompts
+        return self.finish(run(rows, selected))
 
     def _run_suffixes(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:
         """Run the shared prefix and the suffixes; return hidden states [K, W] of the pooled tokens."""
