@@ -13,7 +13,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 import skipkernels as sk
-from skipkernels import casts
 from skipkernels.app.train.precision import autocast
 from skipkernels.casts import Casts
 from skipkernels.ops import registration
@@ -177,7 +176,7 @@ def of_step(clip: sk.SkipCLIP, features: Tensor, labels: Tensor, precision: str)
     features, labels = features.to("meta"), labels.to("meta")
     sgd = sk.FusedSGD(clip.parameter_groups(text_lr=0.0, image_lr=0.0), momentum=0.9)
     step = sk.graphed(clip, sgd, batch_size=len(labels))
-    with casts.used(Casts(clip.trainable_parameters() if precision == "bf16" else ())):
+    with Casts(clip.trainable_parameters() if precision == "bf16" else ()).used():
         found = second(lambda: step(features, labels), precision)
     sgd.close()
     return found

@@ -1,12 +1,12 @@
-"""Casts of weights, copies in 16 bits, which a captured step multiplies by and its update writes.
+"""Casts of weights: copies in 16 bits, which a captured step multiplies by and its update writes.
 
-`used` sets the casts of the step that runs, `of_product` gives them to the blocks, `of_weights` to the optimizer.
+Fused blocks find the casts of the step that runs by their weights (`of_product`), and so does FusedSGD (`of_weights`):
+no argument passes through the modules of the caller to the blocks, nor through autograd to the hooks of the optimizer.
 """
 
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -16,16 +16,25 @@ _DTYPES = (torch.bfloat16, torch.float16)
 
 
 class Casts:
-    """The casts of a captured step, which are equal to the weights before each replay.
-
-    An eager step before the capture makes them. Weights have one if they are contiguous, in fp32 and in one product.
-    """
+    """Casts of weights, made when a step first asks for them. Weights have one if they are contiguous and in fp32."""
 
     def __init__(self, weights: Iterable[Tensor] = ()):
         self._weights = {id(x): x for x in weights if x.dtype == torch.float32 and x.is_contiguous()}
         self._products: dict[tuple[int, ...], Tensor] = {}  # by the ids of their weights
-        self._casts: dict[int, Tensor] = {}  # by the id of the weight
-        self._versions: dict[int, int] = {}  # of the weights after the last update that wrote the casts
+        self._casts: dict[int, Tensor] = {}  # by the id of the weight: parts of the products
+        self._versions: dict[int, int] = {}  # of the weights after the last step
+
+    @contextlib.contextmanager
+    def used(self) -> Iterator[None]:
+        """Use these casts in a step, which updates them with the weights; first copy weights that others changed."""
+        self._copy([i for i in self._casts if self._versions.get(i) != self._weights[i]._version])
+        _of_steps.update(dict.fromkeys(self._weights, self))
+        try:
+            yield
+        finally:
+            for i in self._weights:
+                _of_steps.pop(i, None)
+        self._versions = {i: self._weights[i]._version for i in self._casts}
 
     def of_product(self, weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
         """Return the casts of the weights [n, …] of a product, one below the other; None if the step must cast them."""
@@ -33,8 +42,9 @@ class Casts:
         found = self._products.get(ids)
         if found is not None:
             return found if found.dtype == dtype else None
-        new = self._weights.keys() >= set(ids) and self._casts.keys().isdisjoint(ids) and len(set(ids)) == len(ids)
-        if not new or dtype not in _DTYPES:
+        # The update writes one cast of each weight, so a weight is in one product, and once.
+        is_new = self._weights.keys() >= set(ids) and self._casts.keys().isdisjoint(ids) and len(set(ids)) == len(ids)
+        if not is_new or dtype not in _DTYPES:
             return None
         lengths = [len(weight) for weight in weights]
         joint = weights[0].new_empty(sum(lengths), *weights[0].shape[1:], dtype=dtype)
@@ -43,48 +53,29 @@ class Casts:
         self._copy(ids)
         return joint
 
-    def of_weights(self, weights: Iterable[Tensor]) -> list[Tensor | None]:
-        """Return the cast of each weight, or None."""
-        return [self._casts.get(id(weight)) for weight in weights]
-
-    @contextlib.contextmanager
-    def renewed(self) -> Iterator[None]:
-        """Cast weights that have changed since the last update; the context updates weights and casts."""
-        stale = [i for i in self._casts if self._versions.get(i) != self._weights[i]._version]
-        if stale:
-            self._copy(stale)
-        yield
-        self._versions = {i: self._weights[i]._version for i in self._casts}
+    def of_weight(self, weight: Tensor) -> Tensor | None:
+        """Return the cast of a weight, for its update; None if it has none."""
+        return self._casts.get(id(weight))
 
     def _copy(self, ids: Sequence[int]) -> None:
         """Cast the weights with these ids."""
-        with torch.no_grad():
-            torch._foreach_copy_([self._casts[i] for i in ids], [self._weights[i] for i in ids])
+        if ids:
+            with torch.no_grad():
+                torch._foreach_copy_([self._casts[i] for i in ids], [self._weights[i] for i in ids])
 
 
-# Of the step that runs. A global, since blocks are called through modules of the caller and the hooks of FusedSGD by
-# autograd: no argument of ours reaches them, and a context variable is not set in the threads of autograd.
-_active = Casts()
-_one_step = threading.RLock()  # at a time, whatever the threads
+# ---- casts of the steps that run, of one or several models, by the ids of their weights ------------------------------
 
-
-@contextlib.contextmanager
-def used(casts: Casts) -> Iterator[None]:
-    """Use casts in this context, also in threads of autograd. Other threads wait before theirs."""
-    global _active
-    with _one_step:
-        before, _active = _active, casts
-        try:
-            yield
-        finally:
-            _active = before
+_of_steps: dict[int, Casts] = {}
 
 
 def of_product(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
-    """Return what `Casts.of_product` does for the step that runs."""
-    return _active.of_product(weights, dtype)
+    """Return what `Casts.of_product` does, if a step runs that has casts of these weights."""
+    casts = _of_steps.get(id(weights[0]))
+    return None if casts is None else casts.of_product(weights, dtype)
 
 
 def of_weights(weights: Iterable[Tensor]) -> list[Tensor | None]:
-    """Return what `Casts.of_weights` does for the step that runs."""
-    return _active.of_weights(weights)
+    """Return the cast of each weight, or None."""
+    found = [(weight, _of_steps.get(id(weight))) for weight in weights]
+    return [None if casts is None else casts.of_weight(weight) for weight, casts in found]

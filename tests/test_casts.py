@@ -34,7 +34,7 @@ class Trained:
     def step(self, seed: int = 0) -> float:
         """One step; returns the loss."""
         images, labels = tiny_batch(4, CLASSES, torch.float32, seed=seed)
-        with self.kept.renewed(), casts.used(self.kept):
+        with self.kept.used():
             with torch.autocast("cpu", torch.bfloat16):
                 out = self.clip(images, labels)
             out.loss.backward()
@@ -100,25 +100,27 @@ def test_which_weights_have_a_cast():
     refused = [[first], [third, first], [third, third], [others[0]], [others[1]], [torch.zeros(2, 3)]]
     assert [kept.of_product(weights, torch.bfloat16) for weights in refused] == [None] * 6
     assert kept.of_product([third], torch.float32) is None
-    one, two, none = kept.of_weights([first, second, third])
+    one, two, none = map(kept.of_weight, [first, second, third])
     assert none is None and one.data_ptr() == joint.data_ptr() and two.equal(joint[2:])
     second.add_(1)
-    with kept.renewed():
+    with kept.used():
         pass
     assert joint[2:].eq(2).all()
 
 
-def test_two_threads_take_turns():
-    order = []
+def test_steps_of_two_models_have_their_own_casts():
+    """At the same time, in two threads; every thread finds them, as those of autograd must."""
+    one, two = (Casts([torch.full((2, 3), float(number))]) for number in range(2))
+    (first,), (second,) = (list(kept._weights.values()) for kept in (one, two))
+    found = []
 
     def other() -> None:
-        with casts.used(Casts()):
-            order.append("second")
+        with two.used():
+            found.extend(casts.of_product([x], torch.bfloat16) for x in (first, second))
 
-    thread = threading.Thread(target=other)
-    with casts.used(Casts()):
+    with one.used():
+        thread = threading.Thread(target=other)
         thread.start()
-        thread.join(0.05)
-        order.append("first")
-    thread.join()
-    assert order == ["first", "second"]
+        thread.join()
+        found += [casts.of_product([x], torch.bfloat16) for x in (first, second)]
+    assert found[0] is found[2] and torch.is_tensor(found[0]) and torch.is_tensor(found[1]) and found[3] is None

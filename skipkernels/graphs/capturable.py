@@ -1,17 +1,64 @@
-"""A step before its capture in a CUDA graph: why it cannot be captured, and what the graph takes as constant."""
+"""Conditions of a step in a CUDA graph: checks of each call, why a step cannot be captured, and what is constant."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..clip import SkipCLIP
+from ..clip.checks import check_labels, described
 from ..optimizer import FusedSGD, world_size
+from ..reference import autocast_dtype
 from ..towers.alterations import HOOKS, global_hooks
 from ..towers.rows import SDPA
+
+# ---- checks of each call ---------------------------------------------------------------------------------------------
+
+
+def check_mode(clip: SkipCLIP, labels: Any) -> None:
+    """Raise an error in evaluation mode, and for soft labels."""
+    if not clip.training:
+        raise RuntimeError("graphed: a step needs clip.train(); SkipCLIP is in evaluation mode.")
+    if isinstance(labels, Tensor) and labels.is_floating_point():
+        raise ValueError(
+            f"graphed: labels must be class ids, int64 [B]; got {described(labels)}. The classes of soft labels "
+            "are counted on the host: run without graphed."
+        )
+
+
+def check_optimizer(clip: SkipCLIP, optimizer: torch.optim.Optimizer) -> None:
+    """Raise a ValueError if the optimizer would train nothing, such as one from before `add_lora`."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not any(p.requires_grad and id(p) in held for p in clip.model.parameters()):
+        raise ValueError(
+            "graphed: optimizer must hold parameters of this SkipCLIP that train; got none. Create it with "
+            "clip.parameter_groups(text_lr=…, image_lr=…), after add_lora or merge_lora, and pass it to graphed."
+        )
+
+
+def check_batch(clip: SkipCLIP, pixel_values: Any, labels: Any) -> None:
+    """Raise an error unless a step on a batch can be captured."""
+    clip.check_inputs(pixel_values)
+    check_labels(labels, pixel_values, clip.num_classes)
+    if pixel_values.requires_grad:
+        raise ValueError(
+            "graphed: pixel_values must not require grad, which a replay would not compute. Run without graphed."
+        )
+    if clip.images.tower.cut.lower_device is not None and not clip.images.are_features(pixel_values):
+        raise RuntimeError(
+            "graphed: images cannot be captured with lower_device, which copies each batch to another device. Pass "
+            "features at the cut, or leave lower_device out."
+        )
+    if autocast_dtype(pixel_values.device) == torch.float16:
+        raise RuntimeError(
+            "graphed: fp16 autocast needs a GradScaler, which has a host sync in each step. Use bfloat16."
+        )
+
+
+# ---- conditions of a capture -----------------------------------------------------------------------------------------
 
 
 def why_not_capturable(clip: SkipCLIP, optimizer: torch.optim.Optimizer) -> str | None:
@@ -30,7 +77,7 @@ def why_not_capturable(clip: SkipCLIP, optimizer: torch.optim.Optimizer) -> str 
         return "the allocator cudaMallocAsync gives memory from stream to stream. Unset it in PYTORCH_ALLOC_CONF."
     if world_size() > 1:
         return "gradients of several processes are averaged by hooks."
-    return _why_optimizer_is_not_capturable(optimizer)
+    return _why_optimizer_is_not_capturable(optimizer, clip.prototypes.device)
 
 
 def _first_hooked(model: nn.Module) -> str | None:
@@ -42,27 +89,25 @@ def _has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, x) for x in HOOKS)
 
 
-def _why_optimizer_is_not_capturable(optimizer: torch.optim.Optimizer) -> str | None:
+def _why_optimizer_is_not_capturable(optimizer: torch.optim.Optimizer, device: torch.device) -> str | None:
     name = type(optimizer).__name__
     if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
         return f"{name} has step hooks, which would run at the capture only. Remove them."
     if isinstance(optimizer, FusedSGD):
         return None
-    if isinstance(optimizer, torch.optim.SGD):
-        fused = all(group["fused"] for group in optimizer.param_groups)
-        return None if fused else "SGD reads its learning rate on the host. Use FusedSGD, or SGD with fused=True."
-    if all(group.get("capturable") for group in optimizer.param_groups):
-        return None
-    return f"{name} is not capturable. Construct it with capturable=True if it has that option, or use FusedSGD."
+    option = "fused" if isinstance(optimizer, torch.optim.SGD) else "capturable"
+    if not all(group.get(option) for group in optimizer.param_groups):
+        return f"{name} is not capturable. Construct it with {option}=True if it has that option, or use FusedSGD."
+    rates = [group["lr"] for group in optimizer.param_groups]
+    if not all(isinstance(lr, Tensor) and lr.device == device for lr in rates):
+        return (
+            f"{name} has learning rates that a graph would take as constant. Give each group a tensor, lr=torch.tensor("
+            f'…, device="{device.type}"), which schedulers fill, or use FusedSGD.'
+        )
+    return None
 
 
-class _Constants(NamedTuple):
-    """Values that a graph takes as constant."""
-
-    tensors: list[tuple[int, int, bool] | None]  # identity, address and requires_grad
-    modules: list[tuple[int, ...]]  # identity, mode, hooks (none at a capture, see `why_not_capturable`) and children
-    options: list[Any]
-    groups: list[list[Any]]  # options of the optimizer
+# ---- constants of a graph --------------------------------------------------------------------------------------------
 
 
 class CapturedState:
@@ -88,21 +133,21 @@ class CapturedState:
             yield from (x for x in state.values() if isinstance(x, Tensor))
         yield from (*clip.texts.step_tensors(), clip.class_weight)
 
-    def _read(self) -> _Constants:
+    def _read(self) -> list[list[Any]]:
         clip = self._clip
-        return _Constants(
+        return [
             [None if x is None else (id(x), x.data_ptr(), x.requires_grad) for x in self._tensors()],
             [(id(m), m.training, _has_hooks(m), *map(id, m._modules.values())) for m in self._modules],
             [id(clip.texts), clip.images.tower.cut, clip.texts.tower.cut, clip.label_smoothing, global_hooks()],
             [_constant_options(self._optimizer, group) for group in self._optimizer.param_groups],
-        )
+        ]
 
 
 def _constant_options(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> list[Any]:
     """Options of a group that a graph takes as constant: numbers not read on the device, and ids of tensors."""
-    not_constant = {"params", "lr", "initial_lr"}
+    not_constant = {"params", "initial_lr"}
     if isinstance(optimizer, FusedSGD):
-        not_constant |= {"momentum", "weight_decay"}
+        not_constant |= {"lr", "momentum", "weight_decay"}
     # FusedSGD reads its momentum on the device, but without momentum it has no buffers: another graph.
     options: list[Any] = [list(map(id, group["params"])), group.get("momentum") == 0]
     for name, value in group.items():

@@ -25,12 +25,13 @@ class ReservedRanks:
         self._clip = clip
         self.ranks: Tensor | None = None
 
-    def draw(self, device: torch.device, num_classes: int, batch_size: int) -> None:
-        """Draw the ranks of the next step; K is the same in every step."""
+    def draw(self, device: torch.device, num_classes: int, batch_size: int) -> Tensor:
+        """Draw the ranks of the next step, and return them; K is the same in every step."""
         drawn = self._clip.sampler.draw(num_classes, batch_size, one_size=True)
         if self.ranks is None or self.ranks.shape != drawn.shape or self.ranks.device != device:
             self.ranks = torch.empty_like(drawn, device=device)
         self.ranks.copy_(pinned(drawn, device), non_blocking=True)
+        return self.ranks
 
     def select(self, scores: Tensor, labels: Tensor, max_labels: int | None = None) -> ClassSelection:
         """Select the classes [K] at these ranks, which `max_labels` cannot change any more."""

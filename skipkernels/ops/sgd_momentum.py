@@ -16,6 +16,7 @@ from __future__ import annotations
 import array
 import contextlib
 import functools
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -259,18 +260,23 @@ class GraphTables:
             _write(table, numbers)
 
 
-_of_graph: GraphTables | None = None  # of the graph that is being captured: one at a time, see `casts.used`
+_of_graph: GraphTables | None = None  # of the graph that is being captured
+_one_graph = threading.Lock()  # at a time, whatever the threads
 
 
 @contextlib.contextmanager
 def tables_of_graph() -> Iterator[GraphTables]:
-    """Collect the tables of the launches that are captured in this context, also in threads of autograd."""
+    """Collect the tables of the launches that are captured in this context, also in threads of autograd.
+
+    Other threads wait before theirs.
+    """
     global _of_graph
-    _of_graph = GraphTables()
-    try:
-        yield _of_graph
-    finally:
-        _of_graph = None
+    with _one_graph:
+        _of_graph = GraphTables()
+        try:
+            yield _of_graph
+        finally:
+            _of_graph = None
 
 
 def _table(numbers: Sequence[int], device: torch.device, *, repeat: bool = False) -> Tensor:

@@ -50,7 +50,7 @@ def groups_of(clip: sk.SkipCLIP, *, stochastic: bool = False) -> list[dict[str, 
 def optimizer_of(kind: str, clip: sk.SkipCLIP) -> torch.optim.Optimizer:
     groups = groups_of(clip, stochastic=kind == "stochastic")
     if kind == "torch":
-        groups = clip.parameter_groups(text_lr=0.02, image_lr=0.01)
+        groups = clip.parameter_groups(text_lr=torch.tensor(0.02), image_lr=torch.tensor(0.01))
         return torch.optim.SGD(groups, momentum=0.9, weight_decay=0.01, fused=True)
     if kind == "one group":
         return sk.FusedSGD(clip.trainable_parameters(), 0.02, momentum=0.9, weight_decay=0.01)

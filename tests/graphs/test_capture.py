@@ -120,25 +120,22 @@ def test_graphed_resumes_within_an_epoch(path, kind):
 
 
 def test_graphed_begins_again_on_another_gpu(gpu):
-    """The stand-in has one device, so the steps before are put on another: streams, graphs and rates are new."""
+    """The stand-in has one device, so the steps before are put on another: streams and graphs are new."""
     ours, theirs = Run("torch", by_graph=True), Run("torch", by_graph=False)
     some = batches(ours.clip, 5)
     before = ours.train(some)
+    recording = ours.step._recording
+    recording.kind = tuple(torch.device("meta") if isinstance(x, torch.device) else x for x in recording.kind)
     streams = ours.step._streams = ours.step._streams._replace(device=torch.device("meta"))
     after = ours.train(some)
     assert gpu.captures == 2 and ours.step._streams.step is not streams.step
-    expected = theirs.train(some)[:10], theirs.train(some)[:10]
-    assert before[1:10:2] == expected[0][1::2] and after[1:10:2] == expected[1][1::2]
-    assert before[:10:2] + after[:10:2] == pytest.approx(expected[0][::2] + expected[1][::2], rel=1e-5)
+    assert [before, after] == [theirs.train(some), theirs.train(some)]
 
 
 def test_graphed_takes_new_rates_of_other_optimizers(gpu):
     ours, theirs = Run("torch", by_graph=True), Run("torch", by_graph=False)
     some = batches(ours.clip, 6)
-    a, b = ours.train(some)[:12], theirs.train(some)[:12]
-    assert gpu.replays == 3 and a[1::2] == b[1::2]
-    assert a[::2] == pytest.approx(b[::2], rel=1e-5)  # the rate is a tensor in fp32
-    assert [type(group["lr"]) for group in ours.optimizer.param_groups] == [float, float]
+    assert ours.train(some) == theirs.train(some) and gpu.replays == 3
 
 
 def _freeze(run: Run) -> None:
@@ -339,7 +336,11 @@ def test_graphed_refuses_what_cannot_be_captured(gpu, tmp_path):
         with pytest.raises(ValueError, match=f"^graphed: this step cannot be captured: .*{match}"):
             sk.graphed(clip, optimizer or sk.FusedSGD(clip.trainable_parameters()), batch_size=4)
 
-    refused("SGD reads its learning rate on the host", torch.optim.SGD(groups))
+    refused("SGD is not capturable. Construct it with fused=True", torch.optim.SGD(groups))
+    refused(
+        "SGD has learning rates that a graph would take as constant",
+        torch.optim.SGD(clip.trainable_parameters(), fused=True),
+    )
     refused("AdamW is not capturable. Construct it with capturable=True", torch.optim.AdamW(groups))
     refused("text_cache, as large as here", clip=skip_clip(text_cache=tmp_path))
     for captured in (copy.deepcopy(clip), skip_clip(text_cache=tmp_path / "constant", train_text=False)):

@@ -87,7 +87,7 @@ def test_replays_of_other_optimizers(kind):
     losses = []
     for by_graph in (True, False):
         clip = skip_clip().cuda()
-        groups = clip.parameter_groups(text_lr=0.02, image_lr=0.01)
+        groups = clip.parameter_groups(text_lr=torch.tensor(0.02).cuda(), image_lr=torch.tensor(0.01).cuda())
         optimizer: torch.optim.Optimizer = (
             torch.optim.SGD(groups, momentum=0.9, fused=True)
             if kind == "sgd"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import threading
 
 import pytest
 import torch
@@ -129,6 +130,22 @@ def test_tables_of_a_capture_and_beside_it(monkeypatch):
         RuntimeError, match=r"^sgd_momentum_: a captured graph can only read tensors of an earlier call"
     ):
         table([111, 222])
+
+
+def test_two_threads_capture_one_after_the_other():
+    order = []
+
+    def other() -> None:
+        with sgd_momentum_module.tables_of_graph():
+            order.append("second")
+
+    thread = threading.Thread(target=other)
+    with sgd_momentum_module.tables_of_graph():
+        thread.start()
+        thread.join(0.05)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
 
 
 def test_one_tensor_needs_no_list():
