@@ -50,8 +50,7 @@ def build(
     """
     # 1. Towers
     image, text = _cut_towers(model, tokens, skip_layers, cut, options)
-    containers = Containers(model, image, text)
-    containers.refuse_overrides()
+    containers = Containers(model, image, text)  # raises for hooks that would have no effect
     set_trainable(model, image, text, options)
     # 2. Encoders: text features at the cut, and prototypes, which are embeddings of all classes before tuning
     with torch.autocast(model.logit_scale.device.type, enabled=False):

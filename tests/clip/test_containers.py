@@ -29,6 +29,7 @@ REFUSED = {
     "mask": lambda m: setattr(m, "attn_mask", torch.zeros_like(m.attn_mask)),
     "mask_in_place": _in_place,
     "reordered": lambda m: setattr(m.transformer, "resblocks", m.transformer.resblocks[::-1]),
+    "without_a_block": lambda m: m.transformer.resblocks.__delitem__(-1),
     "tower_forward": lambda m: setattr(m.visual, "forward", lambda x: torch.ones(len(x), 12).double()),
     "encode_text": lambda m: setattr(m, "encode_text", lambda x, normalize=False: torch.ones(len(x), 12).double()),
     "class": lambda m: setattr(m.visual, "__class__", type("Other", (type(m.visual),), {})),
