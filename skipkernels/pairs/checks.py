@@ -5,26 +5,57 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..checks import check_choice, check_device, check_range
 from ..clip import SkipCLIP, check_clip
 from ..clip.checks import check_vocabulary, described
+from ..towers.modes import updates_statistics
 
 PairLoss = Literal["softmax", "sigmoid"]
 
 
-def pair_bias(clip: SkipCLIP, loss: str, logit_bias: Any) -> Tensor | float | None:
-    """Bias of the logits of the pairwise sigmoid loss; None for the softmax loss, which does not depend on one."""
-    check_choice("pair_loss", "loss", loss, PairLoss)
-    if loss == "sigmoid":
-        return bias_of("pair_loss", clip, logit_bias)
-    if logit_bias is not None:
-        raise ValueError('pair_loss: logit_bias is for loss="sigmoid"; a softmax does not depend on it.')
-    return None
+def check_pair_loss(
+    clip: SkipCLIP, pixel_values: Any, captions: Any, loss: str, logit_bias: Any, chunk: Any
+) -> Tensor | float | None:
+    """Check the arguments of `pair_loss`; return the bias of the logits, None for a softmax, which depends on none."""
+    name = "pair_loss"
+    _refuse_loss_options(name, clip)
+    check_choice(name, "loss", loss, PairLoss)
+    if loss == "softmax" and logit_bias is not None:
+        raise ValueError(f'{name}: logit_bias is for loss="sigmoid"; a softmax does not depend on it.')
+    bias = _bias_of(name, clip, logit_bias) if loss == "sigmoid" else None
+    clip.check_inputs(pixel_values)
+    _check_captions(captions, len(pixel_values), clip.num_classes, clip.texts.tower.vocabulary)
+    if chunk is not None:
+        _check_chunk(chunk, pixel_values, clip)
+    return bias
 
 
-def bias_of(function: str, clip: SkipCLIP, logit_bias: Any) -> Tensor | float:
+def check_sigmoid_loss(
+    clip: SkipCLIP, pixel_values: Any, labels: Any, max_labels: Any, logit_bias: Any
+) -> Tensor | float:
+    """Check the arguments of `sigmoid_loss`; return the bias of the logits."""
+    _refuse_loss_options("sigmoid_loss", clip)
+    clip.check_inputs(pixel_values)
+    _check_many_labels(labels, pixel_values, clip.num_classes, max_labels)
+    return _bias_of("sigmoid_loss", clip, logit_bias)
+
+
+def check_texts(function: str, clip: Any) -> None:
+    """Raise a TypeError unless clip is a SkipCLIP with the texts of all its classes."""
+    check_clip(function, clip)
+    if len(clip.prototypes) != clip.num_classes:
+        raise TypeError(
+            f"pairs.{function}: clip must have the texts of all {clip.num_classes} classes; got {type(clip).__name__} "
+            f"with {len(clip.prototypes)} of them. Call parallel.{function}."
+        )
+
+
+# ---- parts -----------------------------------------------------------------------------------------------------------
+
+
+def _bias_of(function: str, clip: SkipCLIP, logit_bias: Any) -> Tensor | float:
     """Bias of the logits, by default that of the model."""
     if logit_bias is None:
         bias = getattr(clip.model, "logit_bias", None)
@@ -37,18 +68,8 @@ def bias_of(function: str, clip: SkipCLIP, logit_bias: Any) -> Tensor | float:
     return logit_bias
 
 
-def check_texts(function: str, clip: SkipCLIP) -> None:
-    """Raise a TypeError unless clip has the texts of all its classes."""
-    if len(clip.prototypes) != clip.num_classes:
-        raise TypeError(
-            f"pairs.{function}: clip must have the texts of all {clip.num_classes} classes; got {type(clip).__name__} "
-            f"with {len(clip.prototypes)} of them. Call parallel.{function}."
-        )
-
-
-def refuse_loss_options(function: str, clip: SkipCLIP) -> None:
-    """Raise a TypeError unless clip is a SkipCLIP, a ValueError if an option of the cross-entropy is set."""
-    check_clip(function, clip)
+def _refuse_loss_options(function: str, clip: SkipCLIP) -> None:
+    """Raise a ValueError if an option of the cross-entropy is set."""
     options = {"label_smoothing": clip.label_smoothing > 0, "class_weight": clip.class_weight is not None}
     for name, given in options.items():
         if given:
@@ -58,7 +79,7 @@ def refuse_loss_options(function: str, clip: SkipCLIP) -> None:
             )
 
 
-def check_many_labels(labels: Any, batch: Tensor, num_classes: int, max_labels: int) -> None:
+def _check_many_labels(labels: Any, batch: Tensor, num_classes: int, max_labels: int) -> None:
     """Raise unless labels are [B, C] of 0 and 1, with at most `max_labels` per image."""
     name, shape = "sigmoid_loss", (len(batch), num_classes)
     if not isinstance(max_labels, int) or max_labels < 1:
@@ -77,7 +98,7 @@ def check_many_labels(labels: Any, batch: Tensor, num_classes: int, max_labels: 
             raise ValueError(f"{name}: max_labels must be at least {most}, the labels of an image; got {max_labels}.")
 
 
-def check_captions(captions: Any, batch_size: int, num_classes: int, vocabulary: int | None) -> None:
+def _check_captions(captions: Any, batch_size: int, num_classes: int, vocabulary: int | None) -> None:
     """Raise unless captions are ids [B] or tokens [B, L]."""
     valid = isinstance(captions, Tensor) and captions.dtype in (torch.int64, torch.int32) and captions.ndim in (1, 2)
     if not valid or len(captions) != batch_size or captions.numel() == 0:
@@ -90,3 +111,18 @@ def check_captions(captions: Any, batch_size: int, num_classes: int, vocabulary:
     elif captions.device.type == "cpu":
         remedy = "Ids are rows of the tokens of SkipCLIP. Pass tokens [B, L] for other captions."
         check_range("pair_loss", "captions", captions, num_classes, remedy)
+
+
+def _check_chunk(chunk: Any, pixel_values: Tensor, clip: SkipCLIP) -> None:
+    """Raise unless a batch can be encoded in chunks."""
+    name = "pair_loss"
+    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
+        raise ValueError(f"{name}: chunk must be a whole number of pairs, at least 1, or None; got {chunk!r}.")
+    if pixel_values.requires_grad:
+        raise ValueError(f"{name}: with chunk, pixel_values get no gradient; got some that require grad. Detach them.")
+    parts = (*clip.images.tower.upper_parts(), *clip.texts.tower.upper_parts())
+    if any(updates_statistics(part) for part in parts if isinstance(part, nn.Module)):
+        raise ValueError(
+            f"{name}: chunk must be None, since batch norms above the cut are in training mode, and would use the "
+            "statistics of a chunk. Raise skip_layers, or call eval() of these modules."
+        )

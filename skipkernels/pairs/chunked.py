@@ -17,12 +17,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from ..reference import without_autocast
-from ..towers.base import Tower
-from ..towers.modes import updates_statistics
 
 
 class Part(NamedTuple):
@@ -32,32 +30,19 @@ class Part(NamedTuple):
     batch: Tensor
 
 
-def check_chunk(chunk: Any, x: Tensor, towers: Iterable[Tower]) -> None:
-    """Raise unless a batch can be encoded in chunks."""
-    name = "pair_loss"
-    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
-        raise ValueError(f"{name}: chunk must be a whole number of pairs, at least 1, or None; got {chunk!r}.")
-    if x.requires_grad:
-        raise ValueError(f"{name}: with chunk, pixel_values get no gradient; got some that require grad. Detach them.")
-    for tower in towers:
-        if any(updates_statistics(part) for part in tower.upper_parts() if isinstance(part, nn.Module)):
-            raise ValueError(
-                f"{name}: chunk must be None, since batch norms above the cut are in training mode, and would use the "
-                "statistics of a chunk. Raise skip_layers, or call eval() of these modules."
-            )
-
-
-def chunked_loss(
+def encoded_loss(
     parts: Sequence[Part],
     loss_of: Callable[..., Tensor],
-    numbers: Iterable[Tensor],
+    numbers: Iterable[Tensor | float | None],
     parameters: Iterable[Tensor],
-    chunk: int,
+    chunk: int | None,
 ) -> Tensor:
-    """Compute `loss_of` the embeddings [B, D] of each part, from at most `chunk` rows at a time.
+    """Compute `loss_of` the embeddings [B, D] of each part, from at most `chunk` rows at a time; None: from all.
 
     `numbers` are what `loss_of` depends on besides, a scale and a bias; `parameters` are what the encoders depend on.
     """
+    if chunk is None:
+        return loss_of(*(part.encode(part.batch) for part in parts))
     contexts, embeddings = [], []
     for part in parts:
         contexts.append(context := _Context(part.batch.device))
@@ -70,11 +55,11 @@ def chunked_loss(
     leaves = [(x.float() if widens else x).detach().requires_grad_() for x in embeddings]
     with without_autocast(context.device) if widens else contextlib.nullcontext():
         loss = loss_of(*leaves)
-    numbers = [x for x in numbers if x.requires_grad]
-    trained = [x for x in parameters if x.requires_grad and not any(x is number for number in numbers)]
-    gradients = torch.autograd.grad(loss, [*leaves, *numbers], materialize_grads=True)
+    trained_numbers = [x for x in numbers if isinstance(x, Tensor) and x.requires_grad]
+    trained = [x for x in parameters if x.requires_grad and not any(x is number for number in trained_numbers)]
+    gradients = torch.autograd.grad(loss, [*leaves, *trained_numbers], materialize_grads=True)
     second = _SecondPass([part.encode for part in parts], chunk, trained, [x._version for x in trained], contexts)
-    return _Chunked.apply(second, loss.detach(), [part.batch for part in parts], gradients, *numbers, *trained)
+    return _Chunked.apply(second, loss.detach(), [part.batch for part in parts], gradients, *trained_numbers, *trained)
 
 
 class _Context:

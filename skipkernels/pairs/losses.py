@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import functional
-from ..clip import SkipCLIP, SkipOutput
+from ..clip import SkipCLIP, SkipOutput, check_clip
 from ..clip.step import select_and_encode
-from .checks import PairLoss, bias_of, check_captions, check_many_labels, check_texts, pair_bias, refuse_loss_options
-from .chunked import Part, check_chunk, chunked_loss
+from .checks import PairLoss, check_pair_loss, check_sigmoid_loss, check_texts
+from .chunked import Part, encoded_loss
 
 
 @torch.compiler.disable  # as SkipCLIP
@@ -57,41 +56,19 @@ def pair_loss(
         >>> torch.allclose(loss, sk.pairs.pair_loss(clip, images, ids, chunk=3), atol=1e-4)
         True
     """
-    refuse_loss_options("pair_loss", clip)
     check_texts("pair_loss", clip)
-    bias = pair_bias(clip, loss, logit_bias)
-    clip.check_inputs(pixel_values)
-    check_captions(captions, len(pixel_values), clip.num_classes, clip.texts.tower.vocabulary)
-    captions = captions.to(pixel_values.device, torch.int64)
+    bias = check_pair_loss(clip, pixel_values, captions, loss, logit_bias, chunk)
+    images, texts = Part(clip.images.encode, pixel_values), captions_part(clip, captions)
     loss_of = functools.partial(_loss_of_pairs, clip, bias)
-    return encoded_loss(clip, pixel_values, captions, loss_of, bias, chunk)
+    return encoded_loss([images, texts], loss_of, [clip.model.logit_scale, bias], clip.parameters(), chunk)
 
 
-def encoded_loss(
-    clip: SkipCLIP,
-    pixel_values: Tensor,
-    captions: Tensor,
-    loss_of: Callable[[Tensor, Tensor], Tensor],
-    bias: Tensor | float | None,
-    chunk: int | None,
-) -> Tensor:
-    """Encode images, and captions by id or tokens, at most `chunk` at a time, and compute `loss_of` the embeddings."""
+def captions_part(clip: SkipCLIP, captions: Tensor) -> Part:
+    """Captions, class ids [n] or tokens [n, L] cropped to the longest, as ids and what encodes these, with gradient."""
     if captions.ndim == 1:
-        encode_text = clip.texts.encode_repeated
-    else:
-        encode_text = functools.partial(_encode_tokens, clip)
-    if chunk is None:
-        return loss_of(clip.images.encode(pixel_values), encode_text(captions))
-    check_chunk(chunk, pixel_values, (clip.images.tower, clip.texts.tower))
-    parts = Part(clip.images.encode, pixel_values), Part(encode_text, captions)
-    numbers = [clip.model.logit_scale, *([bias] if isinstance(bias, Tensor) else [])]
-    return chunked_loss(parts, loss_of, numbers, clip.parameters(), chunk)
-
-
-def _encode_tokens(clip: SkipCLIP, tokens: Tensor) -> Tensor:
-    """Tokens [n, L], cropped to the longest, to embeddings [n, D], with gradient; on a GPU with host syncs."""
-    texts = clip.texts.others(tokens)
-    return texts.encode(texts.class_ids)
+        return Part(clip.texts.encode_repeated, captions.to(clip.texts.device, torch.int64))
+    texts = clip.texts.others(captions)
+    return Part(texts.encode, texts.class_ids)
 
 
 def _loss_of_pairs(clip: SkipCLIP, bias: Tensor | float | None, image: Tensor, text: Tensor) -> Tensor:
@@ -144,20 +121,32 @@ def sigmoid_loss(
         >>> out.loss.shape, out.class_ids[out.targets[0]].tolist(), out.class_ids[out.targets[1]].tolist()
         (torch.Size([]), [3, 7], [3])
     """
-    refuse_loss_options("sigmoid_loss", clip)
-    clip.check_inputs(pixel_values)
-    check_many_labels(labels, pixel_values, clip.num_classes, max_labels)
-    bias = bias_of("sigmoid_loss", clip, logit_bias)
+    check_clip("sigmoid_loss", clip)
+    if not clip.training:
+        return _evaluated_sigmoid_loss(clip, pixel_values, labels, max_labels, logit_bias)
+    check_texts("sigmoid_loss", clip)
+    bias = check_sigmoid_loss(clip, pixel_values, labels, max_labels, logit_bias)
     image, labels = clip.images.encode(pixel_values), labels != 0  # [B, D], [B, C]
-    if clip.training:
-        check_texts("sigmoid_loss", clip)
-        most = len(labels) * max_labels
-        text, class_ids, targets = select_and_encode(
-            image, labels, clip.texts, clip.sampler, most
-        )  # [K, D], [K], [B, K]
-    else:
-        class_ids, targets = torch.arange(clip.num_classes, device=image.device), labels
-        text = clip.evaluation_embeddings()  # [C, D]
-    logits = functional.class_sampled_logits(image, text.to(image.dtype), clip.scale) + bias
+    most = len(labels) * max_labels
+    text, class_ids, targets = select_and_encode(image, labels, clip.texts, clip.sampler, most)  # [K, D], [K], [B, K]
+    return _binary_cross_entropy(image, text, class_ids, targets, clip.scale, bias)
+
+
+def _evaluated_sigmoid_loss(
+    clip: SkipCLIP, pixel_values: Tensor, labels: Tensor, max_labels: int, logit_bias: Tensor | float | None
+) -> SkipOutput:
+    """Compare the images with all classes."""
+    # Before the checks: on several processes it is a message, for which others would wait after an error of this one.
+    text = clip.evaluation_embeddings()  # [C, D]
+    bias = check_sigmoid_loss(clip, pixel_values, labels, max_labels, logit_bias)
+    class_ids = torch.arange(len(text), device=text.device)
+    return _binary_cross_entropy(clip.images.encode(pixel_values), text, class_ids, labels != 0, clip.scale, bias)
+
+
+def _binary_cross_entropy(
+    image: Tensor, text: Tensor, class_ids: Tensor, targets: Tensor, scale: Tensor, bias: Tensor | float
+) -> SkipOutput:
+    """Loss of images [B, D] over classes [K, D]; targets are bool [B, K]."""
+    logits = functional.class_sampled_logits(image, text.to(image.dtype), scale) + bias
     loss = F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype))
     return SkipOutput(loss, logits, class_ids, targets)

@@ -27,7 +27,9 @@ class _GatherRows(torch.autograd.Function):
         ctx.sizes, ctx.group, ctx.dtype = sizes, group, rows.dtype
         longest = max(sizes)
         gathered = all_gather(_with_zero_rows(rows, longest), group)
-        return gathered.flatten(0, 1) if min(sizes) == longest else torch.cat(_parts(gathered, sizes))
+        if min(sizes) == longest:
+            return gathered.flatten(0, 1)
+        return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -36,6 +38,12 @@ class _GatherRows(torch.autograd.Function):
         wide = d_gathered.to(wide_dtype(ctx.dtype))  # P roundings to bf16 would add up
         parts = torch.stack([_with_zero_rows(part, longest) for part in wide.split(ctx.sizes)])
         return reduce_scatter(parts, ctx.group)[:own].to(ctx.dtype), None, None
+
+
+def own_rows(sizes: Sequence[int], group: dist.ProcessGroup) -> slice:
+    """Rows of this process among those of all, as `gather_rows` orders them."""
+    rank = dist.get_rank(group)
+    return slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
 
 
 def gather_shares(share: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -83,16 +91,7 @@ def _with_zero_rows(rows: Tensor, length: int) -> Tensor:
     return torch.cat([rows, rows.new_zeros(length - len(rows), *rows.shape[1:])])
 
 
-def _parts(gathered: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    return [part[:size] for part, size in zip(gathered, sizes, strict=True)]
-
-
 # ---- empty batches ---------------------------------------------------------------------------------------------------
-
-
-def count_of(batch: Any) -> int:
-    """Number of rows of a batch; 0 of what is no batch, which the checks refuse."""
-    return len(batch) if isinstance(batch, Tensor) and batch.ndim else 0
 
 
 def filled(*batches: Any) -> tuple[Any, ...]:

@@ -7,12 +7,11 @@ from torch import Tensor
 
 from .. import pairs
 from ..clip import SkipOutput
-from ..clip.step import select_and_encode
-from ..pairs.checks import bias_of, check_captions, check_many_labels, pair_bias, refuse_loss_options
-from ..pairs.losses import encoded_loss
-from .gathers import count_of, filled, gather_rows
+from ..pairs.checks import check_pair_loss, check_sigmoid_loss
+from ..pairs.chunked import Part, encoded_loss
+from ..pairs.losses import captions_part
+from .gathers import filled, gather_rows, own_rows
 from .loss import sharded_binary_cross_entropy, sharded_contrastive_loss, sharded_pairwise_sigmoid_loss
-from .own_texts import OwnTexts
 from .sharded_clip import ShardedSkipCLIP, check_sharded
 
 
@@ -32,35 +31,33 @@ def pair_loss(
     classes.
     """
     check_sharded("pair_loss", clip)
-    count, shards = count_of(pixel_values), clip.shards
-    ndim = captions.ndim if isinstance(captions, Tensor) else 0
-
-    def check() -> tuple[Tensor, Tensor, Tensor | float | None]:
-        refuse_loss_options("pair_loss", clip)
-        bias = pair_bias(clip, loss, logit_bias)
-        x, texts = filled(pixel_values, captions)
-        if ndim == 2 and texts is not captions:  # a prompt, of which a token can be pooled
-            texts = clip.texts.tokens.flatten(0, -2)[:1].to(captions)
-        clip.check_inputs(x)
-        check_captions(texts, len(x), clip.num_classes, clip.texts.tower.vocabulary)
-        return x, texts.to(x.device, torch.int64), bias
-
-    call = f"pair_loss with loss={loss!r} and captions of {ndim} dimensions"
-    (pixel_values, captions, bias), sizes = clip.begin(call, count, check)
-    if ndim == 2:  # pairs with a caption encoded here, [n]
-        pair_ids = torch.arange(count, device=captions.device) + shards.own_rows(sizes).start
+    # 1. Images and captions of this process; if it has none, an image and a caption that are not used
+    with clip.announced_errors():
+        x, given = filled(pixel_values, captions)
+        if given is not captions and captions.ndim == 2:
+            given = clip.texts.tokens.flatten(0, -2)[:1].to(captions)  # a prompt, of which a token can be pooled
+        bias = check_pair_loss(clip, x, given, loss, logit_bias, chunk)
+        texts = captions_part(clip, given)
+    # 2. Captions that this process encodes, and the pairs [n] of all processes that they are in
+    call = f"pair_loss with loss={loss!r}, logit_bias={_value(bias)} and captions of {captions.ndim} dimensions"
+    count, group = len(pixel_values), clip.process_group
+    sizes = clip.gather_sizes(call, count)
+    if captions.ndim == 2:
+        rows = own_rows(sizes, group)
+        pair_ids = torch.arange(rows.start, rows.stop, device=x.device)
     else:
-        caption_ids = gather_rows(captions[:count], sizes, shards.group)  # [B]
-        pair_ids, own_ids = shards.own_of(caption_ids)  # [n]
-        (captions,) = filled(own_ids)
+        pair_ids, own_ids = clip.shards.find_own(gather_rows(texts.batch[:count], sizes, group))
+        texts = texts._replace(batch=filled(own_ids)[0])
 
+    # 3. The loss over all pairs
     def loss_of(image: Tensor, text: Tensor) -> Tensor:
-        image, scale = gather_rows(image[:count], sizes, shards.group), clip.scale  # [B, D]
+        image, scale = gather_rows(image[:count], sizes, group), clip.scale  # [B, D]
         if bias is None:
-            return sharded_contrastive_loss(image, text, pair_ids, scale, shards.group)
-        return sharded_pairwise_sigmoid_loss(image, text, pair_ids, scale, bias, shards.group)
+            return sharded_contrastive_loss(image, text, pair_ids, scale, group)
+        return sharded_pairwise_sigmoid_loss(image, text, pair_ids, scale, bias, group)
 
-    return encoded_loss(clip, pixel_values, captions, loss_of, bias, chunk)
+    images = Part(clip.images.encode, x)
+    return encoded_loss([images, texts], loss_of, [clip.model.logit_scale, bias], clip.parameters(), chunk)
 
 
 @torch.compiler.disable
@@ -75,26 +72,23 @@ def sigmoid_loss(
     """Binary cross-entropy over the images of all processes, in training without logits; see `pairs.sigmoid_loss`."""
     check_sharded("sigmoid_loss", clip)
     if not clip.training:
-        clip.evaluation_embeddings()  # collective: before an error of this process
         return pairs.sigmoid_loss(clip, pixel_values, labels, max_labels=max_labels, logit_bias=logit_bias)
-    count, shards = count_of(pixel_values), clip.shards
-
-    def check() -> tuple[Tensor, Tensor, Tensor | float]:
-        refuse_loss_options("sigmoid_loss", clip)
+    with clip.announced_errors():
         x, y = filled(pixel_values, labels)
-        clip.check_inputs(x)
-        check_many_labels(y, x, clip.num_classes, max_labels)
-        return x, y != 0, bias_of("sigmoid_loss", clip, logit_bias)
-
-    call = f"sigmoid_loss with max_labels={max_labels}"
-    (x, labels, bias), sizes = clip.begin(call, count, check, draws=True)
-    # 1. The image embeddings of all processes, [B, D]
-    image, labels = gather_rows(clip.images.encode(x)[:count], sizes, shards.group), labels[:count]  # [b, C]
-    # 2. The same selection on every process, and text embeddings of own selected classes: [K_r, D], [K], [b, K]
-    texts = OwnTexts(clip.texts, shards)
-    text, class_ids, own_targets = select_and_encode(image, labels, texts, clip.sampler, len(image) * max_labels)
+        bias = check_sigmoid_loss(clip, x, y, max_labels, logit_bias)
+    call = f"sigmoid_loss with max_labels={max_labels} and logit_bias={_value(bias)}"
+    sizes, group = clip.gather_sizes(call, len(pixel_values), draws=True), clip.process_group
+    # 1. The image embeddings of all processes, [B, D], and the labels of this one, [b, C]
+    image, labels = gather_rows(clip.images.encode(x)[: len(pixel_values)], sizes, group), labels != 0
+    # 2. The same selection on every process, and text embeddings of own selected classes: [K_r, D], [K], [b, K], [K_r]
+    text, class_ids, own_targets, positions = clip.select_and_encode(image, labels, len(image) * max_labels)
     # 3. The loss over all images
-    targets = gather_rows(own_targets.byte(), sizes, shards.group)[:, texts.positions]  # [B, K_r]
+    targets = gather_rows(own_targets.byte(), sizes, group)[:, positions]  # [B, K_r]
     elements, text = len(image) * len(class_ids), text.to(image.dtype)
-    loss = sharded_binary_cross_entropy(image, text, targets, bias, clip.scale, elements, shards.group)
+    loss = sharded_binary_cross_entropy(image, text, targets, bias, clip.scale, elements, group)
     return SkipOutput(loss, None, class_ids, own_targets)
+
+
+def _value(bias: Tensor | float | None) -> float | None:
+    """Value of a bias, which processes compare; on a GPU a host sync."""
+    return None if bias is None else float(bias)

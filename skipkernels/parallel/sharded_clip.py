@@ -6,11 +6,10 @@ images. docs/many-processes.md lists the messages.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,16 +19,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..clip import SkipCLIP, SkipOutput
 from ..clip.checks import as_class_weight, as_tokens, check_image_embeddings, check_labels, check_vocabulary
 from ..clip.state import Origin
-from ..clip.step import select_and_encode
+from ..clip.step import LossOptions, compare_with_all
 from ..digests import digest_json, digest_tensors, digests
-from ..retrieval import check_k, largest, top_k_logits
+from ..reference import without_autocast
+from ..retrieval import check_k
 from ..towers.base import Tower, UnsupportedModel
-from .class_parallel import ClassParallel, check_group
-from .gathers import all_gather, count_of, filled, gather_rows
+from . import agreement
+from .class_shards import ClassShards
+from .evaluation import sharded_logits, sharded_top_k
+from .gathers import filled, gather_rows, own_rows
 from .loss import OwnColumns, sharded_cross_entropy
-from .own_texts import OwnTexts
-
-Result = TypeVar("Result")
 
 
 class ShardedSkipCLIP(SkipCLIP):
@@ -51,7 +50,7 @@ class ShardedSkipCLIP(SkipCLIP):
 
     Attributes:
         prototypes, texts: Those of the classes of this process: row i is class r + i · P on process r of P.
-        shards: Assignment of classes to processes, for the code of this package.
+        shards: The classes of each process, for the code of this package.
 
     Source: docs/many-processes.md.
     """
@@ -66,8 +65,8 @@ class ShardedSkipCLIP(SkipCLIP):
         **options: Any,
     ):
         tokens = as_tokens(tokens)
-        check_group(process_group, next(model.parameters()).device)
-        self.shards = shards = ClassParallel(process_group, len(tokens))
+        agreement.check_group(process_group, model)
+        self.shards = shards = ClassShards(process_group, len(tokens))
         self._digest = digest_tensors([("tokens", tokens)])
         self._gathered: tuple[Tensor, Tensor] | None = None  # embeddings of own classes, and of all
         if text_cache is not None:
@@ -91,85 +90,107 @@ class ShardedSkipCLIP(SkipCLIP):
     def forward(self, pixel_values: Tensor, labels: Tensor, *, return_logits: bool = False) -> SkipOutput:
         """Run one step on the images of all processes; in evaluation mode on those of this one."""
         if not self.training:
-            self.evaluation_embeddings()  # collective: before an error of this process
-            return super().forward(pixel_values, labels, return_logits=return_logits)
-        return self._step(pixel_values, labels, self.check_inputs, self.images.encode, return_logits)
+            text = self.evaluation_embeddings()  # collective: before an error of this process
+            self.check_inputs(pixel_values)
+            check_labels(labels, pixel_values, self.num_classes)
+            return self._compare_with_all(self.images.encode(pixel_values), labels, text)
+        with self.announced_errors():
+            _refuse_soft_labels(labels, return_logits)
+            x, y = filled(pixel_values, labels)
+            self.check_inputs(x)
+            check_labels(y, x, self.num_classes)
+        sizes = self.gather_sizes("a training step", len(pixel_values), draws=True)
+        image = self.images.encode(x)[: len(pixel_values)]
+        return self._step(image, labels, sizes)
 
     @torch.compiler.disable
     def loss(self, image: Tensor, labels: Tensor) -> Tensor:
         """Loss [] of image embeddings, see `SkipCLIP.loss`."""
         if not self.training:
-            self.evaluation_embeddings()
-            return super().loss(image, labels)
+            text = self.evaluation_embeddings()
+            self._check_embeddings(image, labels)
+            return self._compare_with_all(image, labels, text).loss
+        with self.announced_errors():
+            _refuse_soft_labels(labels)
+            self._check_embeddings(*filled(image, labels))
+        sizes = self.gather_sizes("a training step", len(image), draws=True)
+        return self._step(image, labels, sizes).loss
 
-        def check(x: Tensor) -> None:
-            self.check_device()
-            check_image_embeddings(x, self.prototypes.shape[1])
+    def _check_embeddings(self, image: Tensor, labels: Tensor) -> None:
+        """Check image embeddings, and their labels."""
+        self.check_device()
+        check_image_embeddings(image, self.prototypes.shape[1])
+        check_labels(labels, image, self.num_classes)
 
-        return self._step(image, labels, check, lambda x: x).loss
+    def _compare_with_all(self, image: Tensor, labels: Tensor, text: Tensor) -> SkipOutput:
+        """Compare image embeddings of this process with those of all classes."""
+        options = LossOptions(self.label_smoothing, self.class_weight)
+        return compare_with_all(image, labels, text, self.scale, options)
 
-    def _step(
-        self,
-        batch: Tensor,
-        labels: Tensor,
-        check: Callable[[Tensor], None],
-        encode: Callable[[Tensor], Tensor],
-        return_logits: bool = False,
-    ) -> SkipOutput:
-        """Run one step on the batches of all processes, which `check` refuses or `encode` maps to embeddings [b, D]."""
-
-        def checked() -> tuple[Tensor, Tensor]:
-            _refuse_soft_labels(labels, return_logits)
-            x, y = filled(batch, labels)
-            check(x)
-            check_labels(y, x, self.num_classes)
-            return x, y
-
-        # 1. The labels and image embeddings of all processes
-        shards, count = self.shards, count_of(batch)
-        (x, y), sizes = self.begin("a training step", count, checked, draws=True)
-        image = encode(x)[:count]
-        labels = gather_rows(y[:count], sizes, shards.group)  # [B]
-        image = gather_rows(image, sizes, shards.group)  # [B, D]
-        # 2. The same selection on every process, from the scores [C], gathered from [C/P] on each,
-        #    and text embeddings of the selected classes that this process owns: [K_r, D], [K], [B]
-        texts = OwnTexts(self.texts, shards)
-        text, class_ids, targets = select_and_encode(image, labels, texts, self.sampler)
+    def _step(self, image: Tensor, labels: Tensor, sizes: list[int]) -> SkipOutput:
+        """Run one step on embeddings [b, D] and labels [b] of this process, `sizes` of them on each."""
+        group = self.process_group
+        # 1. The labels and image embeddings of all processes: [B], [B, D]
+        labels, image = gather_rows(labels, sizes, group), gather_rows(image, sizes, group)
+        # 2. The same selection on every process, and text embeddings of own selected classes
+        text, class_ids, targets, positions = self.select_and_encode(image, labels)
         # 3. The loss over all images
         loss = sharded_cross_entropy(
             image,
             text.to(image.dtype),
-            OwnColumns(texts.positions, targets, len(class_ids)),
+            OwnColumns(positions, targets, len(class_ids)),
             self.scale,
-            shards.group,
+            group,
             class_weight=None if self.class_weight is None else self.class_weight[class_ids],
             label_smoothing=self.label_smoothing,
         )
-        return SkipOutput(loss, None, class_ids, targets[shards.own_rows(sizes)])
+        return SkipOutput(loss, None, class_ids, targets[own_rows(sizes, group)])
 
-    def begin(
-        self, call: str, count: int, check: Callable[[], Result], *, draws: bool = False
-    ) -> tuple[Result, list[int]]:
-        """Check the arguments of a call on images; see `_check_on_all`."""
-        found, sizes = self._check_on_all(call, count, check, draws=draws)
+    def select_and_encode(
+        self, image: Tensor, labels: Tensor, max_labels: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Select classes for images [B, D] of all processes, and embed those of this process; collective.
+
+        `labels` are [B], of all images, or [b, C], of those of this process; for `max_labels` see `RankSampler.select`.
+
+        Returns:
+            Text embeddings [K_r, D] of the selected classes of this process; without any, those of a class that is not
+            used, so that gradients are zero, not None.
+            The selected classes [K] of all processes.
+            Positions of the labels among these, [B]; or their columns of the labels, [b, K].
+            Positions [K_r] of the classes of this process among these.
+        """
+        scores = self.shards.gather(self.texts.scores(image, None))  # [C/P] of each process -> [C]
+        if labels.ndim == 1:
+            scores = scores.index_fill(0, labels, torch.inf)
+        else:
+            is_label = labels.any(dim=0).byte()  # [C]
+            dist.all_reduce(is_label, dist.ReduceOp.MAX, group=self.process_group)
+            scores = scores.masked_fill(is_label.bool(), torch.inf)
+        class_ids, targets = self.sampler.select(scores, labels, max_labels)
+        positions, own_ids = self.shards.find_own(class_ids)
+        return self.texts.encode(*filled(own_ids)), class_ids, targets, positions
+
+    # ---- agreement of processes --------------------------------------------------------------------------------------
+
+    def announced_errors(self) -> AbstractContextManager[None]:
+        """Raise an error of this block, which checks arguments, on every process; `gather_sizes` must follow."""
+        return agreement.announced_errors(self.process_group, self.prototypes.device)
+
+    def gather_sizes(self, call: str, count: int, *, draws: bool = False) -> list[int]:
+        """Number of images of each process; collective. `draws` if the call selects classes.
+
+        An error on every process if calls or draws differ, or if no process has an image.
+        """
+        sizes = self._compare_calls(call, count, self.sampler.identity() if draws else b"")
         if sum(sizes) == 0:
             raise ValueError("ShardedSkipCLIP: a batch must have at least one image on one of the processes; got none.")
-        return found, sizes
+        return sizes
 
-    def _check_on_all(
-        self, call: str, count: int, check: Callable[[], Result], *, draws: bool = False
-    ) -> tuple[Result, list[int]]:
-        """Check the arguments of a call; return what `check` returns, and the number of images of each process.
+    def _compare_calls(self, call: str, count: int = 0, state: bytes = b"") -> list[int]:
+        return agreement.compare_calls(call, count, state, self.process_group, self.prototypes.device)
 
-        Collective: an error of `check` is raised on every process. `draws` if the call selects classes.
-        """
-        device = self.prototypes.device
-        try:
-            found = check()
-        except Exception:
-            self.shards.announce_error(call, device)
-            raise
-        return found, self.shards.gather_sizes(count, call, device, self.sampler.identity() if draws else b"")
+    # ---- evaluation --------------------------------------------------------------------------------------------------
 
     def evaluation_embeddings(self) -> Tensor:  # noqa: D102
         if torch.is_grad_enabled():
@@ -178,58 +199,33 @@ class ShardedSkipCLIP(SkipCLIP):
             )
         return self._all_embeddings()
 
-    # ---- evaluation --------------------------------------------------------------------------------------------------
-
     @torch.no_grad()
     def predict(
         self, pixel_values: Tensor, *, tokens: Tensor | None = None, class_embeddings: Tensor | None = None
     ) -> Tensor:
-        """Logits [b, C] of the images of this process over all classes, collective; or over other classes.
-
-        Each process sends every other process the logits [b, C/P] of that process's images for its own classes.
-        """
+        """Logits [b, C] of the images of this process over all classes, collective; or over other classes."""
         if tokens is not None or class_embeddings is not None:
-            count = count_of(pixel_values)  # 0 is allowed here too
-            (rows,) = filled(pixel_values)
-            return super().predict(rows, tokens=tokens, class_embeddings=class_embeddings)[:count]
-        shards = self.shards
+            (x,) = filled(pixel_values)  # may be empty here too
+            return super().predict(x, tokens=tokens, class_embeddings=class_embeddings)[: len(pixel_values)]
         image, classes, sizes = self._gathered_image_and_classes(pixel_values, "predict")
-        longest, width = max(sizes), max(shards.sizes)
-        sent = image.new_empty(shards.size, longest, width)
-        with torch.autocast(image.device.type, enabled=False):
-            for part, rows in zip(sent, image.split(sizes), strict=True):
-                part[: len(rows), : len(classes)] = rows @ classes.T
-        received = torch.empty_like(sent)
-        dist.all_to_all_single(received, sent, group=shards.group)
-        logits = image.new_empty(sizes[shards.rank], self.num_classes)
-        for rank, (part, owned) in enumerate(zip(received, shards.sizes, strict=True)):
-            logits[:, rank :: shards.size] = part[: len(logits), :owned]
-        return logits
+        with without_autocast(image.device):
+            return sharded_logits(image, classes, sizes, self.shards)
 
     @torch.no_grad()
     def top_k(self, pixel_values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k largest logits [b, k] of the images of this process, and their classes; collective.
-
-        Each process sends the k best of its classes for the images of all processes: [B, k] logits and class ids.
-        """
-        check_k(k, self.num_classes)
-        shards = self.shards
+        """The k largest logits [b, k] of the images of this process, and their classes; collective."""
+        with self.announced_errors():
+            check_k(k, self.num_classes)
         image, classes, sizes = self._gathered_image_and_classes(pixel_values, f"top_k with k={k}")
-        width, own_rows = min(k, max(shards.sizes)), shards.own_rows(sizes)
-        with torch.autocast(image.device.type, enabled=False):
-            # 1. The k best own classes, for the images of all processes: [B, width], −∞ where this process has fewer
-            logits, positions = top_k_logits(image, classes, min(k, len(classes)))
-        class_ids = positions * shards.size + shards.rank
-        missing = width - logits.shape[1]  # padding, sorted behind every class
-        logits = nn.functional.pad(logits, (0, missing), value=-torch.inf)
-        class_ids = nn.functional.pad(class_ids, (0, missing), value=self.num_classes)
-        # 2. The candidates of all processes, for the images of this one: [b, P · width]
-        logits = torch.cat(all_gather(logits, shards.group).unbind(), 1)[own_rows]
-        class_ids = torch.cat(all_gather(class_ids, shards.group).unbind(), 1)[own_rows]
-        # 3. The k best of them: [b, k]
-        class_ids, order = class_ids.sort(dim=1)  # so that a lower position is a lower class among equal logits
-        found, positions = largest(logits.gather(1, order), k)
-        return found, class_ids.gather(1, positions)
+        with without_autocast(image.device):
+            return sharded_top_k(image, classes, k, sizes, self.shards)
+
+    def _gathered_image_and_classes(self, pixel_values: Tensor, call: str) -> tuple[Tensor, Tensor, list[int]]:
+        """Scaled image embeddings [B, D] of all processes, own class embeddings, and image counts; collective."""
+        with self.announced_errors():
+            image, classes = self._scaled_image_and_classes(*filled(pixel_values))
+        sizes = self.gather_sizes(call, len(pixel_values))
+        return gather_rows(image[: len(pixel_values)], sizes, self.process_group), classes, sizes
 
     def class_embeddings(self, tokens: Tensor | None = None) -> Tensor:
         """Unit-norm text embeddings [C, D] of all classes, collective after a change of the weights; or of others."""
@@ -239,8 +235,8 @@ class ShardedSkipCLIP(SkipCLIP):
         """Unit-norm text embeddings [C, D] of all classes, kept until a weight changes."""
         own = self.texts.kept_embeddings()  # the same tensor until a weight changes
         if self._gathered is None or self._gathered[0] is not own:
-            self.shards.gather_sizes(0, "class_embeddings", own.device)
-            self._gathered = own, self.shards.gather_classes(own)
+            self._compare_calls("class_embeddings")
+            self._gathered = own, self.shards.gather(own)
         return self._gathered[1]
 
     def encode_classes(self, class_ids: Tensor) -> Tensor:
@@ -249,14 +245,12 @@ class ShardedSkipCLIP(SkipCLIP):
 
     def set_classes(self, tokens: Tensor, class_weight: Tensor | None = None) -> None:
         """Replace the classes of the task in place, on every process; see `SkipCLIP.set_classes`."""
-
-        def check() -> tuple[Tensor, ClassParallel, Tensor | None]:
-            found = as_tokens(tokens)
-            check_vocabulary("ShardedSkipCLIP", "tokens", found, self.texts.tower.vocabulary)
-            shards = replace(self.shards, num_classes=len(found))
-            return found, shards, as_class_weight(class_weight, self.prototypes, len(found))
-
-        (tokens, shards, weight), _ = self._check_on_all("set_classes", 0, check)
+        with self.announced_errors():
+            tokens = as_tokens(tokens)
+            check_vocabulary("ShardedSkipCLIP", "tokens", tokens, self.texts.tower.vocabulary)
+            shards = replace(self.shards, num_classes=len(tokens))
+            weight = as_class_weight(class_weight, self.prototypes, len(tokens))
+        self._compare_calls("set_classes")
         digest = digest_tensors([("tokens", tokens)])
         self._check_agreement(shards, digest, weight)
         super().set_classes(tokens[shards.owned])
@@ -265,14 +259,7 @@ class ShardedSkipCLIP(SkipCLIP):
     def _origin(self) -> Origin:
         return Origin(self._digest, self.prototypes.shape[1], self.shards.size)
 
-    def _gathered_image_and_classes(self, pixel_values: Any, call: str) -> tuple[Tensor, Tensor, list[int]]:
-        """Scaled image embeddings [B, D] of all processes, own class embeddings, and image counts; collective."""
-        count = count_of(pixel_values)
-        local = partial(self._scaled_image_and_classes, *filled(pixel_values))
-        (image, classes), sizes = self.begin(call, count, local)
-        return gather_rows(image[:count], sizes, self.shards.group), classes, sizes
-
-    def _check_agreement(self, shards: ClassParallel, digest: str, class_weight: Tensor | None) -> None:
+    def _check_agreement(self, shards: ClassShards, digest: str, class_weight: Tensor | None) -> None:
         """Raise an error on every process for batch norms, or unless all have the same inputs and weights."""
         model = self.model
         if shards.size > 1:
@@ -289,7 +276,7 @@ class ShardedSkipCLIP(SkipCLIP):
             "label_smoothing and class_weight": digest_json([self.label_smoothing, digest_tensors(weights)]),
             "weights": digest_json(digests(tensors)),
         }
-        shards.check_equal(list(digest_of.items()), self.prototypes.device)  # the model may be on two devices
+        agreement.check_equal(digest_of, shards.group, self.prototypes.device)  # the model may be on two devices
 
 
 def check_sharded(function: str, clip: object) -> None:
@@ -298,7 +285,7 @@ def check_sharded(function: str, clip: object) -> None:
         raise TypeError(f"parallel.{function}: clip must be a ShardedSkipCLIP; got {type(clip).__name__}.")
 
 
-def _refuse_soft_labels(labels: Any, return_logits: bool) -> None:
+def _refuse_soft_labels(labels: Any, return_logits: bool = False) -> None:
     if return_logits or (isinstance(labels, Tensor) and labels.ndim == 2):
         raise ValueError(
             "ShardedSkipCLIP: labels must be class ids [B] and return_logits False, since no process has the "

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 
 import skipkernels as sk
-from skipkernels.pairs.chunked import check_chunk
 from skipkernels.testing import allocated_bytes, gradients, relative_error, saved_bytes
 from tests.models import tiny_batch, tiny_clip, tiny_tokens
 
@@ -135,4 +134,4 @@ def test_chunks_refuse_changed_weights_and_what_they_would_change():
         loss.backward()
     clip.model.visual.ln_post = torch.nn.Sequential(clip.model.visual.ln_post, torch.nn.BatchNorm1d(1))
     with pytest.raises(ValueError, match="chunk must be None, since batch norms above the cut are in training mode"):
-        check_chunk(2, images, [clip.images.tower])
+        sk.pairs.pair_loss(clip, images, ids, chunk=2)

@@ -49,6 +49,11 @@ def errors(rank: int) -> dict[str, Any]:
     }
     clip = small_clip(group)
     found["max_labels"] = caught(sk.parallel.sigmoid_loss, clip, images, torch.zeros(2, CLASSES), max_labels=1 + rank)
+    bias = {"logit_bias": -1.0 - rank}
+    found["bias of labels"] = caught(
+        sk.parallel.sigmoid_loss, clip, images, torch.zeros(2, CLASSES), max_labels=1, **bias
+    )
+    found["bias of pairs"] = caught(sk.parallel.pair_loss, clip, images, labels, loss="sigmoid", **bias)
     found["set_classes"] = caught(clip.set_classes, tiny_tokens(6, seed=rank))
     tokens = tiny_tokens(6)
     found["new tokens of one"] = caught(clip.set_classes, tokens.float() if rank else tokens)
@@ -56,6 +61,8 @@ def errors(rank: int) -> dict[str, Any]:
     found["unknown token"] = caught(clip.set_classes, unknown)
     found["classes"] = clip.num_classes
     found["pairs"] = caught(sk.pairs.pair_loss, clip, images, labels)
+    nan = images * torch.nan  # not looked at
+    found["several labels"] = caught(sk.pairs.sigmoid_loss, clip, nan, torch.zeros(2, CLASSES), max_labels=1)
     if rank:
         clip.sampler.generator.manual_seed(5)
     found["draws"] = caught(clip, images, labels)
@@ -69,9 +76,13 @@ def errors(rank: int) -> dict[str, Any]:
     found["images of one"], found["labels of one"] = caught(clip, x, labels), caught(clip, images, y)
     found["labels of loss"] = caught(clip.loss, clip.encode_image(images), y)
     found["captions of one"] = caught(sk.parallel.pair_loss, clip, images, y)
+    found["chunk of one"] = caught(sk.parallel.pair_loss, clip, images, labels, chunk=1 - rank)
+    short = tiny_tokens(CLASSES)[labels, : 8 if rank else None]
+    found["short captions of one"] = caught(sk.parallel.pair_loss, clip, images, short)
     found["many of one"] = caught(
         sk.parallel.sigmoid_loss, clip, images, torch.eye(CLASSES)[labels] * (1 + rank), max_labels=1
     )
+    found["k of one"] = caught(clip.top_k, images, 1 + rank * CLASSES)
     found["predict of one"] = caught(clip.predict, x)
     with torch.no_grad():
         found["evaluation of one"] = caught(clip.eval(), x, labels), clip(images, labels).loss.item() > 0
@@ -91,7 +102,10 @@ OF_ONE = {
     "labels of one": "labels must be",
     "labels of loss": "labels must be",
     "captions of one": "pair_loss: captions",
+    "chunk of one": "pair_loss: chunk must be",
+    "short captions of one": "as long as the model's context",
     "many of one": "sigmoid_loss: labels must be 0 or 1",
+    "k of one": "k must be",
     "predict of one": "NaN",
     "new tokens of one": "SkipCLIP: tokens must be",
 }
@@ -119,10 +133,13 @@ def test_error_of_one_process_in_evaluation_is_its_own(found):
         ("skip_layers", ["skip_layers and the trained parameters must be equal"] * 2),
         ("options", ["options of the selection must be equal on all processes"] * 2),
         ("max_labels", [f"process {1 - r} .* does not call sigmoid_loss with max_labels={1 + r}" for r in (0, 1)]),
+        ("bias of labels", [rf"does not call sigmoid_loss with max_labels=1 and logit_bias={b}" for b in (-1.0, -2.0)]),
+        ("bias of pairs", [rf"does not call pair_loss with loss='sigmoid', logit_bias={b}" for b in (-1.0, -2.0)]),
         ("set_classes", ["tokens must be equal on all processes"] * 2),
         ("unknown token", ["tokens must be ids in"] * 2),
         ("classes", ["^18$"] * 2),  # after these errors the previous classes are in use
         ("pairs", ["got ShardedSkipCLIP with 9 of them. Call parallel.pair_loss"] * 2),
+        ("several labels", ["got ShardedSkipCLIP with 9 of them. Call parallel.sigmoid_loss"] * 2),
         ("modes", ["process 1 .* does not call a training step, as process 0 does", "process 0 .* not call predict"]),
         ("draws", [f"sampler of process {other} of process_group has another state" for other in (1, 0)]),
         ("decay", [f"sampler of process {other} of process_group has another state" for other in (1, 0)]),

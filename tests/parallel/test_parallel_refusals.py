@@ -10,14 +10,23 @@ import torch
 import torch.distributed as dist
 
 import skipkernels as sk
-from skipkernels.parallel.class_parallel import ClassParallel
+from skipkernels.parallel import agreement
 from skipkernels.towers.base import UnsupportedModel
 from tests.models import tiny_batch, tiny_clip, tiny_tokens
 from tests.parallel.sharded import CLASSES, small_clip
 
 BATCH = tiny_batch(2, CLASSES)
+
+
+def sharded(model: Any, group: Any) -> sk.parallel.ShardedSkipCLIP:
+    return sk.parallel.ShardedSkipCLIP(model, tiny_tokens(CLASSES), skip_layers=1, process_group=group)
+
+
 REFUSED: list[tuple[Callable[[Any], object], type[Exception], str]] = [
     (lambda group: small_clip("gloo"), TypeError, "process_group must be a torch.distributed.ProcessGroup .* got str"),
+    (lambda group: sharded((tiny_clip(),), group), TypeError, "model must be a CLIP, .* got tuple. Pass its first"),
+    (lambda group: sharded("ViT-B-32", group), TypeError, "model must be a CLIP, an nn.Module; got str"),
+    (lambda group: sharded(torch.nn.ReLU(), group), UnsupportedModel, "model must be one of .* got torch.nn"),
     (lambda group: sk.graphed(clip := small_clip(group), torch.optim.SGD(clip.parameters()), 2), RuntimeError,
      "graphed: clip must be"),
     (lambda group: small_clip(group).encode_classes(BATCH[1]), RuntimeError, "encode_classes is not supported"),
@@ -60,6 +69,6 @@ def test_batch_norms_above_the_cut_are_refused(group, monkeypatch):
     model = tiny_clip(vision={"layers": (1, 1, 1, 1), "width": 8, "image_size": 32, "head_width": 8})
     with pytest.raises(UnsupportedModel, match="batch norms above the cut must use the images of all processes"):
         sk.parallel.ShardedSkipCLIP(model, tiny_tokens(CLASSES), skip_layers=1, process_group=group)
-    monkeypatch.setattr(ClassParallel, "check_equal", lambda *arguments: 1 / 0)  # what follows that check
+    monkeypatch.setattr(agreement, "check_equal", lambda *arguments: 1 / 0)  # what follows that check
     with pytest.raises(ZeroDivisionError):
         sk.parallel.ShardedSkipCLIP(model, tiny_tokens(CLASSES), skip_layers=(1.0, 1), process_group=group)

@@ -7,7 +7,7 @@ import copy
 import io
 import runpy
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import skipkernels as sk
 from skipkernels.clip import SkipOutput
+from skipkernels.digests import digests
+from skipkernels.towers import watch
 from tests.models import tiny_batch, tiny_tokens
 from tests.parallel.sharded import CLASSES, small_clip, tokens_of
 from tests.processes import run_in_processes
@@ -285,7 +287,33 @@ def test_evaluation_matches_one_process(results):
             assert got["evaluated"] == pytest.approx(loss, rel=FP64)
             torch.testing.assert_close(got["class_embeddings"], classes, rtol=FP64, atol=FP64)
             found, of_none = got["other_classes"]
-            assert found.equal(others) and of_none.shape == (0, 5)
+            torch.testing.assert_close(found, others, rtol=FP64, atol=FP64)  # of another number of threads
+            assert of_none.shape == (0, 5)
+
+
+EVALUATIONS: dict[str, Callable[[sk.SkipCLIP], object]] = {
+    "step": lambda clip: clip(*tiny_batch(2, CLASSES)),
+    "loss": lambda clip: clip.loss(torch.ones(2, clip.prototypes.shape[1]).double(), torch.tensor([3, 4])),
+    "predict": lambda clip: clip.predict(tiny_batch(2, CLASSES)[0]),
+    "sigmoid_loss": lambda clip: losses_of(clip).sigmoid_loss(
+        clip, tiny_batch(2, CLASSES)[0], torch.zeros(2, CLASSES), max_labels=1
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_evaluation_reads_the_weights_as_often_as_one_process(group, monkeypatch, name):
+    reads: list[int] = []
+    clips = small_clip(group).eval(), small_clip().eval()
+    monkeypatch.setattr(watch, "digests", lambda tensors: reads.append(1) or digests(tensors))
+    counts = []
+    for clip in clips:
+        with torch.no_grad():
+            EVALUATIONS[name](clip)
+            reads.clear()
+            EVALUATIONS[name](clip)
+        counts.append(len(reads))
+    assert counts[0] == counts[1] > 0
 
 
 def test_predict_and_top_k_match_one_process(results):
