@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from bench.rows import latest_rows
 from bench.when import accuracy, own, plan, runs, summary, tasks, trials
 from bench.when.rows import best, reported, with_rows_of
 from bench.when.tasks import Shift
@@ -67,40 +68,37 @@ def run_of(name, candidate, shift=SMALL):
     return plan.Run(shift, name, plan.EVERY[name], candidate, "report", 0)
 
 
-def test_run_trains_and_blends(monkeypatch):
+def test_blend_of_lora_has_half_of_its_update():
+    """B is zero before tuning; half of A and B would be a quarter."""
+    method = runs.setup_of(run_of("lora", plan.CANDIDATES["lora"][0])).method
+    found = runs.weights_of_a_blend(method)
+    assert found and all(name.endswith(".lora_B") and not weight.any() for name, weight in found.items())
+
+
+SHORT, FITTED = plan.Candidate("adamw", 1e-3, 1e-3), plan.CANDIDATES["linear-probe"][0]
+
+
+@pytest.mark.parametrize(
+    ("measure", "name", "setting", "expected"),
+    [
+        (runs.execute, "lora", SHORT, [{"blended": 0, "steps": 2}, {"blended": 1, "steps": 2}]),
+        (runs.execute, "linear-probe", FITTED, [{"blended": 0, "new": None, "joint": None}]),
+        (runs.curve, "skip, image only", SHORT, [{"epoch": 1}]),
+        (runs.first_steps, "skip, label smoothing", SHORT, [{"batch_size": 64}]),
+    ],
+    ids=["blended", "probe", "curve", "steps"],
+)
+def test_run_has_rows(measure, name, setting, expected, monkeypatch):
     monkeypatch.setitem(plan.SCHEDULES, "adamw", (1, 64, "random"))
-    run = run_of("lora", plan.Candidate("adamw", 1e-2, 1e-2))
-    kept = {}
-    original = runs._blended_weights
-
-    def watched(method):
-        weights = list(original(method))
-        kept.setdefault("calls", []).append({name: weight.clone() for name, weight in weights})
-        kept["now"] = dict(weights)
-        return iter(weights)
-
-    monkeypatch.setattr(runs, "_blended_weights", watched)
-    tuned, blended = runs.execute(run)
-    assert (tuned["method"], tuned["blended"], blended["blended"], tuned["steps"]) == ("lora", 0, 1, 2)
-    assert 0 <= tuned["base"] <= 100 and tuned["zero_shot_base"] == blended["zero_shot_base"]
-    before, after = kept["calls"]
-    assert all(name.endswith(".lora_B") and not weight.any() for name, weight in before.items())
-    assert any(weight.any() for weight in after.values())
-    for name, weight in kept["now"].items():
-        torch.testing.assert_close(weight, after[name] / 2)
+    for found, columns in zip(measure(run_of(name, setting)), expected, strict=True):
+        assert found.items() >= columns.items()
 
 
-def test_curve_has_a_row_for_each_epoch(monkeypatch):
-    monkeypatch.setitem(plan.SCHEDULES, "adamw", (2, 64, "random"))
-    found = runs.curve(run_of("skip, image only", plan.Candidate("adamw", 0.0, 1e-3)))
-    assert [row["epoch"] for row in found] == [1, 2] and found[0]["train_s"] < found[1]["train_s"]
-
-
-def test_first_steps_end_early(monkeypatch):
-    monkeypatch.setitem(plan.SCHEDULES, "adamw", (2, 4, "random"))
-    (found,) = runs.first_steps(run_of("skip, label smoothing", plan.Candidate("adamw", 1e-3, 1e-3)))
-    classes = (len(tasks.names(SMALL, "report")) + 1) // 2
-    assert (found["classes"], found["batch_size"]) == (classes, 4) and found["step_s"] > 0 and found["train_mib"] > 0
+def test_trials_are_those_of_the_rows(monkeypatch):
+    for optimizer in ("adamw", "sgd"):
+        monkeypatch.setitem(plan.SCHEDULES, optimizer, (1, 64, "random"))
+    found = [row["trial"] for name in (trials.NAME, trials.IMAGE_ONLY) for row in trials.execute(run_of(name, SHORT))]
+    assert sorted(found) == sorted({row["trial"] for row in latest_rows("when_trials")})
 
 
 def test_many_classes_leave_out_methods_that_take_hours():
@@ -109,11 +107,6 @@ def test_many_classes_leave_out_methods_that_take_hours():
     trained, measured = ({run.name for run in reported(shift, 0, found, methods, skip_slow=s)} for s in (True, False))
     assert measured - trained == {"full", "lora", "coop"} and "skip, K/C = 1" in trained
     assert {run.config().epochs for run in reported(shift, 0, found, ["skip"])} == {plan.MANY_EPOCHS}
-
-
-def test_linear_probe_is_fitted():
-    (found,) = runs.execute(run_of("linear-probe", *plan.CANDIDATES["linear-probe"]))
-    assert found["new"] is found["joint"] is None and found["base"] > found["zero_shot_base"]
 
 
 def test_heads_are_fitted():
@@ -127,40 +120,6 @@ def test_heads_are_fitted():
     setup = runs.setup_of(run)
     theirs = Evaluator(setup, setup.test_features()).evaluate(setup.method).accuracies
     assert accuracy.rounded(theirs).items() <= plain.items()
-
-
-def test_trials_change_what_they_name(monkeypatch):
-    monkeypatch.setitem(plan.SCHEDULES, "adamw", (1, 64, "random"))
-    run = run_of(trials.NAME, plan.Candidate("adamw", 1e-3, 1e-3))
-    found = {row["trial"]: row for row in trials.execute(run)}
-    assert found["tuned + gaussian"]["new"] == found["tuned + anchored"]["new"], "heads leave new classes as they are"
-    assert found["blended + gaussian"] != found["tuned + gaussian"] | {"trial": "blended + gaussian"}
-    assert found["frozen + anchored"]["new"] == found["frozen + anchored, views"]["new"]
-
-
-def test_lp_ft_trains_from_the_probe(monkeypatch):
-    """Its logits are, before a step, those of the probe with weights of unit norm, and of the texts of new classes."""
-    monkeypatch.setitem(plan.SCHEDULES, "sgd", (1, 64, "random"))
-
-    def logits(rate):
-        """Logits of the probe, of the method before and after training, and of the blend."""
-        setup = runs.setup_of(run_of(trials.IMAGE_ONLY, plan.Candidate("sgd", 0.0, rate)))
-        inputs = torch.stack([image for image, _ in setup.test_features()["base"]])
-        frozen = setup.examples(setup.train_features())
-        probe = heads.fit_head("anchored", frozen, heads.choose_l2("anchored", frozen))
-        start = heads.Head.of_text(torch.nn.functional.normalize(probe.weight), frozen.scale)
-        start = start.with_new_classes(setup.method.class_embeddings("new")).logits(setup.method.embed(inputs))
-        parts = [
-            torch.cat([method.logits(test, inputs) for test in ("base", "new")], dim=1)
-            for _, method, _ in trials.lp_ft(setup)
-        ]
-        return start, *parts
-
-    start, *same = logits(0.0)
-    for found in same:
-        torch.testing.assert_close(found, start)
-    start, _, trained, blended = logits(0.016)
-    assert 0 < (blended - start).norm() < (trained - start).norm()
 
 
 def test_joint_accuracy_is_among_all_classes():

@@ -26,6 +26,7 @@ from skipkernels.app.train.evaluation import Evaluator
 from skipkernels.app.train.run import Run as TuneRun
 from skipkernels.app.train.setup import BATCH, RunSetup, build_run
 from skipkernels.app.train.trainer import Trainer
+from skipkernels.app.train.weights import Interpolation
 from skipkernels.app.train.writing import RunFolder
 from skipkernels.memory import PeakMemory
 
@@ -80,7 +81,8 @@ def execute(run: Run) -> list[dict[str, Any]]:
     method, train, tests = setup.method, setup.train_features(), setup.test_features()
     zero_shot = accuracies(setup, setup.zero_shot, tests)
     l2 = choose_l2("anchored", setup.examples(train)) if run.name in HEADED else None
-    before = {name: weight.clone() for name, weight in _blended_weights(method)}
+    blended_weights = weights_of_a_blend(method)
+    between = Interpolation(blended_weights)
     diverged = False
     try:
         *_, (steps, seconds) = epochs_of(setup, train)
@@ -99,10 +101,9 @@ def execute(run: Run) -> list[dict[str, Any]]:
             yield columns | rounded(accuracy) | of_zero_shot | cost
 
     found = [*rows(blended=False)]
-    if before and not diverged:
-        with torch.no_grad():
-            for name, weight in _blended_weights(method):
-                weight.lerp_(before[name], 1 - BLENDS[1])
+    if blended_weights and not diverged:
+        between.end()
+        between.set(BLENDS[1])
         found += rows(blended=True)
     return found
 
@@ -158,13 +159,12 @@ class _Enough(Exception):
     """Ends an epoch."""
 
 
-def _blended_weights(method: Method) -> Iterator[tuple[str, torch.Tensor]]:
+def weights_of_a_blend(method: Method) -> dict[str, torch.Tensor]:
     """The weights that a blend interpolates; none if the method adds layers that the zero-shot model lacks.
 
     The update of LoRA is B A, and B is zero before tuning: half of B is half of the update.
     """
-    for name, weight in method.state_dict().items():
-        if isinstance(method, TunedModel) and weight.is_floating_point():
-            yield name, weight
-        elif isinstance(method, LoRA) and name.endswith(".lora_B"):
-            yield name, weight
+    state = method.state_dict()
+    if isinstance(method, LoRA):
+        return {name: weight for name, weight in state.items() if name.endswith(".lora_B")}
+    return state if isinstance(method, TunedModel) else {}
