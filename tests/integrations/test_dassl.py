@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from skipkernels.app.demo import pictogram_tiny
-from tests.integrations import dassl_stand_in as runner
+from tests.integrations import dassl_stand_in as stand_in
 from tests.integrations.problems import Problem, small_problem, trained
 
 pictogram_tiny.register()  # so that open_clip knows its tokenizer
@@ -27,37 +28,33 @@ def problem() -> Problem:
     return small_problem(steps=6)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def dassl() -> Iterator[Any]:
-    """The module under test."""
-    with runner.engine():
-        import skipkernels.integrations.dassl as module
+    """The module under test, in the stand-in."""
+    name = "skipkernels.integrations.dassl"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, name, None)  # so that what is imported below is removed again
+        for module, names in stand_in.MODULES.items():
+            patch.setitem(sys.modules, module, ModuleType(module))
+            vars(sys.modules[module]).update(names)
+        del sys.modules[name]
+        yield importlib.import_module(name)
 
-        yield module
 
+def make(problem: Problem, cfg: Any = None, **options: Any) -> Any:
+    """The registered trainer on pictogram-tiny, which records the batches and the rates of each step."""
 
-def registered(problem: Problem) -> type:
-    """The registered trainer on pictogram-tiny, which records the labels and the rates of each step."""
-
-    class Trainer(sys.modules["dassl.engine"].TRAINER_REGISTRY["SkipKernels"]):
+    class Trainer(stand_in.REGISTERED["SkipKernels"]):
         def load_clip(self) -> Any:
-            self.labels, self.rates, self.batches = [], [], []
+            self.rates, self.batches = [], []
             return copy.deepcopy(problem.model), open_clip.get_tokenizer("pictogram-tiny")
 
         def forward_backward(self, batch: Any) -> Any:
-            self.labels.append(batch["label"].tolist())
             self.batches.append((batch["img"], batch["label"]))
             self.rates.append([group["lr"] for group in self.optim.param_groups])
             return super().forward_backward(batch)
 
-    return Trainer
-
-
-def make(problem: Problem, *, epochs: int = 1, **options: Any) -> Any:
-    """The trainer in the stand-in."""
-    cfg = runner.config(problem, **options)
-    cfg.OPTIM.MAX_EPOCH = epochs
-    return registered(problem)(cfg, problem)
+    return Trainer(cfg or stand_in.config(problem, **options), problem)
 
 
 def test_weights_of_a_loop(dassl, problem):
@@ -73,30 +70,30 @@ def test_weights_of_a_loop(dassl, problem):
 @pytest.mark.parametrize("sampler", ["class_pure", ""])
 def test_batches_have_one_class(dassl, problem, sampler):
     """The published batches, in an order that is drawn again in each epoch."""
-    trainer = make(problem, epochs=2, SAMPLER=sampler)
-    trainer.train()
-    assert sorted(sum(trainer.labels[: problem.steps], [])) == sorted(problem.labels.tolist())
-    assert all(len(set(labels)) == 1 for labels in trainer.labels) == (sampler == "class_pure")
-    assert trainer.labels[: problem.steps] != trainer.labels[problem.steps :]
+    trainer = make(problem, SAMPLER=sampler)
+    first, second = ([batch["label"].tolist() for batch in trainer.train_loader_x] for _ in range(2))
+    assert sorted(sum(first, [])) == sorted(problem.labels.tolist()) and first != second
+    assert all(len(set(labels)) == 1 for labels in first + second) == (sampler == "class_pure")
 
 
 def test_warm_up(dassl, problem):
     """The cosine begins after the warm-up. The warm-up of Dassl fails in current versions of PyTorch."""
-    cfg = runner.config(problem, TEXT_LR=1e-2, IMAGE_LR=5e-3)
+    short = problem._replace(images=problem.images[:4], labels=problem.labels[:4])
+    cfg = stand_in.config(short, TEXT_LR=1e-2, IMAGE_LR=5e-3)
     vars(cfg.OPTIM).update(MAX_EPOCH=5, WARMUP_EPOCH=1, WARMUP_TYPE="constant", WARMUP_CONS_LR=1e-6)
-    trainer = registered(problem)(cfg, problem)
+    trainer = make(short, cfg)
     trainer.train()
     factors = [0.5 * (1 + math.cos(math.pi * epoch / 5)) for epoch in range(4)]
     expected = [[1e-6, 1e-6], *([1e-2 * factor, 5e-3 * factor] for factor in factors)]
-    for found, rates in zip(trainer.rates[:: problem.steps], expected, strict=True):
+    for found, rates in zip(trainer.rates[:: short.steps], expected, strict=True):
         assert found == pytest.approx(rates)
 
 
 # A setting, and words of the error
 REFUSED: list[tuple[str, Any, str]] = [
     ("TRAINER.PREC", "fp16", "TRAINER.PREC is 'fp16' and TRAINER.SKIPKERNELS.PREC 'fp32': give both the same value"),
-    ("TRAINER.SKIP", runner.Node(START_LAYER=4), "SKIP.START_LAYER is 4 and TRAINER.SKIPKERNELS.SKIP_LAYERS 2"),
-    ("TRAINER.SKIP", runner.Node(DROP_RATIO=0.1), "DROP_RATIO must be 0"),
+    ("TRAINER.SKIP", stand_in.Node(START_LAYER=4), "SKIP.START_LAYER is 4 and TRAINER.SKIPKERNELS.SKIP_LAYERS 2"),
+    ("TRAINER.SKIP", stand_in.Node(DROP_RATIO=0.1), "DROP_RATIO must be 0"),
     ("OPTIM.STAGED_LR", True, "STAGED_LR must be False: TRAINER.SKIPKERNELS.TEXT_LR and IMAGE_LR"),
     ("OPTIM.WARMUP_TYPE", "linear", r"got \('cosine', 'linear', True\)"),
     ("OPTIM.WARMUP_CONS_LR", 0.1, "WARMUP_CONS_LR must be at most the rate of each tower; got 0.1"),
@@ -108,7 +105,7 @@ REFUSED: list[tuple[str, Any, str]] = [
 
 @pytest.mark.parametrize(("name", "value", "words"), REFUSED, ids=[name for name, *_ in REFUSED])
 def test_refuses_what_it_would_ignore(dassl, problem, name, value, words):
-    cfg = runner.config(problem)
+    cfg = stand_in.config(problem)
     cfg.merge_from_list(["OPTIM.WARMUP_EPOCH", 1, "OPTIM.WARMUP_TYPE", "constant", "OPTIM.WARMUP_CONS_LR", 1e-6])
     dassl.SkipKernels.check_cfg(None, cfg)
     cfg.merge_from_list([name, value])
@@ -139,8 +136,6 @@ def test_options(dassl, problem):
     loss = trainer.forward_backward(batch)["loss"]
     assert loss != exact  # bf16 has three digits
     assert loss == pytest.approx(exact, rel=0.05)
-    del trainer.cfg.TRAINER.SKIPKERNELS  # the defaults hold
-    assert trainer.prompts(NAMES)[1] == "itap of a class 1."
 
 
 @pytest.mark.parametrize(
@@ -148,7 +143,7 @@ def test_options(dassl, problem):
     [("ImageNet", "cross-dataset", 5, 1e-6), ("EuroSAT", "few-shot", 40, 1e-5)],
 )
 def test_set_published(dassl, problem, dataset, protocol, epochs, image_lr):
-    cfg = runner.config(problem)
+    cfg = stand_in.config(problem)
     file = {"PREC": "amp", "MAX_TAIL": 7, "TEMPLATE": "a {}.", "MEMORY": "min"}
     dassl.extend_cfg(cfg)
     vars(cfg.TRAINER.SKIPKERNELS).update(file)
@@ -163,12 +158,14 @@ def test_set_published(dassl, problem, dataset, protocol, epochs, image_lr):
 
 
 def test_prompts(dassl, problem):
-    trainer = SimpleNamespace(cfg=runner.config(problem))
+    trainer = SimpleNamespace(cfg=stand_in.config(problem))
     for dataset, prompt in (("DescribableTextures", "itap of a class 1."), ("Unknown", "a photo of a class 1.")):
         trainer.cfg.DATASET.NAME = dataset
         assert dassl.SkipKernels.prompts(trainer, NAMES)[1] == prompt
     trainer.cfg.TRAINER.SKIPKERNELS.TEMPLATE = "{}!"
     assert dassl.SkipKernels.prompts(trainer, NAMES)[1] == "class 1!"
+    del trainer.cfg.TRAINER.SKIPKERNELS  # the defaults hold
+    assert dassl.SkipKernels.prompts(trainer, NAMES)[1] == "a photo of a class 1."
 
 
 def unloadable(name: str, device: str) -> None:
@@ -177,7 +174,7 @@ def unloadable(name: str, device: str) -> None:
 
 def test_loads_clip(dassl, problem, monkeypatch):
     """The project's own `clip` where it knows the name, open_clip otherwise."""
-    cfg = runner.config(problem)
+    cfg = stand_in.config(problem)
     monkeypatch.setitem(sys.modules, "clip.clip", None)
     monkeypatch.delitem(sys.modules, "clip", raising=False)
     with pytest.warns(UserWarning, match=r"clip cannot be imported \(.*clip\.clip.*\), so open_clip loads the model"):

@@ -66,14 +66,14 @@ def test_fuse_same_gradients(name):
     assert_equal(gradients(model, images), expected, tolerance=1e-15)
 
 
-@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
-def test_fuse_no_worse_than_eager(autocast):
-    """The mean error of all gradients over 32 models: that of one model depends on which values round up.
+@pytest.mark.parametrize(("autocast", "models"), [(False, 4), (True, 32)], ids=["fp32", "autocast"])
+def test_fuse_no_worse_than_eager(autocast, models):
+    """The mean error of all gradients over models: that of one in bf16 depends on which values round up.
 
     In bf16 the difference of the errors of a model has a standard deviation of 0.01, and that of the means 0.0017.
     """
     errors: dict[str, list[float]] = {"eager": [], "fused": []}
-    for seed in range(32):
+    for seed in range(models):
         model, (images, _) = tiny_clip(torch.float32, seed=seed), tiny_batch(5, 3, torch.float32, seed=seed)
         truth = gradients(copy.deepcopy(model).double(), images.double())
         for name in errors:
