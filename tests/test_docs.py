@@ -1,30 +1,22 @@
-"""Documentation: Python blocks run, commands parse, and the named files, tests and links exist.
+"""Documentation: Python blocks run, quoted lines are those of the files, and what is named or linked exists.
 
 - `python` blocks of a page run in order, in one namespace and an empty folder. A `text` block directly after one is its
   output. A block that begins with `# pip install "NAME…"` is skipped without that package.
 - A `cpp` or `python` block with a path quotes lines of that file, in order.
-- Commands in plain, `console`, `sh` and indented blocks and in backticks are parsed by their program, which does not
-  run. In backticks a leading "…" is the module of the previous command.
-- Files, tests and options in backticks, links and their anchors exist.
+- Files and tests in backticks, links and their anchors exist.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
-import functools
-import importlib
 import importlib.util
 import io
 import itertools
 import re
-import runpy
-import shlex
-import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import open_clip
 import pytest
@@ -32,69 +24,10 @@ import torch
 from PIL import Image
 
 import skipkernels
-from skipkernels.app.cli import main as cli
-from skipkernels.app.cli.options import tune_config
 from skipkernels.app.heads import logistic
 from skipkernels.app.report import plots
 from skipkernels.ops import OPERATORS, registration
-
-ROOT = Path(__file__).parents[1]
-NAMES = ("README.md", "CONTRIBUTING.md", "tests/README.md")
-
-# Placeholders in commands, and a value for each.
-PLACEHOLDERS = {"NAME": "mlp_activation"}
-# Programs with arguments that are not checked.
-OTHER_PROGRAMS = ("cd", "curl", "docker", "git", "pip", "torchrun")
-
-
-class Block(NamedTuple):
-    """A fenced block: its info string, its text, and the line number of the text."""
-
-    kind: str
-    text: str
-    line: int
-
-
-class Page(NamedTuple):
-    path: Path
-    text: str
-
-    @classmethod
-    def read(cls, path: Path) -> Page:
-        return cls(path, path.read_text(encoding="utf-8"))
-
-    @property
-    def blocks(self) -> list[Block]:
-        lines, found, start = self.text.splitlines(keepends=True), [], None
-        for number, line in enumerate(lines):
-            if not line.lstrip().startswith("```"):
-                continue
-            if start is None:
-                start = number
-            else:
-                text = "".join(lines[start + 1 : number])
-                found.append(Block(lines[start].strip().removeprefix("```"), text, start + 2))
-                start = None
-        assert start is None, f"{self.path.name}, line {start}: a block is not closed"
-        return found
-
-    @property
-    def prose(self) -> str:
-        """The page with empty lines in place of its blocks."""
-        lines = self.text.splitlines()
-        for block in self.blocks:
-            for number in range(block.line - 2, block.line + block.text.count("\n")):
-                lines[number] = ""
-        return "\n".join(lines)
-
-    @property
-    def spans(self) -> list[str]:
-        """Texts in backticks, one line each."""
-        return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", self.prose)]
-
-
-def pages() -> list[Path]:
-    return [*(ROOT / name for name in NAMES), *sorted((ROOT / "docs").rglob("*.md"))]
+from tests.pages import ROOT, Block, Page, pages
 
 
 @pytest.fixture(params=pages(), ids=lambda path: str(path.relative_to(ROOT)))
@@ -189,181 +122,6 @@ def check_quotations(page: Page) -> None:
                 assert any(line == other.strip() for other in rest), f"{page.path.name}: {path} has no line {line!r}"
 
 
-# ---- commands ----------------------------------------------------------------------------------------------------
-
-
-class Command(NamedTuple):
-    """Words of a command line; `mention` is True in running text, where arguments may be omitted."""
-
-    words: tuple[str, ...]
-    mention: bool
-
-    def __str__(self) -> str:
-        return " ".join(self.words)
-
-
-def commands(page: Page) -> list[Command]:
-    lines = [(line, False) for block in page.blocks for line in _command_lines(block)]
-    lines += [(line, False) for line in re.findall(r"^ {4,}(\S.*)$", page.prose, re.MULTILINE)]
-    module = ""  # of the previous command
-    for span in page.spans:
-        if found := re.match(r"python -m [\w.]+", span):
-            module = found.group()
-        lines.append((span.replace("…", module, 1) if span.startswith("… ") else span, True))
-    return [
-        Command(tuple(words), mention)
-        for line, mention in lines
-        for part in line.split(" && ")
-        if (words := _words(part))
-    ]
-
-
-def _command_lines(block: Block) -> list[str]:
-    """Command lines of a block: lines that start with "$", if any, else all lines."""
-    if block.kind not in ("", "console", "sh"):
-        return []
-    text = block.text.replace("\\\n", " ")  # a command on several lines
-    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
-    lines = [line for line in lines if line.startswith("$ ")] or lines
-    programs = [_program(part) for line in lines for part in line.split(" && ")]
-    if block.kind == "" and not CHECKS.keys() & set(programs):
-        return []  # not commands, for example a file tree
-    unknown = set(programs) - {*CHECKS, *OTHER_PROGRAMS}
-    assert not unknown, f"line {block.line}: unknown program {', '.join(unknown)}"
-    return lines
-
-
-def _program(line: str) -> str:
-    return _without_environment(line).partition(" ")[0]
-
-
-def _without_environment(line: str) -> str:
-    return re.sub(r"^(\$ )?([A-Z_]+=\S+ )*", "", line.strip())
-
-
-def _words(line: str) -> list[str]:
-    """Words of a command of a known program; none for other lines."""
-    line = _without_environment(line)
-    if _program(line) not in CHECKS:
-        return []
-    words = [PLACEHOLDERS.get(word, word) for word in shlex.split(line, comments=True) if word != "…"]
-    if ">" in words:
-        words = words[: words.index(">")]
-    if words[0] == "compute-sanitizer":
-        return words[words.index("python") :] if "python" in words else []
-    return words
-
-
-def check_skipkernels(arguments: tuple[str, ...], mention: bool) -> None:
-    try:
-        run(cli.main, list(arguments))
-    except AssertionError as error:
-        if not (mention and re.search("Missing (from|subcommand|value)", str(error))):
-            raise
-
-
-def check_python(arguments: tuple[str, ...], mention: bool) -> None:
-    if arguments[:2] == ("-m", "pytest"):
-        return check_pytest(arguments[2:], mention)
-    if arguments[0] == "-m":
-        found = importlib.util.find_spec(arguments[1])
-        assert found is not None, f"no module {arguments[1]}"
-        name = arguments[1] if found.submodule_search_locations is None else f"{arguments[1]}.__main__"
-        main, rest = importlib.import_module(name).main, arguments[2:]
-    else:
-        main, rest = runpy.run_path(str(ROOT / arguments[0]))["main"], arguments[1:]
-    if mention and not rest:
-        rest = ("--help",)
-
-    def parse(parser: argparse.ArgumentParser, *_: Any) -> typing.NoReturn:
-        unknown = parser.parse_known_args(rest)[1]
-        assert not unknown, f"{' '.join(unknown)}: no such option"
-        raise SystemExit(0)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(argparse.ArgumentParser, "parse_args", parse)
-        run(main)
-
-
-def check_pytest(arguments: tuple[str, ...], mention: bool) -> None:
-    for path in (word for word in arguments if re.match(r"\w+/", word)):
-        assert (ROOT / path).exists(), f"there is no {path}"
-
-
-def check_make(arguments: tuple[str, ...], mention: bool) -> None:
-    makefile = (ROOT / "Makefile").read_text()
-    for word in arguments:
-        name, is_variable, _ = word.partition("=")
-        there = rf"^{re.escape(name)} *\??:?=" if is_variable else rf"^{re.escape(name)}:"
-        assert re.search(there, makefile, re.MULTILINE), f"make {word}: the Makefile has no {name}"
-
-
-CHECKS: dict[str, Callable[[tuple[str, ...], bool], None]] = {
-    "skipkernels": check_skipkernels,
-    "python": check_python,
-    "pytest": check_pytest,
-    "make": check_make,
-    "compute-sanitizer": check_python,
-}
-
-
-def run(main: Callable[..., int | None], *arguments: Any) -> None:
-    """Run a main function; its output is the message if it fails."""
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            code = main(*arguments) or 0
-    except SystemExit as ended:
-        code = ended.code or 0
-    assert code == 0, said.getvalue()
-
-
-@pytest.fixture
-def nothing_runs(monkeypatch) -> None:
-    """Parse commands without running them; check the settings of tune."""
-
-    def resolve(command: cli.TuneCommand, *_: Any) -> int:
-        tune_config(command).resolved()
-        return 0
-
-    for command in cli.COMMANDS.values():
-        monkeypatch.setattr(command, "execute", lambda *_: 0)
-    monkeypatch.setattr(cli.TuneCommand, "execute", resolve)
-    monkeypatch.setattr(cli, "command_with_file", lambda *_: cli.TuneCommand())  # the file of --config
-
-
-def check_commands(page: Page) -> None:
-    wrong = []
-    for command in dict.fromkeys(commands(page)):
-        try:
-            CHECKS[command.words[0]](command.words[1:], command.mention)
-        except (AssertionError, argparse.ArgumentError) as error:
-            wrong.append(f"{page.path.name}: {command}: {error}")
-    assert not wrong, "\n".join(wrong)
-
-
-@functools.cache
-def options() -> set[str]:
-    """Options of all programs: fields of the commands' dataclasses, and options of argparse."""
-    found: set[str] = set()
-    for file in (ROOT / "skipkernels" / "app").rglob("*.py"):
-        fields = [name.replace("_", "-") for name in re.findall(r"^    (\w+): ", file.read_text(), re.MULTILINE)]
-        found |= {f"--{no}{name}" for name in fields for no in ("", "no-")}
-    for file in itertools.chain.from_iterable(
-        ROOT.rglob(f"{folder}/**/*.py") for folder in ("bench", "recipes", "examples", "integrations")
-    ):
-        found |= set(re.findall(r'"(--[a-z-]+)"', file.read_text()))
-    return found
-
-
-def check_options(page: Page) -> None:
-    known = options()
-    for span in page.spans:
-        if span.startswith("--"):
-            unknown = [word for word in span.split() if word.startswith("--") and word not in known]
-            assert not unknown, f"{page.path.name}: {unknown[0]}: no program has this option"
-
-
 # ---- files, tests and links ----------------------------------------------------------------------------------------
 
 
@@ -411,10 +169,8 @@ def check_links(page: Page) -> None:
             assert anchor in anchors(Page.read(file) if path else page), f"{page.path.name}: {target}: no heading"
 
 
-@pytest.mark.parametrize(
-    "check", [check_quotations, check_commands, check_options, check_named, check_links], ids=lambda f: f.__name__
-)
-def test_pages(check, nothing_runs):
+@pytest.mark.parametrize("check", [check_quotations, check_named, check_links], ids=lambda f: f.__name__)
+def test_pages(check):
     for path in pages():
         check(Page.read(path))
 
