@@ -13,7 +13,6 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from .clip import SkipCLIP, check_clip
-from .digests import digest_file
 from .folders import replace_tensors, replaced_files
 from .towers.base import Tower, UnsupportedModel
 from .towers.low_rank import LowRankUpdate, low_rank_updates
@@ -75,8 +74,8 @@ def add_lora(
     _freeze(clip)
     try:
         for tower in towers:
-            for block in list(tower.blocks)[tower.skip :]:
-                _update_block(block, block.linear_weights, chosen, rank, alpha, generator)
+            for block in tower.upper_blocks:
+                _update_block(block, chosen, rank, alpha, generator)
         clip.refresh()
     except BaseException:
         _remove(clip.model, merge=False)
@@ -95,22 +94,6 @@ def merge_lora(clip: SkipCLIP) -> None:
     _remove(clip.model, merge=True)
     _train_as_before(clip)
     clip.refresh()
-
-
-def _freeze(clip: SkipCLIP) -> None:
-    """Freeze every parameter, so that only the updates train that are added before the next `refresh`."""
-    names = {name for name, parameter in clip.model.named_parameters() if parameter.requires_grad}
-    vars(clip)[_BEFORE] = clip.train_options.trainable, names
-    clip.model.requires_grad_(False)
-    clip.train_options = clip.train_options._replace(trainable="as_is")
-
-
-def _train_as_before(clip: SkipCLIP) -> None:
-    """Train what trained before `_freeze`; nothing if another SkipCLIP on the model added the updates."""
-    trainable, names = vars(clip).pop(_BEFORE, ("as_is", set()))
-    clip.train_options = clip.train_options._replace(trainable=trainable)
-    for name, parameter in clip.model.named_parameters():
-        parameter.requires_grad_(name in names)
 
 
 def save_lora(clip: SkipCLIP, folder: str | Path) -> None:
@@ -170,7 +153,6 @@ def save_lora(clip: SkipCLIP, folder: str | Path) -> None:
     }
     with replaced_files(Path(folder), (_ADAPTER, _ADAPTER_CONFIG)) as written:
         replace_tensors(written / _ADAPTER, tensors, {"format": "pt"})
-        config["auto_mapping"]["weights_xxh3"] = digest_file(written / _ADAPTER)
         (written / _ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -213,22 +195,35 @@ def _fusable_towers(clip: SkipCLIP) -> list[Tower]:
 # ---- changes to the model --------------------------------------------------------------------------------------------
 
 
-def _update_block(
-    block: nn.Module, names: Sequence[Any], targets: frozenset[str], rank: int, alpha: float, generator: torch.Generator
-) -> None:
-    """Update the weights of a block; `names` are their paths in the order of TARGETS, equal for parts of one weight.
+def _freeze(clip: SkipCLIP) -> None:
+    """Freeze every parameter, so that only the updates train that are added before the next `refresh`."""
+    names = {name for name, parameter in clip.model.named_parameters() if parameter.requires_grad}
+    vars(clip)[_BEFORE] = clip.train_options.trainable, names
+    clip.model.requires_grad_(False)
+    clip.train_options = clip.train_options._replace(trainable="as_is")
 
-    A target may have several weights.
-    """
-    parts: dict[str, list[int]] = {}
-    for index, (target, name) in enumerate(zip(TARGETS, names, strict=True)):
-        for path in (name if isinstance(name, tuple) else (name,)) if target in targets else ():
-            parts.setdefault(path, []).append(index - names.index(name))
-    for name, updated in parts.items():
-        path, _, tensor = name.rpartition(".")
-        module = block.get_submodule(path)
-        update = LowRankUpdate(getattr(module, tensor), max(1, names.count(name)), updated, rank, alpha, generator)
-        parametrize.register_parametrization(module, tensor, update)
+
+def _train_as_before(clip: SkipCLIP) -> None:
+    """Train what trained before `_freeze`; nothing if another SkipCLIP on the model added the updates."""
+    trainable, names = vars(clip).pop(_BEFORE, ("as_is", set()))
+    clip.train_options = clip.train_options._replace(trainable=trainable)
+    for name, parameter in clip.model.named_parameters():
+        parameter.requires_grad_(name in names)
+
+
+def _update_block(block: Any, targets: frozenset[str], rank: int, alpha: float, generator: torch.Generator) -> None:
+    """Add updates to the weights of a fused block that hold some of these targets."""
+    held: dict[str, list[str]] = {}  # targets that a weight holds, by its path: "attn.in_proj_weight": ["q", "k", "v"]
+    for target, paths in zip(TARGETS, block.linear_weights, strict=True):
+        for path in paths if isinstance(paths, tuple) else [paths]:  # SwiGLU has two weights for "fc"
+            held.setdefault(path, []).append(target)
+    for path, parts in held.items():
+        updated = [number for number, target in enumerate(parts) if target in targets]
+        if updated:
+            owner, _, name = path.rpartition(".")
+            module = block.get_submodule(owner)
+            update = LowRankUpdate(getattr(module, name), len(parts), updated, rank, alpha, generator)
+            parametrize.register_parametrization(module, name, update)
 
 
 def _updates(model: nn.Module) -> Iterator[tuple[nn.Module, str, LowRankUpdate]]:
@@ -239,12 +234,22 @@ def _updates(model: nn.Module) -> Iterator[tuple[nn.Module, str, LowRankUpdate]]
 
 
 def _remove(model: nn.Module, *, merge: bool) -> None:
-    """Remove every update of a model, after adding it to the weight if `merge`."""
-    for module, name, _ in list(_updates(model)):
-        kind = type(module)  # shared with deep copies of the module, from which PyTorch would remove the weight
-        own = {key: value for key, value in vars(kind).items() if key not in ("__dict__", "__weakref__")}
-        module.__class__ = type(kind.__name__, kind.__bases__, own)
-        parametrize.remove_parametrizations(module, name, leave_parametrized=merge)
-        others = dict(module._parameters)  # in the order of an unaltered module: its weights are first
-        module._parameters.clear()
-        module._parameters.update({name: others.pop(name)} | others)
+    """Remove every update of a model, after adding it to the weight if `merge`.
+
+    `parametrize.remove_parametrizations` would also remove the weight from deep copies of the module, which share its
+    class, and register it behind the bias.
+    """
+    for module in {module: None for module, *_ in _updates(model)}:
+        weights = {name: getattr(module.parametrizations, name).original for name in low_rank_updates(module)}
+        if merge:
+            with torch.no_grad():
+                for name, weight in weights.items():
+                    weight.copy_(getattr(module, name))
+        own_class = parametrize.type_before_parametrizations(module)
+        del module.parametrizations
+        module.__class__ = own_class
+        others = dict(module.named_parameters(recurse=False))
+        for name in others:
+            delattr(module, name)
+        for name, parameter in (weights | others).items():
+            module.register_parameter(name, parameter)

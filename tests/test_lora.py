@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 import skipkernels as sk
-from skipkernels.digests import digest_file
 from skipkernels.testing import saved_bytes
 from skipkernels.towers.base import UnsupportedModel
 from skipkernels.towers.low_rank import LowRankUpdate
@@ -246,7 +245,6 @@ def test_save_lora_round_trip_through_peft(make, tmp_path):
     sk.save_lora(clip, tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["lora_alpha"] == 3.0
-    assert config["auto_mapping"]["weights_xxh3"] == digest_file(tmp_path / "adapter" / "adapter_model.safetensors")
     theirs = peft.PeftModel.from_pretrained(make(), tmp_path / "adapter", is_trainable=True)
     assert {p.dtype for p in theirs.parameters()} == {torch.float64}
     output = theirs(input_ids=tiny_tokens(C), pixel_values=images)
