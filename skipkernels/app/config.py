@@ -215,6 +215,13 @@ class TuneConfig(Settings):
         return self.method_class().recipe(self.model).epochs != 0
 
     @property
+    def factor(self) -> float:
+        """Common factor of the learning rates of a resolved configuration over those of its recipe; 1 without one."""
+        recipe = self._recipe(self.open_data)  # opens no data: the number of epochs is known
+        factors = {float(f"{getattr(self, name) / recipe[name]:.4g}") for name in RATES if recipe[name]}
+        return factors.pop() if len(factors) == 1 else 1.0
+
+    @property
     def balances(self) -> bool:
         """True if epochs, candidates, rates and blends are compared by their balanced accuracy."""
         return self.class_weight is not None or self.prior == "balanced"

@@ -104,9 +104,7 @@ def results(folder: Path) -> list[Any]:
 
 
 def without_cost(metrics: dict[str, Any]) -> dict[str, Any]:
-    tried = [{name: row[name] for name in row if name != "seconds"} for row in metrics.get("candidates") or []]
-    left = {name: value for name, value in metrics.items() if name not in ("cost", "command", "environment")}
-    return left | {"candidates": tried}
+    return {name: value for name, value in metrics.items() if name not in ("cost", "command", "environment")}
 
 
 def files(folder: Path) -> set[str]:

@@ -107,7 +107,7 @@ def _without_test(metrics: Metrics) -> str:
     found = _of_test(metrics, VALIDATION)
     if not found or not found[-1].known:
         return "All images trained, none were kept for a test: there is no accuracy."
-    what = "the candidate" if metrics["candidates"] else "the epoch"
+    what = "the candidate and then train" if metrics["candidates"] else "the epoch"
     images = plural(metrics["validation"]["images"], "validation image")
     return (
         f"No images were kept for a test. On {images}, which choose {what}, the {found[0].measure} went "
@@ -195,16 +195,16 @@ def candidate_table(metrics: Metrics, best: int | None = None) -> Table:
     """Table of the candidates of a run that chose its method; of the first `best`, the chosen one before others."""
     found = metrics["candidates"]
     if best is not None and len(found) > best:
-        found = sorted(found, key=lambda each: (each["chosen"], each["accuracy"]), reverse=True)[:best]
+        found = sorted(found, key=lambda each: (each["chosen"], each["accuracy"], -each["loss"]), reverse=True)[:best]
     balanced = any(number(each["balanced_accuracy"]) != number(each["accuracy"]) for each in found)
     rows = []
     for each in found:
         cells = [accuracy_cell(each["accuracy"], each["images"])]
         cells += [Cell(number(each["balanced_accuracy"]))] if balanced else []
-        cells += [Cell(number(each["seconds"], ",.1f")), Cell("yes" if each["new_names"] else "no")]
+        cells += [Cell(number(each["loss"], ".4f")), Cell("yes" if each["new_names"] else "no")]
         name, style = (f"✓ {each['name']}", "summary") if each["chosen"] else (each["name"], "")
         rows.append(row(name, *cells, style=style))
-    columns = ["accuracy, %", *(["balanced accuracy, %"] if balanced else []), "seconds", "takes new names"]
+    columns = ["accuracy, %", *(["balanced accuracy, %"] if balanced else []), "loss", "takes new names"]
     shown = f"the best {len(found)} of " if len(found) < len(metrics["candidates"]) else ""
     count = plural(len(metrics["candidates"]), "candidate")
     return Table(f"{shown}{count}, on {plural(found[0]['images'], 'held-out image')}", columns, rows)
@@ -247,7 +247,8 @@ def counted(metrics: Metrics, test: str) -> str:
     """Name of a test with the number of its classes, or of a summary."""
     count = metrics["classes"].get(test)
     if count is None:
-        return name_of_test(test)
+        trained = test == VALIDATION and metrics["candidates"]  # in the end; these accuracies are of the trial without
+        return name_of_test(test) + (", before they train" if trained else "")
     kind = "trained " if test == next(iter(metrics["classes"])) else "new " if test == "new" else ""
     classes = plural(count, f"{kind}class", f"{kind}classes")
     return classes if test in ("base", "new", "all") else f"{classes} of {test}"

@@ -48,10 +48,15 @@ def name_of_classifier(method: str, head: str | None, *, factor: float | None = 
 
 
 def name_of_run(config: TuneConfig) -> str:
-    """Return the name of what classifies in a run of a resolved configuration."""
+    """Return the name of what classifies in a run of a resolved configuration.
+
+    >>> config = TuneConfig(method="skip", head="anchored", blend=0.5, text_lr=9e-4, image_lr=9e-4, device="cpu")
+    >>> name_of_run(config.resolved())  # pictogram-tiny has 3e-4
+    'Skip Tuning ×3, blended + anchored probe'
+    """
     if config.method == "auto":
         return name_of_method(config.method)
-    factor = None if config.epochs == 0 and config.has_steps else 1.0
+    factor = None if config.epochs == 0 and config.has_steps else config.factor
     return name_of_classifier(config.method, config.head, factor=factor, blend=config.blend)
 
 

@@ -1,4 +1,4 @@
-"""Choice between candidates (`method="auto"`, `head="auto"`) by their accuracy on held-out training images.
+"""Candidates between which a run chooses (`method="auto"`, `head="auto"`); see `search`.
 
     frozen:     the texts, and each head, on the pretrained embeddings
     trained:    Skip Tuning with each of `FACTORS` of its learning rates, with the texts and each head
@@ -14,41 +14,19 @@ weights, with an anchored probe, if nothing is trained.
 
 from __future__ import annotations
 
-import itertools
-import math
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, get_args
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-from ...features import FeatureCache
 from ...options import HeadName
 from ..config import RATES, TuneConfig
-from ..heads import Examples, choose_l2, fit_head, halves, ranks
-from ..methods.base import cosine_logits
 from ..methods.registry import AUTO
-from ..report.formats import plural
 from ..report.words import name_of_classifier
-from ..results.class_metrics import accuracy, metrics_of_test
-from ..results.predictions import top_classes
-from .calibration import calibrate
-from .choice import Choice
-from .precision import REMEDY
-from .setup import RunSetup
-from .trainer import Trainer
-from .weights import Interpolation
 
 FACTORS = (1.0, 3.0, 10.0)
 """Factors of the default learning rates."""
 BLENDS = (1.0, 0.5)
 """Weights of the tuned model; 1/2 is what Wortsman et al. (WiSE-FT) recommend where nothing is known about new data."""
-FEW = 400  # training images, below which all of them are held out, half by half
-# Held-out images otherwise: a fifth of all, at least and at most these numbers, but one of each class.
-SHARE, LEAST, MOST = 0.2, 200, 2000
 
 
 @dataclass(frozen=True)
@@ -113,232 +91,11 @@ def groups_of(config: TuneConfig, *, tests_new: bool) -> list[list[Candidate]]:
     ]
 
 
-@dataclass(eq=False)
-class Trial:
-    """Results of a candidate on held-out images."""
+def untested(groups: Sequence[Sequence[Candidate]], *, tests_new: bool) -> Candidate:
+    """Return the candidate of a run without held-out images.
 
-    candidate: Candidate
-    seconds: float
-    accuracy: float  # in per cent
-    balanced_accuracy: float
-    loss: float
-    logits: Tensor | None  # [n, C]; not kept if it can't be chosen
-
-    @classmethod
-    def scored(cls, candidate: Candidate, seconds: float, logits: Tensor, labels: Tensor) -> Trial:
-        """Score logits [n, C] of held-out images."""
-        top = logits.argmax(dim=1)
-        plain, of_classes = (accuracy(labels, top, balanced=each) for each in (False, True))
-        loss = F.cross_entropy(logits.double(), labels).item()
-        return cls(candidate, seconds, plain, of_classes, loss, logits)
-
-    def row(self, images: int, *, chosen: bool) -> dict[str, Any]:
-        """Return what metrics.json has of the candidate."""
-        return {
-            "name": self.candidate.name,
-            "accuracy": round(self.accuracy, 4),
-            "balanced_accuracy": round(self.balanced_accuracy, 4),
-            "images": images,
-            "seconds": round(self.seconds, 4),
-            "new_names": self.candidate.new_names,
-            "chosen": chosen,
-        }
-
-
-def best(trials: Sequence[Trial], *, balanced: bool) -> tuple[Trial, int]:
-    """Return the trial with the highest accuracy, and of equal ones the lowest loss; and the number of equal ones."""
-
-    def score(trial: Trial) -> float:
-        return round(trial.balanced_accuracy if balanced else trial.accuracy, 6)
-
-    top = max(trials, key=lambda trial: (score(trial), -trial.loss))
-    return top, sum(score(trial) == score(top) for trial in trials) - 1
-
-
-def held_out_masks(labels: Tensor, given: int) -> list[Tensor]:
-    """Return a mask [n] of held-out images for each split.
-
-    The last `given` images, if they are a val split. Else the two halves of few images, or a fifth of many, of each
-    class with two images and more; empty if there is none.
-
-    >>> [mask.tolist() for mask in held_out_masks(torch.tensor([0, 0, 1, 1, 2]), 0)]
-    [[True, False, True, False, False], [False, True, False, True, False]]
+    It is the last where new classes are tested; else the first but zero-shot, with an anchored probe if the head is
+    open.
     """
-    count = len(labels)
-    if given:
-        return [torch.arange(count) >= count - given]
-    half = halves(labels)
-    if not (half >= 0).any():
-        return []
-    if count < FEW:
-        return [half == 0, half == 1]
-    share = min(max(SHARE, LEAST / count), MOST / count)
-    counts = labels.bincount()
-    held = (counts * share).ceil().clamp(max=counts - 1)
-    return [ranks(labels) >= (counts - held)[labels]]
-
-
-class Search:
-    """Trials of all candidates of a configuration, on a model with its pretrained weights, which it has again after.
-
-    Args:
-        setup: Setup of the run.
-        features: Features of all training images.
-
-    Attributes:
-        groups: Candidates that share a training; see `groups_of`.
-        frozen: All training images on the pretrained model.
-        masks: Mask [n] of the held-out images of each split.
-        trials: Trials so far, the first of the texts on pretrained embeddings.
-    """
-
-    def __init__(self, setup: RunSetup, features: FeatureCache):
-        self.setup, self.config, self.features = setup, setup.config, features
-        self.tests_new = len(setup.task.tests) > 1
-        self.groups = groups_of(setup.config, tests_new=self.tests_new)
-        self.masks = held_out_masks(features.labels, setup.task.held_out)
-        self.labels = torch.cat([features.labels[mask] for mask in self.masks] or [features.labels[:0]])
-        self.trials: list[Trial] = []
-        self.frozen = setup.examples(features)
-        self._between = Interpolation(setup.trained)
-        self._l2: dict[tuple[int, HeadName], float] = {}  # by split
-
-    @property
-    def factors(self) -> list[float]:
-        """Factors of the learning rates of each training."""
-        return [group[0].factor for group in self.groups if group[0].factor is not None]
-
-    @property
-    def steps(self) -> int:
-        """Number of training steps of all candidates together."""
-        size, epochs = self.config.batch_size or 1, self.config.epochs or 0
-        per_epoch = [math.ceil(int((~mask).sum()) / size) for mask in self.masks]
-        return len(self.factors) * epochs * sum(per_epoch)
-
-    @property
-    def allowed(self) -> list[Trial]:
-        """Trials so far that can be chosen."""
-        return [trial for trial in self.trials if not trial.candidate.compared]
-
-    def run(self, advance: Callable[[], None] = lambda: None) -> Iterator[list[Trial]]:
-        """Yield the trials of each group, none if its training diverged. `advance` is called after each step."""
-        for group in self.groups if self.masks else ():
-            trials = self.tried(group, advance)
-            self.trials += trials
-            best_so_far = self._best()[0] if self.allowed else None
-            for trial in self.trials[1:]:
-                if trial is not best_so_far:
-                    trial.logits = None  # of all candidates they can be gigabytes
-            yield trials
-
-    def tried(self, group: Sequence[Candidate], advance: Callable[[], None] = lambda: None) -> list[Trial]:
-        """Try candidates that share a training, on each split; none if it diverged."""
-        try:
-            splits = [self._try_split(group, split, advance) for split in range(len(self.masks))]
-        except FloatingPointError:
-            return []
-        trials = []
-        for candidate, *parts in zip(group, *splits, strict=True):
-            logits, seconds = torch.cat([logits for logits, _ in parts]), sum(seconds for _, seconds in parts)
-            trials.append(Trial.scored(candidate, seconds, logits, self.labels))
-        return trials
-
-    def _try_split(
-        self, group: Sequence[Candidate], split: int, advance: Callable[[], None]
-    ) -> list[tuple[Tensor, float]]:
-        """Train without the held-out images of a split; return the logits of these by each candidate, and its time."""
-        factor, started = group[0].factor, time.perf_counter()
-        found = []
-        try:
-            if factor is not None:
-                self._train(factor, ~self.masks[split], advance)
-            self._between.end()
-            trained = time.perf_counter() - started
-            for blend, blended in itertools.groupby(group, key=lambda candidate: candidate.blend):
-                started = time.perf_counter()
-                self._between.set(blend)
-                examples = self.frozen if factor is None else self.setup.examples(self.features)
-                if not (examples.image.isfinite().all() and examples.text.isfinite().all()):
-                    raise FloatingPointError
-                embedded = time.perf_counter() - started
-                for candidate in blended:
-                    started = time.perf_counter()
-                    logits = self._logits(candidate.head, examples, split)
-                    found.append((logits, trained + embedded + time.perf_counter() - started))
-        finally:
-            self._between.end()
-            self._between.set(0)
-        return found
-
-    def _train(self, factor: float, images: Tensor, advance: Callable[[], None]) -> None:
-        config = replace(self.config, **Candidate(self.groups[0][0].method, factor).settings(self.config))
-        sampler = self.setup.method.class_sampler
-        before = None if sampler is None else sampler.state_dict()
-        part = self.features.subset(images.nonzero().squeeze(1))
-        trainer = Trainer(config, self.setup.method, part)
-        try:
-            for _ in range(config.epochs or 0):
-                trainer.epoch(advance, lambda loss: None)
-        finally:
-            if sampler is not None and before is not None:
-                sampler.load_state_dict(before)
-
-    @torch.no_grad()
-    def _logits(self, name: HeadName, examples: Examples, split: int) -> Tensor:
-        """Fit a head to the images of a split that are not held out; return the logits [n, C] of the others."""
-        held = self.masks[split].to(examples.image.device)
-        image = examples.image[held]
-        if name == "none":
-            return cosine_logits(image, examples.text, self.setup.method.model.logit_scale).float().cpu()
-        if (split, name) not in self._l2:
-            self._l2[split, name] = choose_l2(name, _part(self.frozen, ~held))
-        balanced = self.config.prior == "balanced"
-        head = fit_head(name, _part(examples, ~held), self._l2[split, name], equal_priors=balanced)
-        assert head is not None
-        return head.logits(image).float().cpu()
-
-    def _best(self) -> tuple[Trial, str]:
-        if not self.allowed:
-            raise FloatingPointError(f"tune: the training of every candidate diverged. {REMEDY}")
-        if self.tests_new:
-            return self.allowed[-1], "new classes are tested, and held-out images do not show what these lose"
-        top, equal = best(self.allowed, balanced=self.config.balances)
-        because = f"highest {'balanced ' * self.config.balances}accuracy on {len(self.labels)} held-out images"
-        return top, because + (f", equal to {plural(equal, 'other')}; lowest loss" if equal else "")
-
-    def _default(self) -> Candidate:
-        """Candidate without held-out images: the first but zero-shot, with an anchored probe if the head is open."""
-        candidates = [one for group in self.groups for one in group if (one.head, one.factor) != ("none", None)]
-        return candidates[-1] if self.tests_new else min(candidates, key=lambda one: one.head != "anchored")
-
-    def choice(self, stopped: bool) -> Choice:
-        """Return the choice among the trials so far; `stopped` before all of them."""
-        config = self.config
-        asked = config.identity()
-        if not self.masks:
-            candidate = self._default()
-            because = "no class has two training images, so that none can be held out"
-            return Choice(asked, candidate.name, candidate.settings(config), because)
-        chosen, because = self._best()
-        first, tested = self.trials[0], len(self.labels)
-        because += ", of those before Ctrl-C" if stopped else ""
-        assert first.logits is not None and chosen.logits is not None
-        fields, thresholds = calibrate(chosen.logits, self.labels)
-        validation = {"images": tested, "zero_shot": round(first.accuracy, 4), "tuned": round(chosen.accuracy, 4)}
-        classes = self.setup.task.tests[0].classes
-        tops = top_classes(first.logits), top_classes(chosen.logits)
-        by_class = [metrics_of_test(self.labels, top, classes) for top in tops]
-        return Choice(
-            asked,
-            chosen.candidate.name,
-            settings=chosen.candidate.settings(config),
-            candidates=[trial.row(tested, chosen=trial is chosen) for trial in self.trials],
-            because=because,
-            calibration=fields,
-            validation=validation | {"thresholds": thresholds},
-            by_class=by_class,
-        )
-
-
-def _part(examples: Examples, images: Tensor) -> Examples:
-    return examples._replace(image=examples.image[images], labels=examples.labels[images])
+    candidates = [one for group in groups for one in group if (one.head, one.factor) != ("none", None)]
+    return candidates[-1] if tests_new else min(candidates, key=lambda one: one.head != "anchored")

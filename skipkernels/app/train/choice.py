@@ -18,7 +18,6 @@ class Choice:
     """The chosen candidate, and how it came about: the contents of candidates.json."""
 
     asked: dict[str, Any]  # `TuneConfig.identity` of the configuration that asked for a choice
-    name: str  # of the candidate
     settings: dict[str, Any]  # fields of the configuration, which replace those
     because: str
     candidates: list[dict[str, Any]] = field(default_factory=list)  # for metrics.json; none if no image was held out

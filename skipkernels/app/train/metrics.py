@@ -69,7 +69,7 @@ def metrics_of(trained: Trained, command: str, cost: Mapping[str, Any]) -> dict[
         "environment": environment(config.device),
         "method": config.method,
         "head": config.head,
-        "classifier": name_of_run(config) if choice is None else choice.name,
+        "classifier": name_of_run(config),
         "l2": trained.l2,
         "protocol": config.protocol,
         "classes": {test.name: len(test.classes) for test in task.tests},

@@ -78,6 +78,6 @@ def _accuracies(
     if held is None:
         yield "no test; there is none", count, None, None
     else:
-        chosen = "candidate" if metrics["candidates"] else "epoch"
+        chosen = "candidate and then train" if metrics["candidates"] else "epoch"
         name = f"no test; {held['images']} validation images, which choose the {chosen}"
         yield name, count, held["zero_shot"], held["tuned"]

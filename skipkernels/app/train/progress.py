@@ -18,7 +18,7 @@ from ..report.words import HEADS
 from ..results.class_metrics import BALANCED
 
 if TYPE_CHECKING:
-    from .candidates import Trial
+    from .search import Trial
 
 _REFRESHES = 2  # per second, of the bars; each delays the training thread by 3 ms
 _SPEED_SECONDS = 600.0  # over which the time left is estimated: most epochs are shorter, so tests are included

@@ -26,7 +26,6 @@ from ..results import notes
 from ..results.class_metrics import BALANCED
 from ..results.files import CANDIDATES
 from . import checkpoint, weights
-from .candidates import Search
 from .checkpoint import best_epoch
 from .choice import Choice
 from .description import describe, write_open_clip_config
@@ -34,6 +33,7 @@ from .evaluation import Evaluation, Evaluator
 from .metrics import Trained, cost_of, metrics_of
 from .progress import Logger, ProgressDisplay
 from .reading import how_to_resume
+from .search import Search
 from .setup import BATCH, build_run
 from .trainer import Trainer
 from .weights import Interpolation
@@ -136,6 +136,8 @@ class Run:
             search = Search(self.setup, train)
             self.choice, frozen = self._choice(search), search.frozen
             self.setup = replace(self.setup, config=replace(self.config, **self.choice.settings))
+            chosen = f"{name_of_run(self.config)} ({self.choice.because})"
+            print_plain(self.console, f"chosen: {chosen}. It now gets all training images.")
         if self.config.head == "none":
             return 0.0
         return choose_l2(self.config.head, frozen or self.setup.examples(train))  # with the pretrained weights
@@ -153,9 +155,7 @@ class Run:
             if type(error) is not KeyboardInterrupt or not search.allowed:  # not Ctrl-C, but the end of the job
                 raise
             stopped = True
-        choice = replace(search.choice(stopped), seconds=time.perf_counter() - started)
-        print_plain(self.console, f"chosen: {choice.name} ({choice.because}). It now gets all training images.")
-        return choice
+        return replace(search.choice(stopped=stopped), seconds=time.perf_counter() - started)
 
     def _trainer(self, train: FeatureCache) -> Trainer | None:
         """Make the trainer; None without epochs."""

@@ -66,7 +66,7 @@ def test_report_contents():
 
 
 def candidate(name: str, accuracy: float, balanced: float, new_names: bool = True, chosen: bool = False) -> dict:
-    found = {"name": name, "accuracy": accuracy, "balanced_accuracy": balanced, "images": 40, "seconds": 3.125}
+    found = {"name": name, "accuracy": accuracy, "balanced_accuracy": balanced, "images": 40, "loss": 1.25}
     return found | {"new_names": new_names, "chosen": chosen}
 
 
@@ -101,23 +101,29 @@ SHOWN: dict[str, tuple[dict, list[str | list[str]], list[str]]] = {
     ),
     "candidates of two accuracies": (
         {"candidates": [candidate("zero-shot", 50.0, 50.0), candidate("probe ×3", 62.5, 60.0, False, True)],
-         "chosen_because": "highest accuracy on 40 held-out images", "classifier": "probe ×3"},
-        [["2 candidates, on 40 held-out images", "accuracy, %", "balanced accuracy, %", "seconds", "takes new names"],
-         ["zero-shot", "50.0 (35.2–64.8)", "50.0", "3.1", "yes"],
-         ["✓ probe ×3", "62.5 (47.0–75.8)", "60.0", "3.1", "no"],
+         "chosen_because": "highest accuracy on 40 held-out images", "classifier": "probe ×3", "validation": HELD},
+        [["2 candidates, on 40 held-out images", "accuracy, %", "balanced accuracy, %", "loss", "takes new names"],
+         ["zero-shot", "50.0 (35.2–64.8)", "50.0", "1.2500", "yes"],
+         ["✓ probe ×3", "62.5 (47.0–75.8)", "60.0", "1.2500", "no"],
+         ["validation images, before they train", "40", "50.0 (35.2–64.8)", "62.5 (47.0–75.8)", "+12.5"],
          "Probe ×3 was chosen: highest accuracy on 40 held-out images", "trained again", " · Probe ×3 · ",
          "Probe ×3 raised"],
         [],
     ),
     "candidates of one accuracy": (
         {"candidates": [candidate("zero-shot", 50.0, 50.0, chosen=True)], "classifier": "zero-shot"},
-        [["✓ zero-shot", "50.0 (35.2–64.8)", "3.1", "yes"], "Zero-shot was chosen."],
+        [["✓ zero-shot", "50.0 (35.2–64.8)", "1.2500", "yes"], "Zero-shot was chosen."],
         ["trained again"],
+    ),
+    "candidates without a test": (
+        NO_TEST | {"validation": HELD, "candidates": [candidate("probe", 62.5, 60.0)]},
+        ["On 40 validation images, which choose the candidate and then train,"],
+        ["the epoch"],
     ),
     "many candidates": (
         {"candidates": [candidate(str(n), 50.0 + n, 50.0 + n, chosen=n == 1) for n in range(7)]},
-        [["the best 5 of 7 candidates, on 40 held-out images", "accuracy, %", "seconds", "takes new names"],
-         "All 7 candidates", ["7 candidates, on 40 held-out images", "accuracy, %", "seconds", "takes new names"]],
+        [["the best 5 of 7 candidates, on 40 held-out images", "accuracy, %", "loss", "takes new names"],
+         "All 7 candidates", ["7 candidates, on 40 held-out images", "accuracy, %", "loss", "takes new names"]],
         [],
     ),
     "no candidates": ({"candidates": [], "chosen_because": None}, [], ["candidates", "Thresholds"]),

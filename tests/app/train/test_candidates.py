@@ -15,8 +15,11 @@ import skipkernels as sk
 from skipkernels.app.cli.main import main
 from skipkernels.app.config import TuneConfig
 from skipkernels.app.data import InputError
-from skipkernels.app.train import candidates, evaluate_run, tune
-from skipkernels.app.train.candidates import FACTORS, Candidate, Search, Trial, held_out_masks
+from skipkernels.app.report.words import name_of_run
+from skipkernels.app.results.files import read_metrics
+from skipkernels.app.train import candidates, evaluate_run, search, tune
+from skipkernels.app.train.candidates import FACTORS, Candidate
+from skipkernels.app.train.search import Search, Trial, held_out_masks
 from skipkernels.app.train.setup import build_run
 from tests.app.runs import at_step, files, interrupt, results, shortened, small, stopped
 
@@ -56,10 +59,12 @@ def test_the_best_candidate_is_chosen(run):
 
 
 def test_the_chosen_run_is_that_of_its_settings(run, tmp_path):
-    """Equal bits of the weights and the head, trained with the settings of config.yaml alone."""
-    folder, _ = run
+    """Equal bits of the weights and the head, trained with the settings of config.yaml alone, and the same name."""
+    folder, metrics = run
+    assert metrics["classifier"] == next(row["name"] for row in metrics["candidates"] if row["chosen"])
     with shortened():
         assert main(["tune", "--config", str(folder / "config.yaml"), "--out", str(tmp_path / "again")]) == 0
+    assert read_metrics(tmp_path / "again")["classifier"] == metrics["classifier"]
     for name in ("model.safetensors", "head.safetensors"):
         if (folder / name).exists():
             first, again = load_file(folder / name), load_file(tmp_path / "again" / name)
@@ -68,10 +73,10 @@ def test_the_chosen_run_is_that_of_its_settings(run, tmp_path):
 
 def test_trials_do_not_depend_on_each_other():
     """The last training, alone on a new model, has the accuracies and losses that it has after the others."""
-    search = search_of()
-    before = {name: tensor.clone() for name, tensor in search.setup.model.state_dict().items()}
-    *_, last = search.run()
-    for name, tensor in search.setup.model.state_dict().items():
+    whole = search_of()
+    before = {name: tensor.clone() for name, tensor in whole.setup.model.state_dict().items()}
+    *_, last = whole.run()
+    for name, tensor in whole.setup.model.state_dict().items():
         assert tensor.equal(before[name]), name
     alone = search_of()
     found = alone.tried([trial.candidate for trial in last])
@@ -105,7 +110,7 @@ def winning(monkeypatch, chosen):
     def best(trials, *, balanced):
         return next((trial for trial in trials if chosen(trial.candidate)), trials[-1]), 0
 
-    monkeypatch.setattr(candidates, "best", best)
+    monkeypatch.setattr(search, "best", best)
 
 
 def test_a_resumed_run_does_not_choose_again(run, tmp_path, monkeypatch):
@@ -117,7 +122,7 @@ def test_a_resumed_run_does_not_choose_again(run, tmp_path, monkeypatch):
         tune(small(tmp_path / "whole", **changes))
         steps = len(FACTORS) * 2 * 2 * 3  # of the search: trainings, splits, epochs, steps of an epoch
         stopped(tmp_path / "cut", step=steps + 9, **changes)
-        monkeypatch.setattr(candidates.Search, "run", None)
+        monkeypatch.setattr(Search, "run", None)
         tune(resume=tmp_path / "cut")
     assert results(tmp_path / "cut") == results(tmp_path / "whole")
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
@@ -184,17 +189,17 @@ def test_sigterm_ends_the_comparison(tmp_path, capsys):
 
 def test_a_training_that_diverges_is_left_out(monkeypatch):
     monkeypatch.setattr(candidates, "FACTORS", (1.0, 1e30))
-    search = search_of(head="none")
-    assert [[trial.candidate.name for trial in trials] for trials in search.run()] == [
+    of_skip = search_of(head="none")
+    assert [[trial.candidate.name for trial in trials] for trials in of_skip.run()] == [
         ["zero-shot"],
         ["Skip Tuning", "Skip Tuning, blended"],
         [],
     ]
-    assert search.choice(stopped=False).settings["method"] == "skip"
-    search = search_of(method="lora", head="auto", image_lr=1e30, text_lr=1e30)
-    list(search.run())
+    assert of_skip.choice(stopped=False).settings["method"] == "skip"
+    of_lora = search_of(method="lora", head="auto", image_lr=1e30, text_lr=1e30)
+    list(of_lora.run())
     with pytest.raises(FloatingPointError, match="the training of every candidate diverged"):
-        search.choice(stopped=False)
+        of_lora.choice(stopped=False)
 
 
 @pytest.mark.parametrize(
@@ -208,10 +213,11 @@ def test_a_training_that_diverges_is_left_out(monkeypatch):
     ],
 )
 def test_where_new_classes_are_tested_the_accuracy_does_not_choose(changes, names):
-    search = search_of(protocol="base-to-new", **changes)
-    assert [trial.candidate.name for trials in search.run() for trial in trials] == names
-    choice = search.choice(stopped=False)
-    assert choice.name == (names[-1] if names else "Skip Tuning ×3, blended + Gaussian head")
+    asked = search_of(protocol="base-to-new", **changes)
+    assert [trial.candidate.name for trials in asked.run() for trial in trials] == names
+    choice = asked.choice(stopped=False)
+    name = name_of_run(dataclasses.replace(asked.config, **choice.settings))
+    assert name == (names[-1] if names else "Skip Tuning ×3, blended + Gaussian head")
     assert not names or choice.because == "new classes are tested, and held-out images do not show what these lose"
 
 
@@ -221,9 +227,10 @@ def test_of_equal_candidates_that_with_the_lowest_loss_is_chosen(rights, chosen,
     trials, labels = [], torch.zeros(24, dtype=torch.int64)
     for factor, right in zip((None, 1.0, 3.0), rights, strict=True):
         logits = torch.eye(2)[(torch.arange(24) >= right).long()] * (2 if factor == 3 else 1)
-        trials.append(Trial.scored(Candidate("skip", factor, head="anchored"), 0.0, logits, labels))
-    found, others = candidates.best(trials, balanced=False)
+        trials.append(Trial.scored(Candidate("skip", factor, head="anchored"), logits, labels))
+    found, others = search.best(trials, balanced=False)
     assert (found.candidate.factor, others) == (chosen, equal)
+    assert found.row(24, chosen=True)["loss"] == round(found.loss, 6)
 
 
 def test_a_val_split_chooses_and_then_trains(tmp_path):
