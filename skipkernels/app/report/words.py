@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...options import Shots
+from ...options import Prior, Shots
 from ..config import TuneConfig
 from ..methods.registry import METHOD_NAMES
 from .formats import plural
@@ -33,18 +33,24 @@ def name_of_method(method: str) -> str:
     return METHOD_NAMES.get(method, method)
 
 
-def name_of_classifier(method: str, head: str | None, *, factor: float | None = 1.0, blend: float = 1.0) -> str:
+def name_of_classifier(
+    method: str, head: str | None, prior: Prior = "images", *, factor: float | None = 1.0, blend: float = 1.0
+) -> str:
     """Return the name of a method with a factor of its learning rates, None without training, a blend and a head.
 
     >>> name_of_classifier("skip", "anchored", factor=3.0, blend=0.5), name_of_classifier("skip", "none", factor=None)
     ('Skip Tuning ×3, blended + anchored probe', 'zero-shot')
+    >>> name_of_classifier("skip", "gaussian", "balanced")
+    'Skip Tuning + Gaussian head with equal priors'
     """
     if factor is None:
         name = "zero-shot" if head == "none" else "frozen"
     else:
         name = name_of_method(method) + (f" ×{factor:g}" if factor != 1 else "")
     name += ", blended" if blend != 1 else ""
-    return name if head in ("none", None) else f"{name} + {HEADS[head]}"
+    if head in ("none", None):
+        return name
+    return f"{name} + {HEADS[head]}{' with equal priors' if prior == 'balanced' else ''}"
 
 
 def name_of_run(config: TuneConfig) -> str:
@@ -57,7 +63,7 @@ def name_of_run(config: TuneConfig) -> str:
     if config.method == "auto":
         return name_of_method(config.method)
     factor = None if config.epochs == 0 and config.has_steps else config.factor
-    return name_of_classifier(config.method, config.head, factor=factor, blend=config.blend)
+    return name_of_classifier(config.method, config.head, config.prior, factor=factor, blend=config.blend)
 
 
 def name_of_test(test: str) -> str:

@@ -28,7 +28,7 @@ from ..train.writing import RunFolder
 ALPHAS = tuple(n / 10 for n in range(11))
 """Weights of the tuned model in the curve."""
 # Entries of metrics.json about the training, which a blend does not repeat.
-_OF_TRAINING = ("classifier", "candidates", "chosen_because", "epochs", "best_epoch", "steps", "kept_classes")
+_OF_TRAINING = ("candidates", "chosen_because", "epochs", "best_epoch", "steps", "kept_classes")
 
 
 def blend(
@@ -173,6 +173,7 @@ class _Blends:
         words += [] if out is None else ["--out", str(Path(out).expanduser())]
         metrics = metrics_of(trained, f"{self._of_run['command']}\n{shlex.join(words)}", self._of_run["cost"])
         metrics |= {name: self._of_run[name] for name in _OF_TRAINING}
+        metrics["classifier"] = f"{self._of_run['classifier']}, blended at {alpha:g}"
         return metrics | {"blend": curve | {"chosen": alpha, "run": str(self._run.resolve())}, "alpha": alpha}
 
 

@@ -42,6 +42,7 @@ class Predictions:
         classes: Names of all classes.
         unreadable: Reason by path for files that were skipped.
         threshold: The smallest probability of the best class of an image that has a class; None for no threshold.
+        calibrated: `Classifier.calibrated`: False for other classes or prompts than those of the run.
     """
 
     names: list[str]
@@ -51,6 +52,14 @@ class Predictions:
     classes: list[str]
     unreadable: dict[str, str] = field(default_factory=dict)
     threshold: float | None = None
+    calibrated: bool = False
+
+    def __repr__(self) -> str:
+        facts = [f"{len(self)} images", f"top {self.ids.shape[1]} of {len(self.classes)} classes"]
+        facts += [f"{len(self.unreadable)} unreadable"] if self.unreadable else []
+        facts += [] if self.threshold is None else [f"threshold {self.threshold:g}"]
+        facts.append("calibrated" if self.calibrated else "not calibrated")
+        return f"Predictions({', '.join(facts)})"
 
     @property
     def known(self) -> Tensor:
@@ -117,7 +126,9 @@ class Classifier:
 
     def __repr__(self) -> str:
         described = self._run.described
-        return f"Classifier({len(self.classes)} classes, {described.model} by {described.method}, {self.device})"
+        name = f"{described.model} by {described.classifier or described.method}"
+        calibrated = "calibrated" if self.calibrated else "not calibrated"
+        return f"Classifier({len(self.classes)} classes, {name}, {calibrated}, {self.device})"
 
     @classmethod
     def load(
@@ -233,6 +244,7 @@ class Classifier:
             self.classes,
             {name: reason for part in parts for name, reason in part.unreadable.items()},
             threshold,
+            self.calibrated,
         )
 
     def predict_batches(
@@ -321,7 +333,7 @@ class Classifier:
                 "finite in fp32 either, the image or the weights have values that are not finite."
             )
         embeddings = F.normalize(embeddings.float(), dim=1).cpu()
-        return Predictions(names, ids, probabilities, embeddings, self.classes, reasons, threshold)
+        return Predictions(names, ids, probabilities, embeddings, self.classes, reasons, threshold, self.calibrated)
 
 
 def check_counts(**counts: int | None) -> None:

@@ -193,7 +193,7 @@ def _other_tokens(run: TunedRun, tokenizer: Any) -> list[str]:
     prompts = run.prompts[0]
     tokens = zip(run.tokenizer(prompts).tolist(), tokenizer(prompts, truncation=True)["input_ids"], strict=True)
     same = [before[: len(after)] == after for before, after in tokens]
-    differing = [name for name, equal in zip(run.described.classes, same, strict=True) if not equal]
+    differing = [name for name, equal in zip(run.classes, same, strict=True) if not equal]
     if not differing:
         return []
     return [f"transformers' tokenizer splits the prompts of these classes in other ways: {', '.join(differing[:5])}"]

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from ...options import HeadName
+from ...options import HeadName, Prior
 from ..config import RATES, TuneConfig
 from ..methods.registry import AUTO
 from ..report.words import name_of_classifier
@@ -37,12 +37,13 @@ class Candidate:
     factor: float | None  # of the learning rates; None: it is not trained
     blend: float = 1.0  # weight of the trained model in a mean with the pretrained one
     head: HeadName = "none"
+    prior: Prior = "images"  # of the head
     compared: bool = False  # only, and can't be chosen
 
     @property
     def name(self) -> str:
         """Name in tables."""
-        return name_of_classifier(self.method, self.head, factor=self.factor, blend=self.blend)
+        return name_of_classifier(self.method, self.head, self.prior, factor=self.factor, blend=self.blend)
 
     @property
     def new_names(self) -> bool:
@@ -51,9 +52,8 @@ class Candidate:
 
     def settings(self, config: TuneConfig) -> dict[str, Any]:
         """Fields of the configuration that trains it on all images, in place of those of `config`."""
-        settings: dict[str, Any] = {"method": self.method, "head": self.head, "train_on_validation": True}
-        if self.head == "none":
-            settings["prior"] = "images"  # the other is that of a head
+        settings: dict[str, Any] = {"method": self.method, "head": self.head, "prior": self.prior}
+        settings["train_on_validation"] = True
         if self.factor is None:
             return settings | {"epochs": 0, "blend": 1.0}
         rates = {name: getattr(config, name) for name in RATES}
@@ -85,10 +85,14 @@ def groups_of(config: TuneConfig, *, tests_new: bool) -> list[list[Candidate]]:
     if config.head not in ("auto", None):  # it is given
         of_frozen = of_trained = [config.head]  # type: ignore[list-item]
     allowed = of_frozen if auto or not factors else []
-    return [
-        [Candidate(method, None, head=x, compared=x not in allowed) for x in dict.fromkeys(["none", *allowed])],
-        *([Candidate(method, factor, blend, head) for blend in blends for head in of_trained] for factor in factors),
-    ]
+
+    def candidate(factor: float | None, blend: float, head: HeadName) -> Candidate:
+        prior = "images" if head == "none" else config.prior  # texts have no other
+        return Candidate(method, factor, blend, head, prior, compared=factor is None and head not in allowed)
+
+    frozen = [candidate(None, 1.0, head) for head in dict.fromkeys(["none", *allowed])]
+    trained = [[candidate(factor, blend, head) for blend in blends for head in of_trained] for factor in factors]
+    return [frozen, *trained]
 
 
 def untested(groups: Sequence[Sequence[Candidate]], *, tests_new: bool) -> Candidate:

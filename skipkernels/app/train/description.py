@@ -54,6 +54,8 @@ class Description:
     whole_model: bool
     """True if the weights file is a whole model, which open_clip can load; else it is the state of the method, for use
     with the pretrained model."""
+    classifier: Text = ""
+    """Name of what classifies: method, blend and head; empty in a checkpoint, which has neither of the last two."""
     temperature: Annotated[float, Field(gt=0)] | None = None
     """Divisor of the logits, fitted on held-out images at the end of training; None if they are not calibrated."""
     none_logit: float | None = None

@@ -194,7 +194,7 @@ class RunFolder:
         from ..report.run_page import report_html
 
         setup, config = trained.setup, trained.setup.config
-        described = dataclasses.replace(describe(setup), **trained.calibration)
+        described = dataclasses.replace(describe(setup), classifier=metrics["classifier"], **trained.calibration)
         described = self._write_model(described, setup.method.state_dict(), setup.method.fitted)
         use = "open-clip" if (self.path / OPEN_CLIP).exists() else "skipkernels"
         self.write(CARD, model_card(config, described, metrics, use=use))

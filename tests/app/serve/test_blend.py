@@ -68,6 +68,8 @@ def test_blend_is_a_run(run, blended, images):
     assert evaluate_run(blended) == json.loads((blended / "metrics.json").read_text())["tuned"]
     classifier = sk.Classifier.load(blended, device="cpu")
     assert classifier.classes == run.classes
+    name = "pictogram-tiny by Skip Tuning, blended at 0.25"
+    assert repr(classifier) == f"Classifier({len(run.classes)} classes, {name}, not calibrated, cpu)"
     assert not torch.equal(classifier.logits(images), sk.Classifier.load(run.folder, device="cpu").logits(images))
     with pytest.raises(InputError, match=r"contains an earlier run; .*or use `overwrite=True`\.$"):
         sk.blend(run.folder, out=blended)
@@ -80,8 +82,8 @@ def test_report(run, blended):
         correct = (test.tuned.classes[:, 0] == test.labels).float().mean().item()
         assert 100 * correct == pytest.approx(metrics["tuned"][test.name], abs=1e-3)
         assert test.zero_shot.classes.equal(before[test.name].zero_shot.classes)
-    assert "Tuning and blending " in page and " the accuracy on the 20 trained classes " in page
-    assert " · blended at 0.25" in page and "alpha; accuracy, %" in page
+    assert "Skip Tuning, blended at 0.25 · " in page and "On the 20 trained classes, the accuracy went from " in page
+    assert "alpha; accuracy, %" in page
     assert metrics["command"].endswith(f"\nskipkernels blend {run.folder} --alpha {ALPHA} --out {blended}")
     assert metrics["validation"] is None, "all images trained"
     assert f"\nskipkernels blend RUN --alpha {ALPHA}\n```" in (blended / "README.md").read_text()

@@ -128,6 +128,14 @@ def test_hugging_face_refuses(changes, what):
         to_hugging_face.convert(plain(**changes), transformers)
 
 
+def test_hugging_face_names_classes_with_other_tokens(tmp_path):
+    """open_clip's tokenizer replaces entities of HTML first."""
+    pytest.importorskip("transformers")
+    names = ["a cat", "salt &amp; pepper", "R&amp;B"]
+    (note,) = to_hugging_face.write(plain()._replace(classes=names, prompts=(names,)), tmp_path)
+    assert note.endswith("classes in other ways: salt &amp; pepper, R&amp;B")
+
+
 HEADED = {name: {"method": name} for name, method in METHODS.items() if method.head_code}
 HEADED |= {"skip, gaussian": {"method": "skip", "head": "gaussian"}, "lora, probe": {"method": "lora", "head": "probe"}}
 

@@ -79,6 +79,10 @@ def test_probabilities_sum_to_one_and_use_the_temperature(run, images, classifie
     reordered = sk.Classifier.load(folder, classes=run.classes[::-1], device="cpu")
     others = sk.Classifier.load(folder, classes=["alpha", *run.classes], device="cpu")
     assert reordered.calibrated and (others.calibrated, others.temperature) == (False, 1)
+    assert "calibrated, cpu" in repr(cooled) and "not calibrated" in repr(others)
+    assert repr(others.predict(images, top=2)) == "Predictions(4 images, top 2 of 21 classes, not calibrated)"
+    found = cooled.predict(images, top=2, threshold=0.5)
+    assert repr(found) == "Predictions(4 images, top 2 of 20 classes, threshold 0.5, calibrated)" and found.calibrated
     assert not sk.Classifier.load(folder, templates=["a {}."], device="cpu").calibrated
     expected = (classifier.logits(images) / 2).softmax(1).sort(1, descending=True).values
     torch.testing.assert_close(cooled.predict(images, top=99).probabilities, expected)

@@ -207,6 +207,7 @@ def test_a_training_that_diverges_is_left_out(monkeypatch):
     [
         ({}, ["zero-shot", "frozen + anchored probe", "Skip Tuning ×3, blended + Gaussian head"]),
         ({"epochs": 0}, ["zero-shot", "frozen + anchored probe"]),
+        ({"epochs": 0, "prior": "balanced"}, ["zero-shot", "frozen + anchored probe with equal priors"]),
         ({"head": "anchored"}, ["zero-shot", "frozen + anchored probe", "Skip Tuning ×3, blended + anchored probe"]),
         ({"method": "lora", "head": "auto"}, ["zero-shot", "LoRA + Gaussian head"]),
         ({"shots": 1}, []),

@@ -24,6 +24,12 @@ RUNS = {
     "probe": {"head": "probe", "epochs": 1, "method": "lora"},
     "frozen": {"head": "anchored", "epochs": 0},
 }
+NAMES = {
+    "anchored": "Skip Tuning + anchored probe with equal priors",
+    "gaussian": "Skip Tuning, blended + Gaussian head",
+    "probe": "LoRA + linear probe",
+    "frozen": "frozen + anchored probe",
+}
 
 
 SCALE = pictogram_tiny.state_dict()["logit_scale"].exp()  # is not trained
@@ -33,13 +39,14 @@ class HeadRun(NamedTuple):
     folder: Path
     metrics: dict
     settings: dict
+    name: str
 
 
 @pytest.fixture(scope="module", params=RUNS)
 def run(request, tmp_path_factory) -> HeadRun:
     folder = tmp_path_factory.mktemp("head") / "run"
     with shortened():
-        return HeadRun(folder, tune(small(folder, **RUNS[request.param])), RUNS[request.param])
+        return HeadRun(folder, tune(small(folder, **RUNS[request.param])), RUNS[request.param], NAMES[request.param])
 
 
 def test_a_run_with_a_head_is_read_as_it_was_tested(run):
@@ -49,6 +56,7 @@ def test_a_run_with_a_head_is_read_as_it_was_tested(run):
     found = sk.Classifier.load(run.folder, device="cpu").predict([image for image, _ in base.images], top=1)
     correct = (found.ids[:, 0] == torch.tensor(base.images.labels)).float().mean().item()
     assert 100 * correct == pytest.approx(run.metrics["tuned"]["base"], abs=1e-3)
+    assert f" by {run.name}, not calibrated, cpu)" in repr(sk.Classifier.load(run.folder, device="cpu"))
 
 
 def test_the_head_is_that_of_the_saved_weights(run):
