@@ -10,7 +10,7 @@ import sys
 import skipkernels
 from skipkernels import _build
 
-_CLI_PACKAGES = ("pydantic", "rich", "tyro", "yaml", "matplotlib", "jinja2")  # the extra `cli` in pyproject.toml
+_CLI_PACKAGES = ("pydantic", "rich", "tyro", "yaml", "jinja2")  # the extra `cli` in pyproject.toml
 
 
 def main() -> int:

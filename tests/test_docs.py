@@ -25,7 +25,6 @@ from PIL import Image
 
 import skipkernels
 from skipkernels.app.heads import logistic
-from skipkernels.app.report import plots
 from skipkernels.ops import OPERATORS, registration
 from tests.pages import ROOT, Block, Page, pages
 
@@ -81,7 +80,6 @@ def reader(tmp_path, monkeypatch) -> Iterator[dict[str, Any]]:
     monkeypatch.setattr(registration, "definitions", dict(registration.definitions))
     for create in (open_clip.create_model, open_clip.create_model_and_transforms):
         monkeypatch.setattr(open_clip, create.__name__, without_downloads(create))
-    monkeypatch.setattr(plots, "plot_svg", lambda name, *_, **__: f"<svg>{name}</svg>")
     monkeypatch.setattr(logistic, "ITERATIONS", 20)  # before the minimum: no page shows its digits
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").mkdir()

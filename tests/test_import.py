@@ -147,7 +147,7 @@ class Blocked:
         if name.partition(".")[0] in BLOCKED:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
-BLOCKED = {"rich", "tyro", "pydantic", "matplotlib", "triton", "torchmetrics", "ninja"}
+BLOCKED = {"rich", "tyro", "pydantic", "triton", "torchmetrics", "ninja"}
 sys.meta_path.insert(0, Blocked())
 import skipkernels.clip
 print(*[name for name in sys.modules if name.startswith("skipkernels")])
@@ -197,23 +197,12 @@ def test_core_without_the_packages_of_the_command_line(core):
     assert core[-1] == "True []"
 
 
-@pytest.mark.parametrize("package", ["pydantic", "rich", "tyro", "yaml", "matplotlib", "jinja2"])
+@pytest.mark.parametrize("package", ["pydantic", "rich", "tyro", "yaml", "jinja2"])
 def test_command_line_names_the_package_that_it_lacks(package):
     code = f"import sys; sys.modules[{package!r}] = None\nfrom skipkernels.__main__ import main\nsys.exit(main())"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 1
     assert result.stderr == f"skipkernels: the command line needs {package}: pip install 'skipkernels[cli]'\n"
-
-
-def test_matplotlib_is_imported_only_to_draw():
-    """No module imports it at its head, so that runs and studies without a report work without it."""
-    at_the_head = {
-        path.relative_to(PACKAGE).as_posix()
-        for path in modules()
-        for node in ast.parse(path.read_text()).body
-        if isinstance(node, (ast.Import, ast.ImportFrom)) and re.match(r"(from|import) matplotlib", ast.unparse(node))
-    }
-    assert not at_the_head
 
 
 def test_wheel_has_every_file_of_the_package():

@@ -7,11 +7,10 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from skipkernels.app.report.plots import GREY, coloured, plot_svg
-
 from .. import step
 from ..rows import PRECISIONS, Row, all_rows, latest_rows, number, same_run
 from .cells import MACHINE_SHOWN, SHOWN, figure, origin, table, times
+from .svg import COLOURS, GREY, svg_of
 
 HEADLINE, FEW, MANY = "1000", "10", "21841"  # classes
 LARGE_BATCH = "32"
@@ -61,7 +60,7 @@ def step_bars() -> str:
     rows = latest_rows("step", **SHOWN, precision="fp32")
     found = {(row["implementation"], int(row["C"])): row for row in rows if int(row["C"]) in DRAWN}
     names = (step.OURS, step.PUBLISHED, step.PROMPTS, step.FULL)
-    colours = coloured(names)
+    colours = dict(zip(names, COLOURS, strict=True))
 
     def draw(column: str, title: str, axes: Axes) -> None:
         unit, digits = (1024, 2) if column == "saved_mib" else (1000, 1)
@@ -88,4 +87,4 @@ def step_bars() -> str:
         where: dict[str, Any] = {"loc": "outside lower center", "ncols": 4, "frameon": False}
         figure.legend(*right.get_legend_handles_labels(), **where, labelcolor=GREY, fontsize=9)
 
-    return plot_svg("bars", "time and memory of a step at 100 and at 1,000 classes", both, size=(9.6, 3.4))
+    return svg_of("bars", "time and memory of a step at 100 and at 1,000 classes", both, size=(9.6, 3.4))

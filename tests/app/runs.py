@@ -21,7 +21,6 @@ from skipkernels.app.config import TuneConfig
 from skipkernels.app.demo import pictogram_tiny
 from skipkernels.app.methods import Method
 from skipkernels.app.methods.skip import Skip
-from skipkernels.app.report import plots
 from skipkernels.app.train import tune
 from skipkernels.digests import digest_tensors
 from tests.models import uncompared
@@ -43,12 +42,11 @@ def published_optimizer() -> Iterator[None]:
 
 @contextlib.contextmanager
 def shortened() -> Iterator[None]:
-    """Leave out plots, waiting for the disk and the comparison of a SkipCLIP with its model, always the packaged one.
+    """Leave out waiting for the disk, and the comparison of a SkipCLIP with its model, always the packaged one.
 
     They have tests of their own. The tokenizer is made once.
     """
     with published_optimizer(), uncompared(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plots, "plot_svg", lambda name, label, draw, **_: f"<svg>{name}</svg>")
         patch.setattr(open_clip, "get_tokenizer", _get_tokenizer)
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield

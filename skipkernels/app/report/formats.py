@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from typing import TypeGuard
 
 MISSING = "–"
-_SHORT = 22  # characters of a shortened name
 
 
 def finite(value: float | None) -> TypeGuard[float]:
@@ -59,12 +58,3 @@ def joined(names: Iterable[str]) -> str:
     """
     *first, last = names
     return f"{', '.join(first)} and {last}" if first else last
-
-
-def short(name: str) -> str:
-    """Shorten a long name in the middle: names of classes often begin alike.
-
-    >>> short("latin small letter o with ring"), short("red fox")
-    ('latin smal…o with ring', 'red fox')
-    """
-    return f"{name[:10]}…{name[-11:].lstrip()}" if len(name) > _SHORT else name

@@ -1,4 +1,4 @@
-"""Mistakes of a run on its test images: changes by tuning, confusions, and thumbnails of the images that are shown."""
+"""Mistakes of a run on its test images: changes by tuning, frequent errors, and thumbnails of the images shown."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import io
 from collections import Counter
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..data.tasks import TestSet
 from ..results.predictions import TestPredictions, TopClasses
 
-GALLERY, WORST = 8, 30
-"""Largest number of images in a gallery, and of classes in the matrix of confusions."""
+GALLERY = 8
+"""Largest number of images in a gallery."""
 _MAX_SIDE = 128  # longer side of a thumbnail, in pixels
 _PIXEL_ART = 64  # images up to this size are stored without loss
 
@@ -46,24 +45,6 @@ def most_frequent_errors(test: TestPredictions) -> dict[int, tuple[int, int]]:
         if count > most.get(label, (0, 0))[1]:
             most[label] = other, count
     return most
-
-
-def confusion_matrix(test: TestPredictions, *, limit: int = WORST) -> tuple[list[int], list[list[int]]]:
-    """Count the predictions of the classes with the most errors, or of all if there are at most `limit` classes.
-
-    Returns labels [n], of equally many errors the lower first, and counts [n, n + 1]: images of a class (row) predicted
-    as each of these classes, or as any other (last column). Both are empty without errors.
-    """
-    predicted, classes = test.last.classes[:, 0], len(test.classes)
-    errors = test.labels[predicted != test.labels].bincount(minlength=classes)
-    worst = errors.sort(descending=True, stable=True).indices[: int((errors > 0).sum())].tolist()
-    labels = list(range(classes)) if worst and classes <= limit else worst[:limit]
-    place = torch.full((classes,), len(labels))
-    place[labels] = torch.arange(len(labels))
-    rows, columns = place[test.labels], place[predicted]
-    chosen, width = rows < len(labels), len(labels) + 1
-    counts = (rows * width + columns)[chosen].bincount(minlength=len(labels) * width)
-    return labels, counts.view(len(labels), width).tolist()
 
 
 def predictions_with_thumbnails(

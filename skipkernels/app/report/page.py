@@ -1,7 +1,6 @@
 """Pages of results: a sentence, the parts of the first screen, and sections; and tables, also in the terminal.
 
-The templates in `templates` escape every value, except the SVG of plots. A page loads nothing, and runs no other script
-than its own.
+The templates in `templates` escape every value. A page loads nothing, and runs no other script than its own.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from ...formatting import decimal
-from .formats import MISSING, number, plural, share, short
+from .formats import MISSING, number, plural, share
 
 _OPEN = 2  # groups of a section that are open at first
 
@@ -43,8 +42,7 @@ def _environment() -> Environment:
         return Markup(loader.get_source(environment, name)[0])
 
     environment.globals |= {"source": source, "policy": _policy}
-    environment.filters |= {each.__name__: each for each in (decimal, number, plural, share, short, image_source)}
-    environment.filters["svg"] = Markup  # of a plot: matplotlib has escaped its texts
+    environment.filters |= {each.__name__: each for each in (decimal, number, plural, share, image_source)}
     return environment
 
 

@@ -1,4 +1,4 @@
-"""Sections of the page of a run that are made of the predictions for its tests: images, classes and confusions."""
+"""Sections of the page of a run that are made of the predictions for its tests: images and classes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..results.class_metrics import class_metrics, metrics_of_test
 from ..results.predictions import TestPredictions, TopClasses
 from . import page
 from .formats import finite, number, percent, plural
-from .mistakes import confusion_matrix, most_frequent_errors, one_per_class
+from .mistakes import most_frequent_errors, one_per_class
 from .page import Cell, Table, part, row
 from .words import name_of_test
 
@@ -73,24 +73,3 @@ def classes(test: TestPredictions) -> list[Markup]:
     )
     columns = ["images", "zero-shot, %", "tuned, %", "change", "precision, %", "F1, %", "most often taken for"]
     return [part("text", text), Table("class", columns, rows, searched=True).html]
-
-
-def confusions(tests: Sequence[TestPredictions]) -> list[Markup]:
-    """Matrix of confusions of each test with errors."""
-    parts: dict[str, list[Markup]] = {}
-    for test in tests:
-        labels, counts = confusion_matrix(test)
-        if not labels:
-            continue
-        totals = test.labels.bincount(minlength=len(test.classes)).tolist()
-        rows = [
-            (test.classes[label], totals[label], [(count, count / max(totals[label], 1)) for count in of])
-            for label, of in zip(labels, counts, strict=True)
-        ]
-        text = "Images of a class (row) by predicted class (column)."
-        if len(labels) < len(test.classes):
-            wrong = test.labels[test.last.classes[:, 0] != test.labels].unique().numel()
-            text += f" Shown are {len(labels)} of the {wrong} classes with errors, those with the most first."
-        matrix = part("matrix", [test.classes[label] for label in labels], rows)
-        parts[name_of_test(test.name)] = [part("text", text), matrix]
-    return page.groups(parts)

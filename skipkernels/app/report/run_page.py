@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from markupsafe import Markup
 
 from ..config import CONFIG, TuneConfig
 from ..data import InputError
+from ..data.tasks import VALIDATION
 from ..results.files import METRICS, PREDICTIONS, read_epochs, read_metrics
 from ..results.notes import demonstration_note
 from ..results.predictions import TestPredictions, load
@@ -17,8 +19,8 @@ from . import page
 from .formats import finite, number, percent, plural
 from .mistakes import broken, fixed
 from .page import Section, Table, part, row
-from .plots import accuracy_svg, coloured, loss_svg
-from .predicted import classes, confusions, galleries
+from .plots import COLOURS, Line, plot
+from .predicted import classes, galleries
 from .summary import (
     BEST,
     Metrics,
@@ -57,7 +59,6 @@ def report_html(
             Section("fixed", "Fixed by tuning", galleries(tests, fixed, only_tuned, "better")),
             Section("broken", "Broken by tuning", galleries(tests, broken, only_before, "worse")),
             Section("classes", "Classes", page.groups({name_of_test(test.name): classes(test) for test in tests})),
-            Section("confusions", "Confusions", confusions(tests)),
             Section("thresholds", "Thresholds", _thresholds(metrics["validation"])),
             Section("training", "Training", _curves(metrics, rows)),
             page.reproduction(metrics["command"], _data(config, metrics), metrics["environment"], config.to_yaml()),
@@ -132,17 +133,21 @@ def _thresholds(validation: Mapping[str, Any] | None) -> list[Markup]:
 
 
 def _curves(metrics: Metrics, rows: list[dict[str, Any]]) -> list[Markup]:
-    """Plots of loss and accuracy, and the table of a blend."""
-    colours = coloured(metrics["classes"])
-    dashed = "dashed: validation, " if any(finite(each.get("validation")) for each in rows) else ""
-    accuracy = accuracy_svg(rows, metrics["zero_shot"], colours)
-    legend = {name_of_test(name): colour for name, colour in colours.items()}
-    found = [
-        ("training loss", loss_svg(rows), {}),
-        (f"test accuracy, % ({dashed}dotted: zero-shot)", accuracy, legend),
+    """Plots of loss and accuracy over the epochs, and the table of a blend."""
+
+    def line(name: str, colour: str, values: Iterable[tuple[float, float | None]]) -> Line:
+        return Line(name, colour, [(epoch, value) for epoch, value in values if finite(value)])
+
+    loss = line("mean over an epoch", COLOURS[0], ((row["epoch"], row["loss"]) for row in rows))
+    accuracies = [(0, metrics["zero_shot"]), *((row["epoch"], row["accuracy"]) for row in rows)]
+    tests = [
+        line(name_of_test(test), colour, ((epoch, of.get(test)) for epoch, of in accuracies))
+        for test, colour in zip(metrics["classes"], cycle(COLOURS), strict=False)
     ]
-    found = [(title, svg, names) for title, svg, names in found if svg]
-    return [*([part("figures", found)] if found else []), *([blend_table(metrics).html] if "blend" in metrics else [])]
+    validation = line(name_of_test(VALIDATION), "zero", ((row["epoch"], row.get("validation")) for row in rows))
+    plots = [plot("training loss", [loss]), plot("accuracy, %", [*tests, validation])] if rows else []
+    found = [part("plots", plots)] if any(plots) else []
+    return [*found, *([blend_table(metrics).html] if "blend" in metrics else [])]
 
 
 def _data(config: TuneConfig, metrics: Metrics) -> dict[str, Any]:

@@ -13,9 +13,9 @@ from .page import Cell, Section, Table, part, row
 from .words import name_of_method, name_of_test
 
 ACCURACY, COST = "accuracy, %", "cost"
-TIME = "tuning, s"
-"""Titles of tables, and of a column of the costs."""
+"""Titles of tables."""
 _SUMMARY = "harmonic"  # the accuracy that base-to-new is judged by
+_WHOLE = ("peak, MiB", "parameters")  # columns without decimals
 
 
 class MeanAndDeviation(NamedTuple):
@@ -69,44 +69,34 @@ def primary(columns: Iterable[str]) -> str:
 
 
 def headline(study: Study) -> str:
-    """Return the result in a sentence."""
-    summary, seeds, comparison = study.summary, len(study.seeds), study.comparison or {}
-    column, found, leaders = _best(study)
-    if not leaders:
+    """Return which method has the highest accuracy, and which others the data don't tell apart from it."""
+    column, best = _best(study)
+    if best is None:
         return study.title
-    others = {name: of for name, of in comparison.get("others", {}).items() if name not in leaders}
+    others = {} if study.comparison is None else study.comparison["others"]
     equal = [name_of_method(name) for name, of in others.items() if not of["worse"]]
-    best, one = leaders[0], len(leaders) == 1
-    certain = one and comparison.get("best") == best and not equal
-    mean, half = found[best][0], half_interval(found[best][1], seeds) if one else 0.0
-    rank, name = "best" if certain else "highest", joined(map(name_of_method, leaders))
-    several = f"The {rank} {_measure(column)} is that of {name}, "
-    sentence = several if len(summary) > 1 else f"The {_measure(column)} of {name} is "
-    sentence += f"{number(mean)}{f' ± {half:.1f}' if half else ''} %"
-    if one and (time := summary[best][COST][TIME]):
-        sentence += f", after {number(time[0], ',.1f')} s of tuning"
+    rank = "best" if others and not equal else "highest"
+    measure = {_SUMMARY: "harmonic mean", "all": "accuracy"}.get(column, f"accuracy on {name_of_test(column)}")
+    accuracy = _with_interval(study.summary[best][ACCURACY][column], len(study.seeds))
     images = study.images.get(column)
-    counts = [plural(seeds, "seed"), *([plural(images, "test image")] if images else [])]
-    sentence += f" ({', '.join(counts)})"
-    if equal:
-        names = "any other" if len(equal) == len(others) > 1 else ", ".join(equal)
-        sentence += f", but these images and seeds don't tell {'it' if one else 'them'} apart from {names}"
-    return f"{sentence}."
+    counts = [plural(len(study.seeds), "seed"), *([plural(images, "test image")] if images else [])]
+    sentence = f"{name_of_method(best)} has the {rank} {measure}, {accuracy} % ({', '.join(counts)})."
+    return f"{sentence} These images and seeds don't tell it apart from {joined(equal)}." if equal else sentence
 
 
-def _best(study: Study) -> tuple[str, dict[str, MeanAndDeviation], list[str]]:
-    """Name of the accuracy that decides, this accuracy by method, and the methods with the highest, as it is shown."""
-    summary = study.summary
-    column = primary(next(iter(summary.values()))[ACCURACY])
-    found = {name: of for name, groups in summary.items() if (of := groups[ACCURACY][column])}
-    shown = {name: round(mean, 1) for name, (mean, _) in found.items()}
-    return column, found, [name for name, mean in shown.items() if mean == max(shown.values())]
+def _best(study: Study) -> tuple[str, str | None]:
+    """Return the accuracy that decides, and the method with its highest mean; None if no method has one."""
+    column = primary(next(iter(study.summary.values()))[ACCURACY])
+    means = {method: of.mean for method, groups in study.summary.items() if (of := groups[ACCURACY][column])}
+    return column, max(means, key=lambda method: means[method], default=None)
 
 
-def _measure(column: str) -> str:
-    if column == _SUMMARY:
-        return f"{name_of_test(column)} accuracy"
-    return "accuracy" if column == "all" else f"accuracy on {name_of_test(column)}"
+def _with_interval(of: MeanAndDeviation | None, seeds: int) -> str:
+    """Return a mean accuracy with its interval over the seeds."""
+    if of is None:
+        return MISSING
+    half = half_interval(of.deviation, seeds)
+    return number(of.mean) + (f" ± {half:.1f}" if half else "")
 
 
 def explained(study: Study) -> str:
@@ -127,24 +117,19 @@ def explained(study: Study) -> str:
 
 def tables(study: Study) -> list[Table]:
     """Return a table for each group of columns, with a row for each method."""
-    summary, seeds, images = study.summary, len(study.seeds), study.images
-
-    def cell(of: MeanAndDeviation | None, digits: int, interval: bool, count: int | None) -> Cell:
-        if not of:
-            return Cell(MISSING)
-        half = half_interval(of[1], seeds) if interval else 0.0
-        text = number(of[0], f",.{digits}f") + (f" ± {half:,.{digits}f}" if half else "")
-        return Cell(text, range_text(wilson(of[0], count)) if count else "")
-
-    *_, leaders = _best(study)
+    _, best = _best(study)
     found = []
-    for group, columns in next(iter(summary.values())).items():
-        rows, accuracy = [], group == ACCURACY
-        for method, groups in summary.items():
-            cells = []
-            for name in columns:
-                digits = 0 if name in ("peak, MiB", "parameters") else 1
-                cells.append(cell(groups[group][name], digits, accuracy, images.get(name) if accuracy else None))
-            rows.append(row(name_of_method(method), *cells, style="summary" if method in leaders else ""))
-        found.append(Table(group, [name_of_test(name) for name in columns], rows))
+    for group, columns in next(iter(study.summary.values())).items():
+        rows = []
+        for method, groups in study.summary.items():
+            cells = [_cell(study, group, column, groups[group][column]) for column in columns]
+            rows.append(row(name_of_method(method), *cells, style="summary" if method == best else ""))
+        found.append(Table(group, list(map(name_of_test, columns)), rows))
     return found
+
+
+def _cell(study: Study, group: str, column: str, of: MeanAndDeviation | None) -> Cell:
+    if of is None or group != ACCURACY:
+        return Cell(number(None if of is None else of.mean, ",.0f" if column in _WHOLE else ",.1f"))
+    images = study.images.get(column)
+    return Cell(_with_interval(of, len(study.seeds)), range_text(wilson(of.mean, images)) if images else "")

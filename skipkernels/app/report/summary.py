@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ..config import TuneConfig
@@ -22,41 +22,35 @@ class AccuracyRow(NamedTuple):
     """Row of a table of accuracies, in per cent."""
 
     test: str  # Name of the test, of a summary of the protocol, or of validation
-    kind: str  # "" for the accuracy; "balanced" for the mean over classes; "always CLASS" for always one answer
+    measure: str  # "accuracy", or "balanced accuracy", the mean over the classes
     before: float | None  # Accuracy before tuning
     after: float | None  # Accuracy after it
-    images: int | None = None  # Images of the accuracy; None for a summary, and for other kinds
+    images: int | None = None  # Images of the accuracy; None for a summary, and for the balanced accuracy
 
     @property
-    def known(self) -> bool:
-        """True if both accuracies are numbers."""
-        return finite(self.before) and finite(self.after)
-
-    @property
-    def measure(self) -> str:
-        """Name of the accuracy in a sentence."""
-        return f"{self.kind} accuracy".lstrip()
+    def change(self) -> float | None:
+        """Difference of both accuracies; None if one is not a number."""
+        return self.after - self.before if finite(self.before) and finite(self.after) else None
 
 
 def accuracy_rows(metrics: Metrics) -> list[AccuracyRow]:
     """Return the accuracies of each test, of the summaries, and on the validation images.
 
-    If the classes of a test have different numbers of images, its balanced accuracy and that of always answering the
-    largest class come first: an accuracy near the latter says little.
+    If the classes of a test have different numbers of images, its balanced accuracy follows.
     """
     before_of, after_of = (dict(metrics[part]) for part in ("zero_shot", "tuned"))
     if (held := metrics["validation"]) is not None:
         before_of[VALIDATION], after_of[VALIDATION] = held["zero_shot"], held["tuned"]
     found = []
     for test, before in before_of.items():
-        by_class = metrics["zero_shot_by_class"].get(test), metrics["by_class"].get(test)
-        if (largest := _largest_class(by_class[0])) is not None:
-            name, share = largest
-            balanced = [None if part is None else part["balanced_accuracy"] for part in by_class]
-            found.append(AccuracyRow(test, "balanced", *balanced))
-            found.append(AccuracyRow(test, f"always {name}", share, share))
         images = held["images"] if test == VALIDATION else metrics["images"]["tests"].get(test)
-        found.append(AccuracyRow(test, "", before, after_of.get(test), images))
+        found.append(AccuracyRow(test, "accuracy", before, after_of.get(test), images))
+        of_classes = metrics["zero_shot_by_class"].get(test)
+        if of_classes and len({each["images"] for each in of_classes["classes"]}) > 1:
+            balanced = [
+                of.get(test, {}).get("balanced_accuracy") for of in (metrics["zero_shot_by_class"], metrics["by_class"])
+            ]
+            found.append(AccuracyRow(test, "balanced accuracy", *balanced))
     return found
 
 
@@ -67,80 +61,37 @@ def held_out_accuracy(metrics: Metrics, *, balanced: bool) -> tuple[str, float]:
     return "accuracy", metrics["validation"]["tuned"]
 
 
-def _largest_class(of_test: Mapping[str, Any] | None) -> tuple[str, float] | None:
-    """Name of the largest class of a test, and its share of the images in per cent; None for classes of one size."""
-    sizes = {each["name"]: each["images"] for each in of_test["classes"]} if of_test else {}
-    if len(set(sizes.values())) < 2:
-        return None
-    name = max(sizes, key=lambda each: sizes[each])
-    return name, round(100 * sizes[name] / sum(sizes.values()), 4)
-
-
 # ---- title and sentence ----------------------------------------------------------------------------------------------
 
 
 def title(config: TuneConfig, metrics: Metrics) -> str:
     """Return the title: model, data, what classifies, and training images."""
-    blended = [f"blended at {metrics['alpha']:g}"] if "alpha" in metrics else []
-    return title_of(config, classifier(metrics), *blended)
+    return title_of(config, classifier(metrics))
 
 
 def headline(metrics: Metrics) -> str:
-    """Return the change of the accuracy on the trained classes, and on the new ones."""
-    trained, *others = metrics["classes"]
-    found = _of_test(metrics, trained)
-    if not found[-1].images:
-        return _without_test(metrics)
-    if not found[-1].known:
-        return f"No accuracy after tuning; zero-shot {percent(found[-1].before)} on the {counted(metrics, trained)}."
-    tuning = "Tuning and blending" if "alpha" in metrics else "Tuning"
-    subject = classifier(metrics) if metrics["candidates"] else tuning
-    verb = _verb(found[0], "raised", "kept", "lowered")
-    text = f"{subject} {verb} the {found[0].measure} on the {counted(metrics, trained)} {_change(found)}."
-    if len(others) == 1 and (other := _of_test(metrics, others[0])[-1]).known:
-        verb = _verb(other, "rose", "stayed", "fell")
-        text += f" On the {counted(metrics, other.test)} it {verb} {_from_to(other)}{_interval(other)}."
-    return text
-
-
-def _without_test(metrics: Metrics) -> str:
-    found = _of_test(metrics, VALIDATION)
-    if not found or not found[-1].known:
+    """Return the accuracies before and after tuning on each test, or, without one, on the validation images."""
+    found = [_sentence(metrics, test, counted(metrics, test)) for test in metrics["classes"]]
+    if any(found):
+        return " ".join(filter(None, found))
+    if metrics["validation"] is None:
         return "All images trained, none were kept for a test: there is no accuracy."
-    what = "the candidate and then train" if metrics["candidates"] else "the epoch"
+    chose = "the candidate, and then trained" if metrics["candidates"] else "the epoch"
     images = plural(metrics["validation"]["images"], "validation image")
     return (
-        f"No images were kept for a test. On {images}, which choose {what}, the {found[0].measure} went "
-        f"{_change(found)}; expect less on other images."
+        f"{_sentence(metrics, VALIDATION, images)} They chose {chose}. No images were kept for a test: expect less on "
+        "others."
     )
 
 
-def _of_test(metrics: Metrics, test: str) -> list[AccuracyRow]:
-    """Rows of a test: the accuracy, and before it two more if its classes differ in size; see `accuracy_rows`."""
-    return [each for each in accuracy_rows(metrics) if each.test == test]
-
-
-def _change(found: Sequence[AccuracyRow]) -> str:
-    """Change of the first accuracy of a test, and that of the last with its interval."""
-    first, *always, last = found[0], *found[1:-1], found[-1]
-    text = _from_to(first)
-    for each in always:
-        text += f". The accuracy, which is {percent(each.before)} if the answer is {each.kind}, went {_from_to(last)}"
-    return text + _interval(last, "95 % interval ")
-
-
-def _verb(of: AccuracyRow, more: str, equal: str, less: str) -> str:
-    assert of.before is not None and of.after is not None
-    return equal if of.after == of.before else more if of.after > of.before else less
-
-
-def _from_to(of: AccuracyRow) -> str:
-    same = of.after == of.before
-    return f"at {percent(of.after)}" if same else f"from {percent(of.before)} to {percent(of.after)}"
-
-
-def _interval(of: AccuracyRow, name: str = "") -> str:
-    return f" ({name}{range_text(wilson(of.after, of.images))})" if of.images and finite(of.after) else ""
+def _sentence(metrics: Metrics, test: str, of: str) -> str:
+    """Return the change of the accuracies of a test, of which `of` is the name; "" without an accuracy."""
+    changes = []
+    for each in accuracy_rows(metrics):
+        if each.test == test and finite(each.before) and finite(each.after):
+            interval = f" (95 % interval {range_text(wilson(each.after, each.images))})" if each.images else ""
+            changes.append(f"the {each.measure} went from {percent(each.before)} to {percent(each.after)}{interval}")
+    return f"On the {of}, {' and '.join(changes)}." if changes else ""
 
 
 def kept_epoch(config: TuneConfig, metrics: Metrics) -> str | None:
@@ -180,14 +131,13 @@ def accuracy_table(metrics: Metrics) -> Table:
     """Table of the accuracies before and after tuning."""
     rows = []
     for each in accuracy_rows(metrics):
-        if each.images == 0 or (each.test == VALIDATION and (each.kind or not finite(each.before))):
+        if each.images == 0 or (each.test == VALIDATION and not finite(each.before)):
             continue
         before, after = (accuracy_cell(accuracy, each.images) for accuracy in (each.before, each.after))
-        change = each.after - each.before if finite(each.before) and finite(each.after) else None
-        name = ", ".join(filter(None, [counted(metrics, each.test), each.kind]))
+        name = counted(metrics, each.test) + (", balanced" if each.measure == "balanced accuracy" else "")
         style = "" if each.test in (*metrics["classes"], VALIDATION) else "summary"
         count = "" if each.images is None else f"{each.images:,}"
-        rows.append(row(name, count, before, after, change_cell(change), style=style))
+        rows.append(row(name, count, before, after, change_cell(each.change), style=style))
     return Table("accuracy, %", ["images", "zero-shot", "tuned", "change"], rows)
 
 

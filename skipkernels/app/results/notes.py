@@ -1,8 +1,7 @@
-"""Notes and warnings about a run: settings that are easily confused, lost accuracy, and validation that misleads."""
+"""Notes and warnings about a run: settings that are easily confused, and lost accuracy."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -45,40 +44,13 @@ def demonstration_note(model: str) -> str | None:
 
 
 def result_notes(config: TuneConfig, metrics: Mapping[str, Any]) -> list[str]:
-    """Return warnings about the results of a run, the contents of its metrics.json."""
-    found = below_zero_shot(config, metrics), optimistic_validation(metrics)
-    return [note for note in found if note is not None]
-
-
-def below_zero_shot(config: TuneConfig, metrics: Mapping[str, Any]) -> str | None:
-    """Return a warning if training lowered the accuracy on the trained classes."""
+    """Return a warning if training lowered the accuracy on the trained classes; `metrics` are those of metrics.json."""
     test = next(iter(metrics["classes"]))
     before, after = metrics["zero_shot"][test], metrics["tuned"][test]
     if not config.epochs or before is None or after is None or after >= before:
-        return None
+        return []
     rates = " and ".join(f"--{side}-lr" for side in ("text", "image") if getattr(config, f"{side}_lr") is not None)
-    return (
+    return [
         f"accuracy on the trained classes is {after:.2f} %, below zero-shot ({before:.2f} %). Lower {rates}, or change "
         "--epochs or --shots."
-    )
-
-
-def optimistic_validation(metrics: Mapping[str, Any]) -> str | None:
-    """Return a warning if validation accuracy is far above that on test images of the same classes.
-
-    Far is 10 points and more, and at least three standard errors of the difference.
-    """
-    test = next(iter(metrics["classes"]))
-    images = metrics["images"]["tests"].get(test)
-    held, after = metrics["validation"] or {}, metrics["tuned"][test]
-    if not images or after is None or held.get("tuned") is None:
-        return None
-    shares = (after, images), (held["tuned"], held["images"])
-    error = math.sqrt(sum(share * (100 - share) / count for share, count in shares))
-    if held["tuned"] - after < max(10, 3 * error):
-        return None
-    return (
-        f"accuracy on the validation images is {held['tuned']:.2f} %, far above {after:.2f} % on the test images of "
-        "the same classes: the former are more like the training images. Hold out images that are like those of the "
-        "test."
-    )
+    ]

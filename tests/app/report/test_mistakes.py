@@ -1,4 +1,4 @@
-"""Selection of images and confusions for the page of a run."""
+"""Selection of images and errors for the page of a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from skipkernels.app.data.images import Images
 from skipkernels.app.data.tasks import TestSet
 from skipkernels.app.report.mistakes import (
     broken,
-    confusion_matrix,
     fixed,
     most_frequent_errors,
     one_per_class,
@@ -47,17 +46,13 @@ def test_changed_one_per_class():
     assert not fixed(many).any() and not broken(many).any()
 
 
-def test_confusions_by_number_of_errors():
+def test_most_frequent_errors():
     #         a a a  b b b b  c c c  d
     labels = [0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 3]
     test = predictions_of(labels, labels, [2, 0, 2, 2, 0, 3, 1, 0, 2, 0, 4])
-    assert confusion_matrix(test, limit=2) == ([1, 0], [[1, 1, 2], [0, 1, 2]])
-    assert confusion_matrix(test)[0] == [0, 1, 2, 3, 4], "all of few classes"
-    assert confusion_matrix(test)[1][3:] == [[0, 0, 0, 0, 1, 0], [0] * 6]
     # Of 1, which is once taken for each of 0, 2 and 3, the lowest.
     assert most_frequent_errors(test) == {0: (2, 2), 1: (0, 1), 2: (0, 2), 3: (4, 1)}
-    right = predictions_of(labels, labels, labels)
-    assert confusion_matrix(right) == ([], []) and most_frequent_errors(right) == {}
+    assert most_frequent_errors(predictions_of(labels, labels, labels)) == {}
 
 
 def test_thumbnails_open_only_the_images_that_are_shown():

@@ -25,26 +25,8 @@ from tests.app.runs import SMALL, shortened
 )
 def test_below_zero_shot(before, after, method, expected):
     metrics = {"classes": {"base": 10}, "zero_shot": {"base": before}, "tuned": {"base": after}}
-    found = notes.below_zero_shot(SMALL.with_method(method).resolved(), metrics)
-    assert found is None if expected is None else expected in found and "\n" not in found
-
-
-@pytest.mark.parametrize(
-    ("validation", "test", "images", "warns"),
-    [
-        (55.4, 18.3, 60, True),
-        (55.4, 50.0, 60, False),  # less than ten points
-        (60.0, 40.0, 20, False),  # less than three standard errors
-        (None, 18.3, 60, False),
-        (55.4, None, 60, False),
-    ],
-)
-def test_optimistic_validation(validation, test, images, warns):
-    metrics = {"classes": {"base": 10}, "images": {"tests": {"base": images}}, "tuned": {"base": test}}
-    found = notes.optimistic_validation(metrics | {"validation": {"images": images, "tuned": validation}})
-    assert (found is not None) == warns
-    assert not warns or "on the validation images is 55.40 %, far above 18.30 %" in found
-    assert notes.optimistic_validation(metrics | {"validation": None}) is None
+    found = notes.result_notes(SMALL.with_method(method).resolved(), metrics)
+    assert found == [] if expected is None else expected in found[0] and "\n" not in found[0]
 
 
 def test_tune_below_zero_shot_warns(tmp_path, capsys):

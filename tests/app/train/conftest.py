@@ -9,6 +9,6 @@ from tests.app.runs import shortened
 
 @pytest.fixture(scope="module", autouse=True)
 def short_runs(run):
-    """Shorten the runs of a module. The shared run is made before, since its report needs real plots."""
+    """Shorten the runs of a module; the shared run is made before."""
     with shortened():
         yield
