@@ -8,13 +8,14 @@ and that of the development version as `open_clip.task.CLIPTask(model, loss=loss
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..checks import warn_caller
 from ..clip import SkipCLIP
+from .caption_index import CaptionIndex
 
 
 class ClassModel(nn.Module):
@@ -49,7 +50,7 @@ class ClassModel(nn.Module):
                 "training, not the SkipCLIP."
             )
         self.clip = clip
-        self._index: _Index | None = None
+        self._index: CaptionIndex | None = None
         self._groups: list[dict[str, Any]] = []  # to be checked in the first training step
 
     def parameter_groups(self, *, text_lr: float, image_lr: float) -> list[dict[str, Any]]:
@@ -116,11 +117,9 @@ class ClassModel(nn.Module):
                 f"ClassModel: text must be tokens [B, L={tokens.shape[-1]}] like the prompts of SkipCLIP, or class "
                 f"ids [B]; got {text.dtype} {list(text.shape)}. Tokenize both with the same tokenizer."
             )
-        if self._index is None or self._index.tokens is not tokens or self._index.hashes.device != text.device:
-            self._index = _index(tokens, text.device)
-        _, weights, hashes, prompts, class_ids = self._index
-        found = torch.searchsorted(hashes, _hash(text, weights)).clamp(max=len(hashes) - 1)  # [B]
-        known = (prompts[found] == text).all(dim=1)
+        if self._index is None or self._index.tokens is not tokens or self._index.device != text.device:
+            self._index = CaptionIndex(tokens, text.device)
+        class_ids, known = self._index.find(text)
         if text.device.type != "cpu":
             torch._assert_async(known.all(), "ClassModel: a caption is not the prompt of a class.")
         elif not known.all():
@@ -129,7 +128,7 @@ class ClassModel(nn.Module):
                 f"ClassModel: captions {unknown} of the batch are not the prompt of a class. Give SkipCLIP the "
                 "tokens of all captions, each once, in the order of the classes."
             )
-        return class_ids[found]
+        return class_ids
 
     def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
         """Image embeddings [B, D] of images or features at the cut."""
@@ -214,34 +213,3 @@ class ClassLoss(nn.Module):
 
 def _normalized(embedding: Tensor, normalize: bool) -> Tensor:
     return nn.functional.normalize(embedding, dim=-1) if normalize else embedding
-
-
-def _hash(tokens: Tensor, weights: Tensor) -> Tensor:
-    """Hashes [n] int64 of tokens [n, L]. Of a million prompts, two have equal hashes with a chance of 1 in 10^7."""
-    return (tokens.long() * weights).sum(dim=1)  # sums wrap around
-
-
-class _Index(NamedTuple):
-    """Prompts [C·T, L] of classes, in ascending order of their hashes."""
-
-    tokens: Tensor  # those of SkipCLIP, [C, L] or [C, T, L]
-    weights: Tensor  # [L] int64, of `_hash`
-    hashes: Tensor
-    prompts: Tensor
-    class_ids: Tensor
-
-
-def _index(tokens: Tensor, device: torch.device) -> _Index:
-    """Sort the prompts of classes; a ValueError if two classes have the same one."""
-    prompts, generator = tokens.to(device).long().flatten(0, -2), torch.Generator().manual_seed(0)
-    weights = torch.randint(-(2**63), 2**63 - 1, prompts.shape[1:], generator=generator).to(device)
-    hashes, order = _hash(prompts, weights).sort()
-    class_ids = order // (len(prompts) // len(tokens))
-    same = ((hashes[1:] == hashes[:-1]) & (class_ids[1:] != class_ids[:-1])).nonzero()
-    if len(same):
-        first, second = sorted(class_ids[same[0, 0] : same[0, 0] + 2].tolist())
-        raise ValueError(
-            f"ClassModel: classes {first} and {second} have the same prompt, so a caption does not tell which is "
-            "meant. Rename one of them, or pass class ids [B] in place of tokens."
-        )
-    return _Index(tokens, weights, hashes, prompts[order], class_ids)
