@@ -7,7 +7,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Hashable
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -48,6 +48,13 @@ class _ConsumedGradient(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:  # type: ignore[override]
         _refuse_use(str(func))
+
+
+class _Place(NamedTuple):
+    """Place of a weight in an optimizer."""
+
+    group: int  # its number in `param_groups`: load_state_dict replaces the groups
+    offset: int  # first of its elements among those of all weights
 
 
 class DeviceNumbers:
@@ -120,10 +127,9 @@ class FusedSGD(torch.optim.Optimizer):
         seed: int = 0,
     ):
         self._in_backward = False  # add_param_group adds no hooks until all groups are checked
-        self._updated: set[int] = set()  # indices of the weights updated in backward since step()
-        # Group, index and weight of gathered gradients, by the stream on which they were computed
-        self._waiting: dict[int, list[tuple[int, int, Tensor]]] = {}
-        self._offsets: list[int] = []  # first element of each weight among all, and of the next weight to be added
+        self._places: dict[Tensor, _Place] = {}
+        self._updated: set[Tensor] = set()  # weights that backward has updated since step()
+        self._waiting: dict[int, list[Tensor]] = {}  # weights of gathered gradients, by the stream that computed these
         self._numbers = DeviceNumbers()  # options, by group and name
         self._hooks: list[RemovableHandle] = []
         self._remove_hooks = weakref.finalize(self, _remove, self._hooks)
@@ -135,8 +141,8 @@ class FusedSGD(torch.optim.Optimizer):
         super().__init__(params, options)
         if in_backward:
             self._in_backward = True
-            for group_index in range(len(self.param_groups)):
-                self._add_hooks(group_index)
+            for group in self.param_groups:
+                self._add_hooks(group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters with its options."""
@@ -147,33 +153,27 @@ class FusedSGD(torch.optim.Optimizer):
         except BaseException:
             self.param_groups.pop()
             raise
-        offsets = self._offsets or [0]
-        for weight in group["params"]:
-            offsets.append(offsets[-1] + -(-weight.numel() // 4) * 4)  # a multiple of 4: four elements share a hash
-        self._offsets = offsets
         if self._in_backward:
-            self._add_hooks(len(self.param_groups) - 1)
+            self._add_hooks(group)
 
-    def _add_hooks(self, group_index: int) -> None:
-        first = sum(len(group["params"]) for group in self.param_groups[:group_index])
-        for index, weight in enumerate(self.param_groups[group_index]["params"], first):
-            if weight.requires_grad:
-                # A proxy, since a parameter must not keep the optimizer alive, and the index of the group, since
-                # load_state_dict replaces the group.
-                update = partial(FusedSGD._update_in_backward, weakref.proxy(self), group_index, index)
-                self._hooks.append(weight.register_post_accumulate_grad_hook(update))
+    def _add_hooks(self, group: dict[str, Any]) -> None:
+        # A proxy, since a parameter must not keep the optimizer alive.
+        update = partial(FusedSGD._update_in_backward, weakref.proxy(self))
+        self._hooks += [p.register_post_accumulate_grad_hook(update) for p in group["params"] if p.requires_grad]
 
-    def _update_in_backward(self, group_index: int, index: int, weight: Tensor) -> None:
-        """Update a weight, given its index in the optimizer, or let it wait for others; hook after its gradient."""
+    # ---- in backward -------------------------------------------------------------------------------------------------
+
+    def _update_in_backward(self, weight: Tensor) -> None:
+        """Update a weight, or let it wait for others; hook after its gradient."""
         if not self._updated:  # once per step: a process group may be created after the optimizer
             _refuse_several_processes()
         if _is_consumed(weight):
             _refuse_second_optimizer()
-        if index in self._updated:
+        if weight in self._updated:
             _refuse_use("a second backward")
-        self._updated.add(index)
+        self._updated.add(weight)
         if not launching.runs_beside_host(weight.device):
-            self._consume(group_index, [(index, weight)])
+            self._consume([weight])
             return
         if not self._waiting:
             # At the end of backward, when the stream of its caller has waited for all others
@@ -181,8 +181,8 @@ class FusedSGD(torch.optim.Optimizer):
         # Gathered: on a GPU a launch takes longer than most updates
         stream = launching.current_stream(weight.device)
         waiting = self._waiting.setdefault(stream, [])
-        waiting.append((group_index, index, weight))
-        if sum(weight.nbytes for *_, weight in waiting) >= _GATHERED_BYTES:
+        waiting.append(weight)
+        if sum(x.nbytes for x in waiting) >= _GATHERED_BYTES:
             self._flush(stream)
 
     def _flush_all(self) -> None:
@@ -193,15 +193,15 @@ class FusedSGD(torch.optim.Optimizer):
     def _flush(self, stream: int) -> None:
         """Update the weights that wait for the gradients of a stream."""
         waiting = self._waiting.pop(stream)
-        if any(_is_consumed(weight) for *_, weight in waiting):
+        if any(map(_is_consumed, waiting)):
             _refuse_second_optimizer()
-        for group_index in range(len(self.param_groups)):
-            self._consume(group_index, [(index, weight) for group, index, weight in waiting if group == group_index])
+        self._consume(waiting)
 
-    def _consume(self, group_index: int, indexed: list[tuple[int, Any]]) -> None:
-        """Update weights of a group in backward, and replace their gradients by placeholders."""
-        self._update(group_index, indexed)
-        for _, weight in indexed:
+    def _consume(self, weights: list[Tensor]) -> None:
+        """Update weights in backward, and replace their gradients by placeholders."""
+        self._update(weights)
+        for weight in weights:
+            assert weight.grad is not None
             weight.grad = _ConsumedGradient(weight.grad)
 
     def _discard_backward(self) -> None:
@@ -211,6 +211,8 @@ class FusedSGD(torch.optim.Optimizer):
             for weight in group["params"]:
                 if isinstance(weight.grad, _ConsumedGradient):
                     weight.grad = None
+
+    # ---- at the end of a step ----------------------------------------------------------------------------------------
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients of all weights, and forget a step that did not end, as after an error in backward."""
@@ -223,15 +225,44 @@ class FusedSGD(torch.optim.Optimizer):
         with torch.enable_grad():
             loss = None if closure is None else closure()
         self._discard_backward()
-        first = 0
-        for group_index, group in enumerate(self.param_groups):
-            indexed = enumerate(group["params"], first)
-            self._update(group_index, [(index, weight) for index, weight in indexed if weight.grad is not None])
-            first += len(group["params"])
+        self._update([p for group in self.param_groups for p in group["params"] if p.grad is not None])
+        for group in self.param_groups:
             if isinstance(group["step_seed"], Tensor):
                 group["step_seed"].add_(_SEED_STRIDE)
         self._updated.clear()
         return loss
+
+    # ---- the update --------------------------------------------------------------------------------------------------
+
+    def _update(self, weights: list[Tensor]) -> None:
+        """Update weights by one call for each group, dtype and device."""
+        alike: defaultdict[tuple[int, torch.dtype, torch.device], list[Tensor]] = defaultdict(list)
+        for weight in weights:
+            alike[self._place(weight).group, weight.dtype, weight.device].append(weight)
+        for (number, _, device), of_group in alike.items():
+            group = self.param_groups[number]
+            # Without momentum the buffer is scratch memory: that of one weight at a time, not of the whole model.
+            for part in [of_group] if group["momentum"] else [[weight] for weight in of_group]:
+                functional.sgd_momentum_(
+                    part,
+                    [weight.grad for weight in part],  # type: ignore[misc]
+                    [self._momentum_buffer(weight, group) for weight in part],
+                    self._option(number, "lr", device),
+                    momentum=self._option(number, "momentum", device),
+                    weight_decay=self._option(number, "weight_decay", device),
+                    seed=_step_seed(group, device),
+                    offsets=[self._place(weight).offset for weight in part],
+                    casts=casts.of_weights(part),
+                )
+
+    def _place(self, weight: Tensor) -> _Place:
+        if weight not in self._places:  # also of a group that was added, or of a trainer that replaces parameters
+            offset = 0
+            for number, group in enumerate(self.param_groups):
+                for x in group["params"]:
+                    self._places[x] = _Place(number, offset)
+                    offset += -(-x.numel() // 4) * 4  # a multiple of 4: four elements share a hash
+        return self._places[weight]
 
     def copy_options(self) -> None:
         """Copy changed learning rates, momenta and weight decays to the device, before a step on several streams.
@@ -243,28 +274,6 @@ class FusedSGD(torch.optim.Optimizer):
                 for name in ("lr", "momentum", "weight_decay"):
                     self._option(group_index, name, device)
                 _step_seed(group, device)
-
-    def _update(self, group_index: int, indexed: list[tuple[int, Any]]) -> None:
-        """Update weights of a group, given with their index in the optimizer, by one call for each dtype and device."""
-        group = self.param_groups[group_index]
-        alike: defaultdict[tuple[torch.dtype, torch.device], list[tuple[int, Any]]] = defaultdict(list)
-        for index, weight in indexed:
-            alike[weight.dtype, weight.device].append((index, weight))
-        for (_, device), pairs in alike.items():
-            # Without momentum the buffer is scratch memory: that of one weight at a time, not of the whole model.
-            for part in [pairs] if group["momentum"] else [[pair] for pair in pairs]:
-                weights = [weight for _, weight in part]
-                functional.sgd_momentum_(
-                    weights,
-                    [weight.grad for weight in weights],
-                    [self._momentum_buffer(weight, group) for weight in weights],
-                    self._option(group_index, "lr", device),
-                    momentum=self._option(group_index, "momentum", device),
-                    weight_decay=self._option(group_index, "weight_decay", device),
-                    seed=_step_seed(group, device),
-                    offsets=[self._offsets[index] for index, _ in part],
-                    casts=casts.of_weights(weights),
-                )
 
     def _option(self, group_index: int, name: str, device: torch.device) -> Tensor | float:
         """Option of a group: on a GPU a tensor at a fixed address, which captured graphs read at each replay."""
@@ -281,6 +290,8 @@ class FusedSGD(torch.optim.Optimizer):
         if buffer is None:
             state["momentum_buffer"] = buffer = torch.zeros_like(weight)
         return buffer
+
+    # ---- state -------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state, see `torch.optim.Optimizer.state_dict`; with stochastic rounding, a host sync."""

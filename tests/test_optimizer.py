@@ -277,6 +277,18 @@ def test_close_leaves_gradients_to_step():
     assert_close(train(net, optimizer), trained_by_torch())
 
 
+def test_step_of_parameters_that_a_trainer_replaced():
+    """As accelerate does before it shards a model."""
+    weights = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = sk.FusedSGD(weights, lr=0.5, in_backward=False)
+    sum(weights).sum().backward()
+    optimizer.step()
+    optimizer.param_groups[0]["params"] = replaced = [nn.Parameter(x.detach().clone()) for x in weights]
+    sum(replaced).sum().backward()
+    optimizer.step()
+    assert [x.tolist() for x in (*weights, *replaced)] == 2 * [3 * [0.5]] + 2 * [3 * [0.0]]
+
+
 def test_hooks_do_not_keep_the_optimizer_alive():
     weight = nn.Parameter(torch.ones(2))
     optimizer = sk.FusedSGD([weight], lr=0.5)
