@@ -278,7 +278,7 @@ def test_close_leaves_gradients_to_step():
 
 
 def test_step_of_parameters_that_a_trainer_replaced():
-    """As accelerate does before it shards a model."""
+    """Accelerate does so before it shards a model."""
     weights = [nn.Parameter(torch.ones(3)) for _ in range(2)]
     optimizer = sk.FusedSGD(weights, lr=0.5, in_backward=False)
     sum(weights).sum().backward()
