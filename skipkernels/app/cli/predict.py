@@ -56,7 +56,7 @@ class PredictCommand:
     def execute(self, out: Terminal, err: Terminal) -> int:
         """Classify the images. Returns 0, or 1 if a file could not be read."""
         from skipkernels.app.data.files import format_others
-        from skipkernels.app.serve.output import check_file, check_none, labelled
+        from skipkernels.app.serve.output import check_file, labelled
 
         if self.out is not None:
             check_file(self.out, "predict")
@@ -65,18 +65,7 @@ class PredictCommand:
         images, others = _find_images(self.images)
         check_run(self.run, "predict", err)
         import_torch(err)
-        from skipkernels.app.serve.classifier import Classifier
-
-        classifier = Classifier.load(
-            self.run,
-            classes=None if self.classes is None else _names(self.classes),
-            templates=self.template,
-            device=self.device,
-            precision=self.precision,
-            trust=self.trust,
-        )
-        if self.threshold is not None:
-            check_none(classifier.classes)
+        classifier = self._load()
         batches = classifier.predict_batches(
             images,
             top=self.top,
@@ -107,6 +96,22 @@ class PredictCommand:
         self._print_summary(classifier, rows, unreadable, err)
         return 1 if unreadable else 0
 
+    def _load(self) -> Classifier:
+        from skipkernels.app.serve.classifier import Classifier
+        from skipkernels.app.serve.output import check_none
+
+        classifier = Classifier.load(
+            self.run,
+            classes=None if self.classes is None else _names(self.classes),
+            templates=self.template,
+            device=self.device,
+            precision=self.precision,
+            trust=self.trust,
+        )
+        if self.threshold is not None:
+            check_none(classifier.classes)
+        return classifier
+
     def _write(self, rows: list[Row], embeddings: list[Tensor], out: Terminal) -> None:
         """Write or print the results."""
         from skipkernels.app.serve.output import csv_lines, write_embeddings, write_lines
@@ -122,31 +127,26 @@ class PredictCommand:
             out.file.writelines(lines)
 
     def _print_summary(self, classifier: Classifier, rows: list[Row], unreadable: int, err: Terminal) -> None:
+        from skipkernels.app.report.formats import plural
         from skipkernels.app.serve.output import NONE
 
-        threshold = self.threshold
-        without_class = sum(labels[0][0] == NONE for _, labels in rows) if threshold is not None else 0
-        counted = "" if threshold is None else f", {without_class:,} as {NONE}"
-        counted += f", {unreadable:,} skipped" if unreadable else ""
-        calibration = self._calibration(classifier)
-        if threshold is not None and classifier.none_logit is not None:
-            calibration += f", with {NONE} as one more class"
-        noun = "image" if len(rows) == 1 else "images"
-        written = "" if self.out is None else f", in {self.out}"
-        probabilities = f"; probabilities are {calibration}" if rows else ""
-        err.print(f"{len(rows):,} {noun} classified{counted}{written}{probabilities}", soft_wrap=True)
-        if rows and without_class == len(rows):
-            err.print(
-                f"note: every image is below the threshold {threshold:g}; report.html of the run has others, "
-                "and what they keep of its validation images",
-                soft_wrap=True,
-            )
+        parts = [f"{plural(len(rows), 'image')} classified"]
+        if self.threshold is not None:
+            parts.append(f"{sum(labels[0][0] == NONE for _, labels in rows):,} as {NONE}")
+        if unreadable:
+            parts.append(f"{unreadable:,} skipped")
+        if self.out is not None:
+            parts.append(f"in {self.out}")
+        probabilities = f"; probabilities are {self._calibration(classifier)}" if rows else ""
+        err.print(", ".join(parts) + probabilities, soft_wrap=True)
 
     def _calibration(self, classifier: Classifier) -> str:
+        from skipkernels.app.serve.output import NONE
         from skipkernels.app.train.description import CALIBRATED, NOT_CALIBRATED
 
         if classifier.calibrated:
-            return CALIBRATED
+            one_more = self.threshold is not None and classifier.none_logit is not None
+            return CALIBRATED + (f", with {NONE} as one more class" if one_more else "")
         changed = [f"--{name}" for name in ("classes", "template") if getattr(self, name) is not None]
         if changed:
             return f"not calibrated: {' and '.join(changed)} replace those of the run"

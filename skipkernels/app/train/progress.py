@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ...formatting import duration
-from ...memory import PeakMemory
 from ..console import print_plain
 from ..report.formats import finite
 from ..report.words import HEADS
@@ -39,15 +37,15 @@ class ProgressDisplay:
 
     Example:
         >>> with ProgressDisplay(Console(width=80), title="letters") as display:
-        ...     display.begin(epochs=1, steps_per_epoch=3, zero_shot={"new": 40.0}, batch_size=4)
+        ...     display.begin(epochs=1, steps_per_epoch=3, zero_shot={"new": 40.0})
         ...     display.epoch({"epoch": 1, "loss": 0.5, "accuracy": {"new": 50.0}})
         letters
         zero-shot  new 40.0 %
         epoch 1/1  loss 0.5000  new 50.0 % (+10.0)
     """
 
-    def __init__(self, console: Console, *, title: str, memory: PeakMemory | None = None):
-        self._console, self._title, self._memory = console, title, memory
+    def __init__(self, console: Console, *, title: str):
+        self._console, self._title = console, title
         self._zero_shot: Mapping[str, float | None] = {}
         name, loss = TextColumn("{task.description}"), TextColumn("{task.fields[loss]}")
         self._bars = Progress(
@@ -80,19 +78,11 @@ class ProgressDisplay:
             heads = [f"{HEADS[trial.candidate.head]} {trial.accuracy:.1f} %" for trial in others]
             self._line(f"{first.candidate.name} {first.accuracy:.1f} %", *heads)
 
-    def begin(
-        self,
-        *,
-        epochs: int,
-        steps_per_epoch: int,
-        zero_shot: Mapping[str, float | None],
-        batch_size: float,
-        done: int = 0,
-    ) -> None:
-        """Begin the epochs, of which an earlier process completed `done`; `batch_size` is the mean over the steps."""
+    def begin(self, *, epochs: int, steps_per_epoch: int, zero_shot: Mapping[str, float | None], done: int = 0) -> None:
+        """Begin the epochs, of which an earlier process completed `done`."""
         for features in self._bars.tasks:  # features of a store were not counted
             self._bars.update(features.id, completed=features.total)
-        self._epochs, self._done, self._batch_size, self._zero_shot = epochs, done, batch_size, zero_shot
+        self._epochs, self._zero_shot = epochs, zero_shot
         total, completed = epochs * steps_per_epoch, done * steps_per_epoch
         self._steps = self._bars.add_task("steps", total=total, completed=completed, loss="")
         if known := self._accuracies(zero_shot):
@@ -108,22 +98,13 @@ class ProgressDisplay:
 
     def epoch(self, row: Mapping[str, Any]) -> None:
         """Print the line of a complete epoch, from its row of metrics.jsonl."""
-        epoch = row["epoch"]
         parts = [f"loss {row['loss']:.4f}"] if finite(row.get("loss")) else []
         parts += self._accuracies(row["accuracy"])
         if finite(row.get("validation")):
             parts.append(f"validation {row['validation']:.1f} %")
         if finite(row.get(BALANCED)):
             parts.append(f"balanced {row[BALANCED]:.1f} %")
-        if row.get("seconds"):
-            parts.append(f"{row['steps'] * self._batch_size / row['seconds']:,.0f} images/s")
-        if epoch < self._epochs:
-            elapsed = self._bars.tasks[-1].elapsed or 0
-            seconds = elapsed / (epoch - self._done) * (self._epochs - epoch)
-            parts.append(f"{duration(seconds)} left")
-        if self._memory is not None and (peak := self._memory.read()):
-            parts.append(f"peak memory {peak / 2**20:,.0f} MiB")
-        self._line(f"epoch {epoch}/{self._epochs}", *parts)
+        self._line(f"epoch {row['epoch']}/{self._epochs}", *parts)
 
     def _line(self, *parts: str) -> None:
         print_plain(self._console, "  ".join(parts))

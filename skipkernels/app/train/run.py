@@ -87,10 +87,9 @@ class Run:
             print_plain(self.console, f"loading {config.model}; what is not on this machine is downloaded first")
         self.setup = build_run(config, open_data=open_data)
         self.method, self.task = self.setup.method, self.setup.task
-        self.display = ProgressDisplay(self.console, title=title_of(config, name_of_run(config)), memory=self.memory)
+        self.display = ProgressDisplay(self.console, title=title_of(config, name_of_run(config)))
         self.rows = [] if folder.checkpoint is None else list(folder.checkpoint.rows)
         self.seconds_before = 0.0 if folder.checkpoint is None else folder.checkpoint.seconds
-        self.warnings: list[str] = []
 
     @property
     def config(self) -> TuneConfig:
@@ -199,7 +198,6 @@ class Run:
             epochs=config.epochs,
             steps_per_epoch=trainer.steps,
             zero_shot=images.zero_shot.accuracies,
-            batch_size=len(self.task.train) / trainer.steps,
             done=trainer.epochs,
         )
         while trainer.epochs < config.epochs:
@@ -247,8 +245,10 @@ class Run:
             peak_memory=self.memory.read(),
         )
         metrics = metrics_of(trained, self.command, cost)
-        self.warnings = metrics["notes"] = notes.result_notes(self.config, metrics)
+        metrics["notes"] = notes.result_notes(self.config, metrics)
         self.folder.write_results(trained, metrics)
+        for warning in metrics["notes"]:
+            self._tell("warning", warning)
         return metrics
 
     # ---- messages ----------------------------------------------------------------------------------------------------
@@ -260,7 +260,7 @@ class Run:
 
     @contextlib.contextmanager
     def _errors_completed(self) -> Iterator[None]:
-        """Complete the errors of a run: name all images that can't be read, and how to resume; print warnings last."""
+        """Complete the errors of a run: name all images that can't be read, and how to resume."""
         try:
             yield
         except CacheError as error:
@@ -274,6 +274,3 @@ class Run:
             how = f"; continue it with {how_to_resume(folder, self.config.data)}" if started else ""
             error.args = (f"{done} complete in {folder}{how}",)
             raise
-        finally:
-            for warning in self.warnings:
-                self._tell("warning", warning)
