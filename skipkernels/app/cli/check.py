@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +18,7 @@ from .errors import with_flags
 
 if TYPE_CHECKING:
     from skipkernels.app.data import Source
-    from skipkernels.app.data.check import Fact
+    from skipkernels.app.data.check import Fact, Finding
 
 _FEW = 16  # training images of a class, the default of tune --shots
 _SHOWN = 20  # findings of a kind on the terminal; --out has all
@@ -38,68 +39,93 @@ class CheckCommand:
 
     def execute(self, out: Terminal, err: Terminal) -> int:
         """Check the dataset. Returns 0, or 1 if a file could not be read, or tune refuses the dataset."""
-        from skipkernels.app.data import InputError, open_source
-        from skipkernels.app.data.check import Finding, facts, findings
-        from skipkernels.app.data.files import format_names
-        from skipkernels.app.data.shots import class_sizes_note
-        from skipkernels.app.report.formats import plural
-        from skipkernels.folders import replace_text
+        from skipkernels.app.data.check import facts, findings
+        from skipkernels.app.serve.output import check_file
 
         if self.out is not None:
-            from skipkernels.app.serve.output import check_file
-
             check_file(self.out, "check")
-        try:
-            source = open_source(self.data, self.root)
-        except InputError as error:  # DATA has no flag
-            raise InputError(error.reason, None if error.argument == "data" else error.argument) from error
+        source = self._open()
         total = sum(len(source.images(split)) for split in ("train", "val", "test") if source.has_split(split))
         with progress("images", total) as advance:
             images = facts(source, lambda: advance(1))
         for note in source.notes:
             err.print(f"note: {note}", soft_wrap=True)
-        problems = findings(images)
         out.print(_table(images, str(source.name)))
-        trained = Counter(one.label for one in images if one.split == "train" and one.reason is None)
-        few = [f"{name} {trained[name]}" for name in source.classes if trained[name] < _FEW] if trained else []
-        if few:
-            of = f"{len(few)} of {plural(len(source.classes), 'class', 'classes')}"
-            out.print(f"fewer than {_FEW} training images: {of}: {format_names(few)}", soft_wrap=True)
-        labels: dict[str, list[str]] = {}
-        for image in images:
-            labels.setdefault(image.split, []).append(image.label)
-        if (sizes := class_sizes_note(labels)) is not None:
-            out.print(sizes, soft_wrap=True)
-        kinds = Counter(one.kind for one in problems)
-        for kind, count in kinds.items():
+        for line in _about_classes(source, images):
+            out.print(line, soft_wrap=True)
+        problems = findings(images)
+        self._print_findings(problems, out)
+        if self.out is not None:
+            _write_findings(self.out, problems)
+        refused = _refused(source, images)
+        if refused is not None:
+            out.print(f"tune refuses this dataset: {refused}", soft_wrap=True)
+        return 1 if refused is not None or any(one.kind == "unreadable" for one in problems) else 0
+
+    def _open(self) -> Source:
+        from skipkernels.app.data import InputError, open_source
+
+        try:
+            return open_source(self.data, self.root)
+        except InputError as error:  # DATA has no flag
+            raise InputError(error.reason, None if error.argument == "data" else error.argument) from error
+
+    def _print_findings(self, problems: list[Finding], out: Terminal) -> None:
+        """Print the first findings of each kind."""
+        if not problems:
+            out.print("no unreadable images, no duplicates")
+        for kind, count in Counter(one.kind for one in problems).items():
             out.print(f"{kind}: {count:,}", style="bold")
             for one in [one for one in problems if one.kind == kind][:_SHOWN]:
                 text = one.detail if kind == "unreadable" else f"{one.name} ({one.split}, {one.label}) = {one.detail}"
                 out.print(f"  {text}", soft_wrap=True)
             if count > _SHOWN:
                 out.print(f"  and {count - _SHOWN:,} more" + ("" if self.out else ": --out FILE has all"))
-        if not problems:
-            out.print("no unreadable images, no duplicates")
-        if self.out is not None:
-            table = (csv_line(map(escaped, row)) for row in [Finding._fields, *problems])
-            replace_text(self.out, "".join(table))
-        refused = self._refused(source, [name for name in source.classes if not trained[name]])
-        if refused is not None:
-            out.print(f"tune refuses this dataset: {refused}", soft_wrap=True)
-        return 1 if kinds["unreadable"] or refused is not None else 0
 
-    def _refused(self, source: Source, without: list[str]) -> str | None:
-        """Return why `tune` refuses the dataset, which has no readable training image of some classes."""
-        from skipkernels.app.data import InputError, TaskOptions, load_task
-        from skipkernels.app.data.files import format_names
 
-        try:
-            load_task(source, TaskOptions(protocol="few-shot", shots=_FEW, validation="auto"))
-        except InputError as error:
-            return with_flags(error)
-        if without:
-            return f"no training image of {format_names(without)} can be read, also not with --unreadable skip."
-        return None
+def _about_classes(source: Source, images: list[Fact]) -> Iterator[str]:
+    """Yield a line on classes with few training images, and one on classes of different size."""
+    from skipkernels.app.data.files import format_names
+    from skipkernels.app.data.shots import class_sizes_note
+    from skipkernels.app.report.formats import plural
+
+    trained = _trained(images)
+    few = [f"{name} {trained[name]}" for name in source.classes if trained[name] < _FEW] if trained else []
+    if few:
+        classes = plural(len(source.classes), "class", "classes")
+        yield f"fewer than {_FEW} training images: {len(few)} of {classes}: {format_names(few)}"
+    labels: dict[str, list[str]] = {}
+    for image in images:
+        labels.setdefault(image.split, []).append(image.label)
+    if (sizes := class_sizes_note(labels)) is not None:
+        yield sizes
+
+
+def _trained(images: list[Fact]) -> Counter[str]:
+    """Number of readable training images of each class."""
+    return Counter(one.label for one in images if one.split == "train" and one.reason is None)
+
+
+def _write_findings(path: Path, problems: list[Finding]) -> None:
+    from skipkernels.app.data.check import Finding
+    from skipkernels.folders import replace_text
+
+    replace_text(path, "".join(csv_line(map(escaped, row)) for row in [Finding._fields, *problems]))
+
+
+def _refused(source: Source, images: list[Fact]) -> str | None:
+    """Return why `tune` refuses the dataset; None if it does not."""
+    from skipkernels.app.data import InputError, TaskOptions, load_task
+    from skipkernels.app.data.files import format_names
+
+    try:
+        load_task(source, TaskOptions(protocol="few-shot", shots=_FEW, validation="auto"))
+    except InputError as error:
+        return with_flags(error)
+    trained = _trained(images)
+    if without := [name for name in source.classes if not trained[name]]:
+        return f"no training image of {format_names(without)} can be read, also not with --unreadable skip."
+    return None
 
 
 def _table(images: list[Fact], title: str) -> Any:
