@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from ..boundary import DEFAULT_CHUNK, run_frozen
 from ..digests import digest_tensors
 from ..options import FusedMemory, Memory
+from ..reference import autocast_dtype
 from .block import fuse_blocks, why_takes_no_rows
 from .modes import evaluating, updates_statistics
 from .rows import (
@@ -32,13 +33,19 @@ from .rows import (
     Rotary,
     RowsOptions,
     Sequences,
-    most_saved_bytes,
 )
 
 if TYPE_CHECKING:
     from ..memory import FreeMemory
 
 Part = nn.Module | nn.Parameter
+
+# Values per token that `memory="auto"` counts, in multiples of W. A fused block saves 2 in the dtype of the stream and
+# 8 in that of the products (table in `fused/stages.py`), and 3 more with norms of heads: attention reads and saves
+# normed copies of query, key and value. SwiGLU with M = 4·W adds 4, which are not counted: half of the free memory is
+# left.
+STREAM_WIDTHS, PRODUCT_WIDTHS = 2, 8 + 3
+OWN_FORWARD_WIDTHS = 20  # saved by PyTorch for a block's own forward: 16, or 20 with QuickGELU
 
 
 class UnsupportedModel(ValueError):
@@ -280,6 +287,18 @@ class ImageTower(Tower):
 
     def reference_forward(self, inputs: Tensor) -> Tensor:
         return self.model.encode_image(inputs)
+
+
+def most_saved_bytes(hidden: Tensor, *, fused: bool) -> int:
+    """Bytes that a block over hidden states [..., W] saves for backward at most, with memory="fast" if it is fused."""
+    stream = hidden.element_size()
+    if not fused:
+        return hidden.numel() * OWN_FORWARD_WIDTHS * stream
+    autocast = autocast_dtype(hidden.device)
+    if autocast is None or hidden.dtype == torch.float64:  # which autocast leaves as it is
+        return hidden.numel() * (STREAM_WIDTHS + PRODUCT_WIDTHS) * stream
+    casts = 12 * hidden.shape[-1] ** 2  # of the weights: (3 + 1 + 4 + 4) · W²
+    return hidden.numel() * STREAM_WIDTHS * stream + (hidden.numel() * PRODUCT_WIDTHS + casts) * autocast.itemsize
 
 
 def _run_rows(blocks: Iterable[Any], hidden: Hidden, options: RowsOptions) -> Hidden:

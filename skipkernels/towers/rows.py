@@ -16,13 +16,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import functional
 from ..options import FusedMemory
-from ..reference import autocast_dtype
 
 # ---- hidden states and options ---------------------------------------------------------------------------------------
 
@@ -55,28 +53,6 @@ class RowsOptions(NamedTuple):
     attention: BlockAttention
     memory: FusedMemory = "fast"  # What is saved for backward; table in `fused/stages.py`
     rotary: Rotary | None = None  # Of sequences of equal length
-
-
-# ---- memory ----------------------------------------------------------------------------------------------------------
-
-# Values per token that `memory="auto"` counts, in multiples of W. A fused block saves 2 in the dtype of the stream and
-# 8 in that of the products (table in `fused/stages.py`), and 3 more with norms of heads: attention reads and saves
-# normed copies of query, key and value. SwiGLU with M = 4·W adds 4, which are not counted: half of the free memory is
-# left.
-STREAM_WIDTHS, PRODUCT_WIDTHS = 2, 8 + 3
-OWN_FORWARD_WIDTHS = 20  # saved by PyTorch for a block's own forward: 16, or 20 with QuickGELU
-
-
-def most_saved_bytes(hidden: Tensor, *, fused: bool) -> int:
-    """Bytes that a block over hidden states [..., W] saves for backward at most, with memory="fast" if it is fused."""
-    stream = hidden.element_size()
-    if not fused:
-        return hidden.numel() * OWN_FORWARD_WIDTHS * stream
-    autocast = autocast_dtype(hidden.device)
-    if autocast is None or hidden.dtype == torch.float64:  # which autocast leaves as it is
-        return hidden.numel() * (STREAM_WIDTHS + PRODUCT_WIDTHS) * stream
-    casts = 12 * hidden.shape[-1] ** 2  # of the weights: (3 + 1 + 4 + 4) · W²
-    return hidden.numel() * STREAM_WIDTHS * stream + (hidden.numel() * PRODUCT_WIDTHS + casts) * autocast.itemsize
 
 
 # ---- attention -------------------------------------------------------------------------------------------------------

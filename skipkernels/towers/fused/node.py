@@ -45,7 +45,8 @@ class _BlockFunction(torch.autograd.Function):
         # Save the casts by field, of which `prepare` has nothing to make again in backward; else the weights as given
         if record and ctx.weight_dtype != call.dtype:
             weights = {name: x for name, x in vars(call.weights).items() if x is not None}
-        ctx.settings, ctx.options, ctx.dtype = call.settings, call.options, call.dtype
+        # `save_for_backward` keeps the weights
+        ctx.call = call._replace(weights=None)  # type: ignore[arg-type]
         ctx.saved_names = tuple(weights)
         ctx.save_for_backward(*weights.values(), *stages.to_save(call, saved))
         # The graph of attention is no tensor. Backward frees it; a second backward records another.
@@ -70,7 +71,7 @@ class _BlockFunction(torch.autograd.Function):
             partial=launches_on(d_stream.device),
         )
         with without_autocast(d_stream.device):
-            call = BlockCall(prepare(given, ctx.dtype), ctx.settings, ctx.options, ctx.dtype)
+            call = ctx.call._replace(weights=prepare(given, ctx.call.dtype))
             # 3. What was not saved, computed again; then the stages from the last to the first
             saved = stages.restore(call, tensors[count:], graph)
             d_hidden = stages.backward(call, saved, Hidden(d_stream, d_branch), gradients)
