@@ -10,6 +10,10 @@ from torch import Tensor
 DEFAULT_CHUNK = 256  # samples; each takes about 0.6 MB of hidden states and 2.4 MB in the MLP of a ViT-B/16
 
 
+class LostGradient(RuntimeError):
+    """A gradient that would have to pass the cut."""
+
+
 def run_frozen(lower: Callable[[Tensor], Tensor], inputs: Tensor, chunk: int = DEFAULT_CHUNK) -> Tensor:
     """Run `lower` over `inputs` in chunks of at most `chunk` samples. Its output is a constant: backward stops there.
 
@@ -24,7 +28,7 @@ def run_frozen(lower: Callable[[Tensor], Tensor], inputs: Tensor, chunk: int = D
         [B, …]: the output of `lower`, with `requires_grad` False.
 
     Raises:
-        RuntimeError: If a gradient would be lost: the input, or a tensor that `lower` uses, requires grad.
+        LostGradient: If the input, or a tensor that `lower` uses, requires grad.
 
     Source: Wu et al., "Skip Tuning", CVPR 2025, arXiv 2412.11509, section 4.
 
@@ -57,8 +61,8 @@ def _run_chunk(lower: Callable[[Tensor], Tensor], samples: Tensor) -> Tensor:
     return hidden
 
 
-def _lost_gradient(of: str) -> RuntimeError:
-    return RuntimeError(
+def _lost_gradient(of: str) -> LostGradient:
+    return LostGradient(
         f"run_frozen: no gradient passes the cut, and {of} requires grad. To train it, use skip_layers=0 for this "
         "tower, (0, …) for images or (…, 0) for texts; otherwise detach it, or set its requires_grad to False."
     )

@@ -1,4 +1,4 @@
-"""Free memory and peak memory of a device or of the process."""
+"""Free memory and peak memory of a device or of the process, and the memory that blocks save for backward."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
+from .reference import autocast_dtype
 
 try:
     import resource
@@ -128,3 +131,25 @@ class PeakMemory:
             return 0
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, but bytes on macOS
         return peak if sys.platform == "darwin" else peak * 1024
+
+
+# ---- what blocks save ------------------------------------------------------------------------------------------------
+
+# Values per token that `memory="auto"` counts, in multiples of W. A fused block saves 2 in the dtype of the stream and
+# 8 in that of the products (table in `fused/stages.py`), and 3 more with norms of heads: attention reads and saves
+# normed copies of query, key and value. SwiGLU with M = 4·W adds 4, which are not counted: half of the free memory is
+# left.
+STREAM_WIDTHS, PRODUCT_WIDTHS = 2, 8 + 3
+OWN_FORWARD_WIDTHS = 20  # saved by PyTorch for a block's own forward: 16, or 20 with QuickGELU
+
+
+def most_saved_bytes(hidden: Tensor, *, fused: bool) -> int:
+    """Bytes that a block over hidden states [..., W] saves for backward at most, with memory="fast" if it is fused."""
+    stream = hidden.element_size()
+    if not fused:
+        return hidden.numel() * OWN_FORWARD_WIDTHS * stream
+    autocast = autocast_dtype(hidden.device)
+    if autocast is None or hidden.dtype == torch.float64:  # which autocast leaves as it is
+        return hidden.numel() * (STREAM_WIDTHS + PRODUCT_WIDTHS) * stream
+    casts = 12 * hidden.shape[-1] ** 2  # of the weights: (3 + 1 + 4 + 4) · W²
+    return hidden.numel() * STREAM_WIDTHS * stream + (hidden.numel() * PRODUCT_WIDTHS + casts) * autocast.itemsize

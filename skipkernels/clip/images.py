@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..boundary import LostGradient
+from ..memory import out_of_memory
 from ..towers.base import ImageTower
 from ..towers.modes import evaluating
 from ..towers.watch import Watch
@@ -55,13 +57,11 @@ class ImageEncoder:
         """Images [B, 3, height, width] to features at the cut [B, N, W]; `watch` first if the caller keeps them."""
         try:  # Sizes are not checked before: a convolutional model takes others too.
             return self.tower.lower(images)
+        except LostGradient:
+            raise
         except RuntimeError as error:
             height, width = self.tower.image_size
-            if (
-                tuple(images.shape[1:]) == (3, height, width)
-                or images.requires_grad
-                or isinstance(error, torch.OutOfMemoryError)
-            ):
+            if tuple(images.shape[2:]) == (height, width) or out_of_memory(error):
                 raise
             raise ValueError(
                 f"SkipCLIP: images must be [B, 3, {height}, {width}], the size that the model takes; got "

@@ -19,7 +19,7 @@ from ..towers.modes import evaluating
 from . import checks
 from .state import Origin, forgive_missing_state, pack_state, unpack_state
 from .step import LossOptions, SkipOutput, compare_with_all, step
-from .texts import in_same_dtype
+from .texts import ClassTexts, in_same_dtype
 from .trainable import TrainOptions, check_trained, trained_parameters
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from ..towers.reductions import Reduction
     from .classifier import AffineHead
+    from .images import ImageEncoder
 
 
 class SkipCLIP(nn.Module):
@@ -87,6 +88,9 @@ class SkipCLIP(nn.Module):
     """
 
     model: Any  # nn.Module; its attributes depend on its library
+    sampler: RankSampler
+    images: ImageEncoder
+    texts: ClassTexts
     class_weight: Tensor | None
 
     def __init__(

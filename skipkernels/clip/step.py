@@ -46,7 +46,7 @@ def cross_entropy(
     image: Tensor, text: Tensor, class_ids: Tensor, targets: Tensor, scale: Tensor, options: LossOptions
 ) -> SkipOutput:
     """Cross-entropy of images [B, D] over classes [K, D]; targets are positions [B] or probabilities [B, K]."""
-    text = text.to(image.dtype)  # constants, where texts do not train
+    text = text.to(image.dtype)  # texts that do not train are at least fp32
     weight = None if options.class_weight is None else options.class_weight.index_select(0, class_ids)
     if targets.ndim == 1 and not options.return_logits:
         loss = functional.class_sampled_ce(
@@ -64,12 +64,10 @@ class SkipOutput(NamedTuple):
     """Result of a step.
 
     Attributes:
-        loss: [], mean cross-entropy over the batch, weighted if SkipCLIP has class weights; of `sigmoid_loss`, the mean
-            over images and classes.
-        logits: [B, K]; in training None, but with `return_logits`, for soft labels and of `sigmoid_loss`.
+        loss: [], mean cross-entropy over the batch, weighted if SkipCLIP has class weights.
+        logits: [B, K]; in training None, but with `return_logits` and for soft labels.
         class_ids: [K] int64, ascending, the kept classes; in evaluation all classes, K = C.
-        targets: [B] int64, positions of the labels in `class_ids`; of soft labels and of `sigmoid_loss` [B, K], the
-            labels themselves.
+        targets: [B] int64, positions of the labels in `class_ids`; of soft labels the labels themselves, [B, K].
     """
 
     loss: Tensor

@@ -57,10 +57,7 @@ class PromptEncoder:
 
     def encode(self, class_ids: Tensor) -> Tensor:
         """Different class ids [K] to text embeddings [K, D], any norm, with gradient."""
-        embeddings = self.encode_templates(class_ids)
-        if len(embeddings) == 1:
-            return embeddings[0]
-        return torch.stack([unit_norm(x) for x in embeddings]).mean(0).to(embeddings[0].dtype)
+        return mean_of_templates(self.encode_templates(class_ids))
 
     def encode_repeated(self, class_ids: Tensor) -> Tensor:
         """Class ids [K] that may repeat to text embeddings [K, D], as `encode`; on a GPU with a host sync."""
@@ -68,24 +65,26 @@ class PromptEncoder:
         return self.encode(different)[positions]
 
     def encode_templates(self, class_ids: Tensor) -> list[Tensor]:
-        """Different class ids [K] to the embeddings [K, D] of their prompts of each template."""
-        return self.encode_prompts([prompts.select(class_ids) for prompts in self.templates])
+        """Different class ids [K] to the embeddings [K, D] of their prompts of each template, with gradient."""
+        selected = [prompts.select(class_ids) for prompts in self.templates]
+        return self.tower.upper(self.rows(selected), selected)
 
-    def encode_prompts(self, selected: Sequence[SelectedPrompts]) -> list[Tensor]:
-        """Prompts of one or more templates to their embeddings [K, D] of each."""
+    def rows(self, selected: Sequence[SelectedPrompts]) -> list[Tensor]:
+        """Features at the cut [R, W] of some prompts of one or more templates: kept, or computed now."""
         if self.features is None:
-            rows = [self.tower.lower(of_template) for of_template in selected]
-        else:
-            rows = self.features.rows(selected)
-        return self.tower.upper(rows, selected)
+            return [self.tower.lower(of_template) for of_template in selected]
+        return self.features.rows(selected)
 
-    def embeddings(self, class_ids: Tensor | None = None) -> Tensor:
-        """Unit-norm embeddings [K, D], by default of all, in evaluation mode, without gradient, at least fp32."""
-        class_ids = self.class_ids if class_ids is None else class_ids
+    def embeddings(self) -> Tensor:
+        """Unit-norm embeddings [n, D] of all classes in evaluation mode, without gradient, at least fp32."""
         with evaluating([self.tower.model]), torch.no_grad(), parametrize.cached():
-            chunks = [self.encode_templates(ids) for ids in class_ids.split(self.tower.cut.chunk)]
-            of_templates = [unit_norm(torch.cat(parts)) for parts in zip(*chunks, strict=True)]  # T × [K, D]
-            return of_templates[0] if len(of_templates) == 1 else unit_norm(torch.stack(of_templates).mean(0))
+            chunks = self.class_ids.split(self.tower.cut.chunk)
+            return unit_norm(torch.cat([mean_of_templates(self.encode_templates(ids)) for ids in chunks]))
+
+
+def mean_of_templates(embeddings: Sequence[Tensor]) -> Tensor:
+    """Mean of the unit-norm embeddings [K, D] of each template, at least fp32; those of one template as they are."""
+    return embeddings[0] if len(embeddings) == 1 else torch.stack([unit_norm(x) for x in embeddings]).mean(0)
 
 
 class _Kept(NamedTuple):

@@ -61,9 +61,8 @@ def _of_texts(texts: ClassTexts, template: int) -> _Comparison:
 
     def actual() -> Tensor:
         selected = prompts.select(class_ids)
-        if table_is_fp32:
-            return texts.encode_prompts([selected])[0]
-        return tower.upper([tower.lower(selected)], [selected])[0]
+        rows = texts.rows([selected]) if table_is_fp32 else [tower.lower(selected)]
+        return tower.upper(rows, [selected])[0]
 
     return _Comparison("texts", lambda: tower.reference_forward(rows), actual, parameters)
 

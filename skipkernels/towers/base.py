@@ -21,7 +21,6 @@ from torch.utils.checkpoint import checkpoint
 from ..boundary import DEFAULT_CHUNK, run_frozen
 from ..digests import digest_tensors
 from ..options import FusedMemory, Memory
-from ..reference import autocast_dtype
 from .block import fuse_blocks, why_takes_no_rows
 from .modes import evaluating, updates_statistics
 from .rows import (
@@ -39,13 +38,6 @@ if TYPE_CHECKING:
     from ..memory import FreeMemory
 
 Part = nn.Module | nn.Parameter
-
-# Values per token that `memory="auto"` counts, in multiples of W. A fused block saves 2 in the dtype of the stream and
-# 8 in that of the products (table in `fused/stages.py`), and 3 more with norms of heads: attention reads and saves
-# normed copies of query, key and value. SwiGLU with M = 4·W adds 4, which are not counted: half of the free memory is
-# left.
-STREAM_WIDTHS, PRODUCT_WIDTHS = 2, 8 + 3
-OWN_FORWARD_WIDTHS = 20  # saved by PyTorch for a block's own forward: 16, or 20 with QuickGELU
 
 
 class UnsupportedModel(ValueError):
@@ -148,12 +140,14 @@ class Tower(ABC):
                 hidden = self.call_block(block, hidden, mask)
         return hidden
 
-    def _run_upper_rows(self, rows: Tensor, options: RowsOptions, pooled: BlockAttention | None = None) -> Tensor:
-        """Run the blocks above the cut over rows [R, W]; the last one with the attention `pooled`, if there is one."""
+    def _run_upper_rows(self, rows: Tensor, options: RowsOptions, last_attention: BlockAttention | None) -> Tensor:
+        """Run the blocks above the cut over rows [R, W]; the last one with an attention of its own, if there is one."""
         options = options._replace(memory=self.block_memory(rows, fused=True))
         *blocks, last = self.upper_blocks
         hidden = _run_rows(blocks, Hidden(rows), options)
-        return last(hidden, options if pooled is None else options._replace(attention=pooled)).sum()
+        if last_attention is not None:
+            options = options._replace(attention=last_attention)
+        return _run_rows([last], hidden, options).sum()
 
     def _of_sequences(self, hidden: Tensor, mask: Tensor | None = None) -> RowsOptions:
         """Options of blocks over the rows of sequences [n, tokens, W]."""
@@ -171,6 +165,8 @@ class Tower(ABC):
             return self.cut.memory
         if not torch.is_grad_enabled():
             return "fast"
+        from ..memory import most_saved_bytes
+
         needed = most_saved_bytes(hidden, fused=fused) * len(self.upper_blocks) * self.cut.runs
         return "fast" if self._free_memory.allows(needed, hidden.device) else "min"
 
@@ -272,9 +268,9 @@ class ImageTower(Tower):
         features = features.to(self.dtype)
         if not self.takes_rows_above:
             return self.finish(self._call_upper_blocks(features))
-        first_tokens = Pooled(slice(None, None, features.shape[1]))  # of the sequences, among their rows
-        pooled = first_tokens if self.why_not_pooled() is None else None
-        rows = self._run_upper_rows(features.flatten(0, 1), self._of_sequences(features), pooled)
+        of_first_tokens = Pooled(slice(None, None, features.shape[1]))  # of the sequences, among their rows
+        last_attention = of_first_tokens if self.why_not_pooled() is None else None
+        rows = self._run_upper_rows(features.flatten(0, 1), self._of_sequences(features), last_attention)
         return self.finish(rows.unflatten(0, (len(features), -1)))  # [n, 1 or tokens, W]
 
     def encoder(self) -> nn.Module:
@@ -289,19 +285,8 @@ class ImageTower(Tower):
         return self.model.encode_image(inputs)
 
 
-def most_saved_bytes(hidden: Tensor, *, fused: bool) -> int:
-    """Bytes that a block over hidden states [..., W] saves for backward at most, with memory="fast" if it is fused."""
-    stream = hidden.element_size()
-    if not fused:
-        return hidden.numel() * OWN_FORWARD_WIDTHS * stream
-    autocast = autocast_dtype(hidden.device)
-    if autocast is None or hidden.dtype == torch.float64:  # which autocast leaves as it is
-        return hidden.numel() * (STREAM_WIDTHS + PRODUCT_WIDTHS) * stream
-    casts = 12 * hidden.shape[-1] ** 2  # of the weights: (3 + 1 + 4 + 4) · W²
-    return hidden.numel() * STREAM_WIDTHS * stream + (hidden.numel() * PRODUCT_WIDTHS + casts) * autocast.itemsize
-
-
 def _run_rows(blocks: Iterable[Any], hidden: Hidden, options: RowsOptions) -> Hidden:
+    """Run blocks that take rows. Each is a `FusedBlock`, and the call its `forward`."""
     for block in blocks:
         hidden = block(hidden, options)
     return hidden

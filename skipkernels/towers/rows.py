@@ -8,6 +8,8 @@ last block of a tower it returns Q of the R rows:
     Sequences   None                     False              [R, 3W]           [R, W]
     Pooled      one of each sequence     True               [Q, W], [R, 2W]   [Q, W]
     Suffixes    None, or the last rows   False              [R, 3W]           [R, W] or [Q, W]
+
+The kernel of `Suffixes` reads query, key and value of all rows in one tensor, so that it takes no separate queries.
 """
 
 from __future__ import annotations

@@ -238,7 +238,7 @@ class TextTower(Tower):
             max_length=prompts.max_suffix_length,
             last_rows=selected.last_rows,
         )
-        return self._run_upper_rows(rows, RowsOptions(attention), pooled=replace(attention, only_last=True))
+        return self._run_upper_rows(rows, RowsOptions(attention), last_attention=replace(attention, only_last=True))
 
     def _run_whole_prompts(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:
         """Run whole prompts; return hidden states [K, W] of the pooled tokens."""
@@ -247,8 +247,8 @@ class TextTower(Tower):
         class_numbers, positions = torch.arange(K, device=features.device), selected.pooled  # [K] each
         # Rows of the mask at the pooled tokens: [1 or K, 1, L, L] -> [K, L]
         pooled_mask = None if mask is None else mask.expand(K, 1, L, L)[class_numbers, 0, positions]
-        pooled = Pooled(class_numbers * L + positions, pooled_mask)
-        return self._run_upper_rows(features.flatten(0, 1), self._of_sequences(features, mask), pooled)
+        last_attention = Pooled(class_numbers * L + positions, pooled_mask)
+        return self._run_upper_rows(features.flatten(0, 1), self._of_sequences(features, mask), last_attention)
 
 
 def representative_classes(prompts: Prompts) -> Tensor:

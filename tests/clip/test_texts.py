@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 
 import skipkernels as sk
+from skipkernels import memory
 from skipkernels.clip.text_features import TextFeatures
 from skipkernels.testing import allocated_bytes, saved_bytes
-from skipkernels.towers import base
 from tests.clip.clips import IMAGES, LABELS, C, class_weights, make_clip, three_templates
 from tests.models import tiny_batch, tiny_clip, tiny_tokens
 from tests.naive_step import assert_step_equals_naive
@@ -183,7 +183,7 @@ def test_templates_share_the_free_memory(monkeypatch):
     clip = sk.SkipCLIP(tiny_clip(), three_templates(C), skip_layers=1)
     clip(*tiny_batch(3, C))
     rows = torch.zeros(20_000, 16, dtype=torch.float64)
-    saved = base.most_saved_bytes(rows, fused=True) * 2  # two blocks
+    saved = memory.most_saved_bytes(rows, fused=True) * 2  # two blocks
     monkeypatch.setattr("skipkernels.memory.free_bytes", lambda device: 2 * saved + 2)
     assert clip.texts.tower.block_memory(rows, fused=True) == "min"
     clip.set_classes(tiny_tokens(C))

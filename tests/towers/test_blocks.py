@@ -10,9 +10,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import skipkernels as sk
+from skipkernels.memory import most_saved_bytes
 from skipkernels.ops import row_sums
 from skipkernels.testing import relative_error, saved_bytes
-from skipkernels.towers import base
 from skipkernels.towers.block import FusedBlock
 from skipkernels.towers.families.timm_blocks import rotary_of_tokens
 from skipkernels.towers.fused import node
@@ -77,7 +77,7 @@ def test_saved_bytes_that_auto_counts(autocast):
     """With norms of heads, up to statistics of rows, which are about a tenth at this width."""
     block, hidden = fused("qk_norm", dtype=torch.float32), hidden_states(torch.float32)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        counted = base.most_saved_bytes(hidden, fused=True)
+        counted = most_saved_bytes(hidden, fused=True)
         assert counted <= saved_bytes(lambda: block(hidden)) < 1.15 * counted
 
 

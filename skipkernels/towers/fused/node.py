@@ -40,15 +40,15 @@ class _BlockFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         record = call.options.memory != "min"
         out, saved = stages.forward(call, Hidden(stream, branch), record)
-        weights = dict(zip(names, tensors, strict=True))
-        ctx.names, ctx.weight_dtype = names, weights["mlp_out"].dtype
-        # Save the casts by field, of which `prepare` has nothing to make again in backward; else the weights as given
-        if record and ctx.weight_dtype != call.dtype:
-            weights = {name: x for name, x in vars(call.weights).items() if x is not None}
-        # `save_for_backward` keeps the weights
+        given = dict(zip(names, tensors, strict=True))
+        ctx.names, ctx.weight_dtype = names, given["mlp_out"].dtype
+        # Backward reads the weights in the dtype of the products. If they were cast, their casts are saved, by the
+        # fields of `BlockWeights`; else the weights as given, which are no copies. "min" casts them again.
+        was_cast = ctx.weight_dtype != call.dtype
+        to_save = {k: x for k, x in vars(call.weights).items() if x is not None} if record and was_cast else given
         ctx.call = call._replace(weights=None)  # type: ignore[arg-type]
-        ctx.saved_names = tuple(weights)
-        ctx.save_for_backward(*weights.values(), *stages.to_save(call, saved))
+        ctx.saved_names = tuple(to_save)
+        ctx.save_for_backward(*to_save.values(), *stages.to_save(call, saved))
         # The graph of attention is no tensor. Backward frees it; a second backward records another.
         ctx.attention_graph = saved.attention_graph
         return out.stream, out.branch
@@ -58,24 +58,24 @@ class _BlockFunction(torch.autograd.Function):
     def backward(ctx: Any, d_stream: Tensor, d_branch: Tensor) -> tuple[Tensor | None, ...]:
         # 1. The saved tensors by name
         tensors, count = ctx.saved_tensors, len(ctx.saved_names)
-        given = dict(zip(ctx.saved_names, tensors[:count], strict=True))
+        saved_weights = dict(zip(ctx.saved_names, tensors[:count], strict=True))
         graph, ctx.attention_graph = ctx.attention_graph, None
         # 2. The gradients that are needed
         _, _, needs_stream, needs_branch, *needs = ctx.needs_input_grad
         gradients = Gradients(
             dict(zip(ctx.names, needs, strict=True)),
-            hidden=needs_stream or needs_branch,
+            needs_hidden=needs_stream or needs_branch,
             dtype=ctx.weight_dtype,
             # Norms may be fp32 beside fp16 matrices
-            sums_dtype=max(ctx.weight_dtype, given["norm_1"].dtype, key=lambda x: x.itemsize),
+            sums_dtype=max(ctx.weight_dtype, saved_weights["norm_1"].dtype, key=lambda x: x.itemsize),
             partial=launches_on(d_stream.device),
         )
         with without_autocast(d_stream.device):
-            call = ctx.call._replace(weights=prepare(given, ctx.call.dtype))
+            call = ctx.call._replace(weights=prepare(saved_weights, ctx.call.dtype))
             # 3. What was not saved, computed again; then the stages from the last to the first
             saved = stages.restore(call, tensors[count:], graph)
-            d_hidden = stages.backward(call, saved, Hidden(d_stream, d_branch), gradients)
-            d_given = gradients.complete()
+            d_inputs = stages.backward(call, saved, d_stream, d_branch, gradients)
+            d_weights = gradients.complete()
         # 4. The gradients in the order of the inputs. Autograd casts each to the dtype of its input.
-        d_stream_in, d_branch_in = (None, None) if d_hidden is None else d_hidden
-        return None, None, d_stream_in, d_branch_in if needs_branch else None, *d_given
+        d_stream_in, d_branch_in = (None, None) if d_inputs is None else d_inputs
+        return None, None, d_stream_in, d_branch_in if needs_branch else None, *d_weights

@@ -138,7 +138,7 @@ def forward_to_inner(call: BlockCall, inputs: Hidden, record: bool) -> tuple[Sav
         projected = rotate(call, projected)
     attended, graph = attention(call, projected, record)  # [Q, W]
     del projected  # the leaves of the graph are the same memory
-    attention_branch = F.linear(attended.detach(), weights.out_proj, weights.out_proj_bias)  # [Q, W] @ [W, W] -> [Q, W]
+    attention_branch = F.linear(attended, weights.out_proj, weights.out_proj_bias)  # [Q, W] @ [W, W] -> [Q, W]
     del attended
     normed, saved_2 = norm(call, "norm_2", call.queries(saved_1.x), attention_branch)  # of mid = hidden + it, [Q, W]
     del attention_branch
@@ -167,20 +167,22 @@ def restore(call: BlockCall, tensors: Sequence[Tensor], graph: AttentionGraph | 
     return Saved(saved_1, saved_2, inner, graph)
 
 
-def backward(call: BlockCall, saved: Saved, d_out: Hidden, gradients: Gradients) -> Hidden | None:
+def backward(
+    call: BlockCall, saved: Saved, d_stream: Tensor, d_branch: Tensor, gradients: Gradients
+) -> tuple[Tensor, Tensor] | None:
     """Return the gradient of hidden [R, W], given that of the result mid + branch [Q, W]; None if it is not needed.
 
-    Each is a pair: in the dtype of the stream, and in that of the branch. Set those of the weights that are needed in
-    `gradients`. Each tensor is released once the next stage has read it.
+    Each is one gradient in two dtypes: that of the stream, and that of the branch, which products read. Set those of
+    the weights that are needed in `gradients`. Each tensor is released once the next stage has read it.
     """
     weights, graph = call.weights, saved.attention_graph
-    assert saved.inner is not None and graph is not None and d_out.branch is not None
+    assert saved.inner is not None and graph is not None
     # branch = active · W_p + b_p, where active = act(inner + b_fc), or a norm of it
-    d_active = d_out.branch @ weights.mlp_out  # [Q, W] @ [W, M] -> [Q, M]
+    d_active = d_branch @ weights.mlp_out  # [Q, W] @ [W, M] -> [Q, M]
     if weights.mlp_norm is not None:
         # The statistics of this norm are not saved, since its input is not either.
         _, saved_norm = norm(call, "mlp_norm", mlp_act(call, saved.inner))
-        (d_active, _), active = norm_backward(call, "mlp_norm", saved_norm, d_active, gradients)
+        _, d_active, active = norm_backward(call, "mlp_norm", saved_norm, d_active, gradients)
         del saved_norm
         d_inner, _ = mlp_act_backward(call, saved.inner, d_active, gradients)  # [Q, M], or [Q, 2M] for SwiGLU
     else:
@@ -188,42 +190,42 @@ def backward(call: BlockCall, saved: Saved, d_out: Hidden, gradients: Gradients)
             call, saved.inner, d_active, gradients, need_active=gradients.needs("mlp_out")
         )
     del d_active
-    gradients.set_product("mlp_out", (d_out.branch, active))
+    gradients.set_product("mlp_out", (d_branch, active))
     del active
     # inner = LN₂(mid) · W_fc
     d_normed = d_inner @ weights.mlp_in  # [Q, M] @ [M, W] -> [Q, W]; 2M for SwiGLU
-    d_mid, normed = norm_backward(
-        call, "norm_2", saved.norm_2, d_normed, gradients, d_out.stream, biases=("mlp_out_bias", "out_proj_bias")
+    d_mid, d_mid_branch, normed = norm_backward(
+        call, "norm_2", saved.norm_2, d_normed, gradients, d_stream, biases=("mlp_out_bias", "out_proj_bias")
     )
     del d_normed
     gradients.set_product("mlp_in", (d_inner, normed))
     del d_inner, normed
     # mid = hidden + attended · W_o + b_o
-    assert d_mid.branch is not None
-    gradients.set_product("out_proj", (d_mid.branch, graph.result.detach()))
+    gradients.set_product("out_proj", (d_mid_branch, graph.result))
     if not gradients.depend_on_attention:
         return None
-    d_attended = d_mid.branch @ weights.out_proj  # [Q, W] @ [W, W] -> [Q, W]
-    d_residual = d_mid.stream
-    del d_mid
+    d_attended = d_mid_branch @ weights.out_proj  # [Q, W] @ [W, W] -> [Q, W]
+    del d_mid_branch
     d_projected = attention_backward(graph, d_attended, gradients)  # ([R, 3W],), or ([Q, W], [R, 2W])
     del d_attended
     if weights.query_norm is None:
         d_projected = rotate(call, d_projected, inverse=True)
     # projected = LN₁(hidden) · W_qkv + b_qkv
     d_normed = in_proj_backward(call, d_projected)  # [R, W]
-    adds = gradients.hidden and call.options.attention.query_rows is None
-    d_hidden, normed = norm_backward(
-        call, "norm_1", saved.norm_1, d_normed, gradients, d_residual if adds else None, need_x=gradients.hidden
+    # The residual of mid was hidden. If that is all rows, the backward of the norm adds its gradient, else it is added
+    # to the query rows below.
+    adds = gradients.needs_hidden and call.options.attention.query_rows is None
+    d_hidden, d_hidden_branch, normed = norm_backward(
+        call, "norm_1", saved.norm_1, d_normed, gradients, d_mid if adds else None, need_x=gradients.needs_hidden
     )
     del d_normed
     set_in_proj(call, d_projected, normed, gradients)
-    if not gradients.hidden:
+    if not gradients.needs_hidden:
         return None
-    if not adds:  # the residual of mid was the query rows of hidden alone
-        d_stream = call.add_to_queries(d_hidden.stream, d_residual)
-        d_hidden = Hidden(d_stream, d_stream.to(call.dtype))
-    return d_hidden
+    if not adds:
+        d_hidden = call.add_to_queries(d_hidden, d_mid)
+        d_hidden_branch = d_hidden.to(call.dtype)
+    return d_hidden, d_hidden_branch
 
 
 # ---- in_proj ---------------------------------------------------------------------------------------------------------
@@ -366,12 +368,12 @@ def norm_backward(
     *,
     biases: tuple[str, ...] = (),
     need_x: bool = True,
-) -> tuple[Hidden, Tensor]:
-    """Gradient of the input of a norm, d_x = d_residual + …; set those of its weights.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of the input of a norm, d_x = d_residual + …, and d_x in the dtype of the products; set its weights'.
 
-    With a residual the input was the sum of stream and branch, and d_x is the gradient of both: that of the branch has
-    the dtype of the products. Return also the norm, computed again, if the gradient of the weight that it is multiplied
-    by needs it; else an empty tensor. Gradients of the two `biases` are the column sums of d_residual and of d_x.
+    With a residual the input was the sum of stream and branch, and d_x is the gradient of both. The third result is the
+    norm, computed again, if the gradient of the weight that it is multiplied by needs it; else an empty tensor.
+    Gradients of the two `biases` are the column sums of d_residual and of d_x.
     """
     (weight, bias), bias_name = call.weights.layer(name), f"{name}_bias"
     need_sums, need_weights = gradients.needs(*biases), gradients.needs(name, bias_name)
@@ -398,4 +400,4 @@ def norm_backward(
     if need_sums:
         sums |= zip(biases, (found.d_hidden_sum, found.d_x_sum), strict=True)
     gradients.set_sums(sums, found.partial_sums)
-    return Hidden(found.d_x, found.d_x_cast if casts else found.d_x), found.normed
+    return found.d_x, found.d_x_cast if casts else found.d_x, found.normed

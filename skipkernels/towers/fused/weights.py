@@ -155,7 +155,7 @@ class Gradients:
 
     Args:
         needed: Whether each given weight needs a gradient. Those of others may be computed as well.
-        hidden: True if those of the inputs of the block are needed.
+        needs_hidden: True if those of the inputs of the block are needed.
         dtype: Dtype of the matrices.
         sums_dtype: Dtype of sums over rows.
         partial: True where kernels are launched: operators leave their sums over rows partial, as rows of fewer terms,
@@ -163,9 +163,15 @@ class Gradients:
     """
 
     def __init__(
-        self, needed: Mapping[str, bool], *, hidden: bool, dtype: torch.dtype, sums_dtype: torch.dtype, partial: bool
+        self,
+        needed: Mapping[str, bool],
+        *,
+        needs_hidden: bool,
+        dtype: torch.dtype,
+        sums_dtype: torch.dtype,
+        partial: bool,
     ):
-        self.hidden, self.partial = hidden, partial
+        self.needs_hidden, self.partial = needs_hidden, partial
         self._given, self._fields = needed, {_WHOLE.get(name, name) for name, need in needed.items() if need}
         self._dtype, self._sums_dtype = dtype, sums_dtype
         self._found: dict[str, Tensor] = {}
@@ -180,7 +186,7 @@ class Gradients:
     @property
     def depend_on_attention(self) -> bool:
         """True if a gradient depends on that of the result of attention."""
-        return self.hidden or self.needs("norm_1", "norm_1_bias", "in_proj", "in_proj_bias", *ATTENTION_NORMS)
+        return self.needs_hidden or self.needs("norm_1", "norm_1_bias", "in_proj", "in_proj_bias", *ATTENTION_NORMS)
 
     def set(self, name: str, gradient: Tensor) -> None:
         """Set a gradient, if it is needed."""
