@@ -21,18 +21,14 @@ if TYPE_CHECKING:
 
 
 def features_in_folder(folder: Path, features: TextFeatures, probe: Tensor) -> FolderTable:
-    """Rows [R, W] of all prompts at the cut, in a table that is created, completed or opened.
+    """Open the rows [R, W] of all prompts at the cut; compute those that are missing in the folder.
 
-    If another process writes it, this one waits. `probe` has features [n, W] of a prompt, computed now.
+    If another process writes them, this one waits. `probe` has the features [n, W] of a prompt, computed now.
 
     Raises:
         CacheError: If the folder has the features of other prompts, or of another model below the cut.
     """
-    dtype = NAMES[probe.dtype]
-    if dtype not in STORED_DTYPES:
-        raise CacheError(f"SkipCLIP: text_cache stores fp32, fp16, bf16; this model computes in {probe.dtype}.")
-    shape, identity = tuple(probe.shape[1:]), _identity(features)
-    layout = Layout(features.row_count, shape, dtype, dtype, False, identity, probe_of(probe))
+    layout = _layout(features, probe)
     if is_locked(folder):
         Output(sys.stderr).write(f"{escaped(folder)}: in use by another process. Waiting for it.\n")
     with TableWriter(folder, layout, resume=True, wait=True) as writer:
@@ -44,10 +40,26 @@ def features_in_folder(folder: Path, features: TextFeatures, probe: Tensor) -> F
     return FolderTable.open(folder)
 
 
-def _identity(features: TextFeatures) -> dict[str, str | int]:
-    """Return what the rows depend on."""
+def _layout(features: TextFeatures, probe: Tensor) -> Layout:
+    """Return the layout of the rows, and what they depend on: the model below the cut, and the prompts."""
+    dtype = NAMES[probe.dtype]
+    if dtype not in STORED_DTYPES:
+        raise CacheError(f"SkipCLIP: text_cache stores fp32, fp16, bf16; this model computes in {probe.dtype}.")
     templates = features.templates
-    tensors = [(f"{name} {number}", x) for number, prompts in enumerate(templates)
-               for name, x in (("tokens", prompts.tokens), ("pooled", prompts.pooled))]  # fmt: skip
-    counts = {"number of classes": len(templates[0].tokens), "templates": len(templates)}
-    return features.tower.lower_identity() | {"prompts": digest_tensors(tensors)} | counts
+    tensors = []
+    for number, prompts in enumerate(templates):
+        tensors += [(f"tokens {number}", prompts.tokens), (f"pooled {number}", prompts.pooled)]
+    return Layout(
+        rows=features.row_count,
+        shape=tuple(probe.shape[1:]),
+        dtype=dtype,
+        computed_dtype=dtype,
+        labelled=False,
+        identity={
+            **features.tower.lower_identity(),
+            "prompts": digest_tensors(tensors),
+            "number of classes": len(templates[0].tokens),
+            "templates": len(templates),
+        },
+        probe=probe_of(probe),
+    )

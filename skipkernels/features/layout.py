@@ -103,22 +103,6 @@ class Layout:
     identity: Mapping[str, str | int]  # What the rows depend on, by name
     probe: tuple[float, ...]  # See `probe_of`
 
-    def __post_init__(self) -> None:
-        """Raise a ValueError if a value, which may be that of a file, is none that a table can have."""
-        valid = {
-            "rows": _is_size(self.rows),
-            # int8 has scales of tokens [N], so that a row is [N, …]
-            "shape": all(map(_is_size, self.shape)) and len(self.shape) >= (2 if self.dtype == "int8" else 1),
-            "dtype": self.dtype in list(STORED_DTYPES),
-            "computed_dtype": self.computed_dtype in list(COMPUTED_DTYPES),
-            "labelled": isinstance(self.labelled, bool),
-            "identity": isinstance(self.identity, Mapping)
-            and all(isinstance(x, str | int) for x in self.identity.values()),
-            "probe": all(isinstance(number, float | int) for number in self.probe),
-        }
-        for name in (name for name, is_valid in valid.items() if not is_valid):
-            raise ValueError(f"{name} is {getattr(self, name)!r:.80}")
-
     @functools.cached_property
     def arrays(self) -> dict[str, tuple[tuple[int, ...], Any]]:
         """Shape and NumPy dtype of each array of the rows, by file name."""
@@ -186,7 +170,7 @@ class Layout:
             )
         try:
             return cls(**values | {"shape": tuple(values["shape"]), "probe": tuple(values["probe"])})
-        except (ValueError, TypeError, LookupError) as error:
+        except (TypeError, LookupError) as error:  # other entries
             raise _damaged_identity(folder, error) from None
 
 
@@ -208,10 +192,6 @@ def read_identity(folder: Path) -> dict[str, Any]:
 
 def _damaged_identity(folder: Path, error: Exception) -> CacheError:
     return CacheError(f"{folder / IDENTITY}: damaged ({error}). Delete the folder, and build the cache again.")
-
-
-def _is_size(value: Any) -> bool:
-    return type(value) is int and value > 0
 
 
 # ---- arrays ----------------------------------------------------------------------------------------------------------
