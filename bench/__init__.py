@@ -3,7 +3,7 @@
 steps               step, infer, fuse; inputs, published and training have what they time
 operators           operators/ and peers
 without a GPU       counts, aot and gpu_model, by flops, launches, machine_code, recording and meta_device
-on a GPU            gpu.sh, by gpu; tune
+on a GPU            gpu.sh, by gpu and gpu_step; tune
 results             equivalence, models, cache, when/
 rows and pages      measure times, rows and tables store, report and pages/ show
 """

@@ -19,46 +19,30 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
-import functools
 import gc
 import importlib
+import itertools
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-import skipkernels as sk
-from skipkernels import testing
-from skipkernels.app.train.precision import autocast
 from skipkernels.formatting import first_line
-from skipkernels.graphs.graphed_step import WARMUP, GraphedStep
+from skipkernels.graphs.graphed_step import WARMUP
 from skipkernels.ops import OPERATORS, launching
 
 from . import fuse, measure, peers
-from .flops import flops_of
-from .inputs import Case, Inputs, parser, random_inputs
-from .measure import OURS
+from .gpu_step import GRAPHED, differences, graphed_step, rows_of
+from .inputs import Case, parser
 from .operators.record import small_call
 from .rows import machine_columns, save
-from .training import Published, Step, skip_step, with_update
 
-GRAPHED, PUBLISHED = "skipkernels as a graph", "published"
-COMPILED = {"default": "published, compiled", "reduce-overhead": "published, compiled with CUDA graphs"}  # by mode
 _LISTED = 40  # kernels
-_CALLS = 10  # steps between two events, as in training: the host does not wait between them
-# Least number of times that a step with its update reads or writes its weights: read in forward and in backward, and
-# the gradient written; then weight, gradient and momentum read, weight and momentum written.
-_PASSES = 3 + 5
-_REPLAYS = 4  # that are compared with eager steps
 _PROFILED = 2  # blocks of each tower in the step for Nsight Compute
 _SHAPES = ((4, 1000), (32, 1000), (4, 100), (32, 100), (4, 10000), (32, 10000))  # images and classes
 # An H100 with eight cores has the limits of bench/gpu.sh; a slower machine up to four times these.
@@ -75,6 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     {function.__name__: function for function in STAGES}[args.stage](args)
 
 
+def case_of(args: argparse.Namespace) -> Case:
+    return Case(args.model, args.batch, args.classes, args.device, args.skip_layers)
+
+
 def check(args: argparse.Namespace) -> None:
     """Raise an error where no stage could run: without a package, a GPU, or a compiler for Triton's launchers."""
     for package in ("hypothesis", "pytest_benchmark", "xdist"):
@@ -86,8 +74,9 @@ def machine(args: argparse.Namespace) -> None:
     """Print device and versions, the peers, by how much limits of time are scaled, and all packages."""
     found = machine_columns(args.device)
     triton = launching.triton.__version__ if launching.installed else "not installed"
-    absent = []
-    for name, peer in all_peers(args.device).items():
+    absent, dtype = [], torch.bfloat16  # which all peers support
+    of_each = peers.cross_entropies(args.device, dtype), peers.layer_norms(args.device), peers.attentions(args.device)
+    for name, peer in (each for of in of_each for each in of.items()):
         print(f"peer {name}: {peer.note or 'part of torch'}", flush=True)
         if peer.function is None:
             absent.append(name)
@@ -108,75 +97,30 @@ def scale_of(bandwidth: float, cores: int) -> float:
     return min(max(1.0, _BYTES_PER_SECOND / bandwidth, _CORES / cores), _MOST_SCALE)
 
 
-def all_peers(device: torch.device) -> dict[str, peers.Peer]:
-    """The peers, at a dtype that all support."""
-    return peers.cross_entropies(device, torch.bfloat16) | peers.layer_norms(device) | peers.attentions(device)
-
-
 def step(args: argparse.Namespace) -> None:
     """Time steps with their updates, in turn; first of all shapes without torch.compile."""
     shapes, begin = _SHAPES if args.all_shapes else ((args.batch, args.classes),), time.monotonic()
     # The goal is one of bf16, and compilation takes half a minute.
-    for compiles in (False, True) if args.device.type == "cuda" and args.precision == "bf16" else (False,):
-        for B, C in shapes:
-            case = case_of(args)._replace(batch=B, classes=C)
-            name = f"{args.precision}, {B} images, {C} classes" + (", compiled" if compiles else "")
-            if time.monotonic() - begin > args.seconds:
-                tell(f"{name}: no time left")
-                continue
-            try:
-                rows = rows_of(args, case, compiles)
-                if rows[-1]["implementation"] == GRAPHED and not compiles and (B, C) == shapes[0]:
-                    rows[-1] |= differences(case, args.precision)
-            except torch.AcceleratorError:  # the device is lost: no other shape would run
-                raise
-            except (RuntimeError, SystemExit) as error:  # such as too little memory, or gradients that differ
-                tell(f"{name}: {first_line(error)}")
-            else:
-                for row in rows:
-                    tell(f"{name}: {row['implementation']} {measure.shown(row)}")
-                save(args, rows, "gpu_step", args.out)
-            gc.collect()
-
-
-def rows_of(args: argparse.Namespace, case: Case, compiles: bool) -> list[dict[str, Any]]:
-    """Rows of our step, of the published one, eager or by torch.compile, and last of ours as a graph."""
-    inputs, on_gpu = inputs_of(case), case.device.type == "cuda"
-    published = Published(inputs, case.skip_layers)
-    ours = skip_step(inputs, case.skip_layers, "fast", args.precision, published)
-    floor = floor_of(ours, case.device)
-    steps: dict[str, Callable[[], Any]] = {OURS: with_update(ours, sk.FusedSGD)}
-    if compiles:
-        for mode, name in COMPILED.items():
-            steps[name] = with_update(published.compiled(args.precision, mode))
-    else:
-        steps[PUBLISHED] = with_update(published.step(args.precision))
-    graph = graphed_step(case, args.precision) if on_gpu else None
-    if graph is not None:
-        steps[GRAPHED] = graph.run
-    for run in steps.values():
-        for _ in range(WARMUP + 1):  # the last captures a graph
-            run()
-    note = ""
-    if graph is not None and not graph.step.is_captured:  # its steps are eager
-        del steps[GRAPHED]
-        note = "no graph was captured"
-    seconds = measure.time_alternately(steps, args.rounds, case.device, calls=_CALLS if on_gpu else 1)
-    best = seconds.get(GRAPHED, seconds[OURS])
-    of_case = {"model": case.model, "B": case.batch, "C": case.classes, "K": ours.K, "skip_layers": case.skip_layers}
-    rows = []
-    for name, times in seconds.items():
-        row = {"implementation": name, **of_case, "precision": args.precision}
-        row |= measure.milliseconds(times, 3) | {"rounds": args.rounds}
-        row["peak_mib"] = round(testing.peak_bytes(steps[name], case.device, warm_up=False) / 2**20)
-        row |= {"floor_ms": round(1000 * floor, 3), "above_floor": round(measure.quantile(times, 0.5) / floor, 2)}
-        if name not in (OURS, GRAPHED):
-            row["faster"] = round(measure.median_ratio(times, best), 2)
-        rows.append(row)
-    if GRAPHED in steps:
-        rows[-1] |= launches_of(steps[GRAPHED], case.device)
-    rows[0]["note"] = note
-    return rows
+    passes = (False, True) if args.device.type == "cuda" and args.precision == "bf16" else (False,)
+    for compiles, (B, C) in itertools.product(passes, shapes):
+        case = case_of(args)._replace(batch=B, classes=C)
+        name = f"{args.precision}, {B} images, {C} classes" + (", compiled" if compiles else "")
+        if time.monotonic() - begin > args.seconds:
+            tell(f"{name}: no time left")
+            continue
+        try:
+            rows = rows_of(args, case, compiles)
+            if rows[-1]["implementation"] == GRAPHED and not compiles and (B, C) == shapes[0]:
+                rows[-1] |= differences(case, args.precision)
+        except torch.AcceleratorError:  # the device is lost: no other shape would run
+            raise
+        except (RuntimeError, SystemExit) as error:  # such as too little memory, or gradients that differ
+            tell(f"{name}: {first_line(error)}")
+        else:
+            for row in rows:
+                tell(f"{name}: {row['implementation']} {measure.shown(row)}")
+            save(args, rows, "gpu_step", args.out)
+        gc.collect()
 
 
 def full(args: argparse.Namespace) -> None:
@@ -185,93 +129,6 @@ def full(args: argparse.Namespace) -> None:
     rows = fuse.rows_of(args, args.model, args.batch, args.precision, names, ("pairs",))
     tell(f"{args.batch} pairs: " + ", ".join(f"{row['implementation']} {row['p50_ms']} ms" for row in rows))
     save(args, rows, "fuse", args.out)
-
-
-def floor_of(step: Step, device: torch.device) -> float:
-    """Least seconds of a step with its update: products at the rate of a large one, then its weights by copies."""
-    trained = sum(weight.nbytes for weight in step.model.parameters() if weight.requires_grad)
-    flops = flops_of(step)
-    step.model.zero_grad()
-    return measure.floor(flops, measure.DTYPES[step.precision], _PASSES * trained, device)
-
-
-def case_of(args: argparse.Namespace) -> Case:
-    return Case(args.model, args.batch, args.classes, args.device, args.skip_layers)
-
-
-def inputs_of(case: Case) -> Inputs:
-    """Random inputs, with a model of their own."""
-    inputs = _random_inputs(case.model, case.batch, case.classes, case.device)
-    return inputs._replace(model=copy.deepcopy(inputs.model))
-
-
-_random_inputs = functools.cache(random_inputs)  # seconds for each model
-
-
-class Graphed(NamedTuple):
-    """Our step with its update; on a GPU a replayed CUDA graph from the call after WARMUP on."""
-
-    run: Callable[[], sk.SkipOutput]
-    step: GraphedStep
-    clip: sk.SkipCLIP
-
-
-def graphed_step(case: Case, precision: str, *, blocks: int | None = None, captures: bool = True) -> Graphed:
-    """Make the step, of `blocks` in each tower if given; without `captures` its calls are eager, with the same K."""
-    model, tokens, images, labels = inputs_of(case)
-    skip: Any = case.skip_layers
-    if blocks is not None:
-        skip = tuple(len(tower.transformer.resblocks) - blocks for tower in (model.visual, model))
-    clip = sk.SkipCLIP(model, tokens, skip_layers=skip, memory="fast")
-    features, labels = clip.encode_lower(images), labels.contiguous()
-    optimizer = sk.FusedSGD(clip.trainable_parameters(), lr=1e-5, momentum=0.9)
-    with autocast(precision, features.device):
-        # Batches of another size than that of a graph run eagerly.
-        step = sk.graphed(clip, optimizer, batch_size=len(labels) if captures else len(labels) + 1)
-
-    def run() -> sk.SkipOutput:
-        with autocast(precision, features.device):
-            return step(features, labels)
-
-    return Graphed(run, step, clip)
-
-
-def differences(case: Case, precision: str) -> dict[str, str]:
-    """Differences of the weights after eager steps from those after as many others, and after replays.
-
-    Each is relative to its weight, the largest of all: 0 if all bits are equal, infinite if the steps keep other
-    classes. PyTorch's attention may add gradients in another order in each run: then replays cannot have the bits of
-    eager steps either.
-    """
-    first, second, replayed = (weights_after_steps(case, precision, captures) for captures in (False, False, True))
-    found = {"eager_difference": difference(first, second), "replay_difference": difference(first, replayed)}
-    return {column: f"{value:.1e}" if value else "0" for column, value in found.items()}
-
-
-Trained = tuple[list[list[int]], list[Tensor]]
-"""Classes of the steps, and the weights after them."""
-
-
-def weights_after_steps(case: Case, precision: str, captures: bool) -> Trained:
-    run, _, clip = graphed_step(case, precision, captures=captures)
-    classes = [run().class_ids.tolist() for _ in range(WARMUP + 1 + _REPLAYS)]
-    return classes, [weight.detach() for weight in clip.trainable_parameters()]
-
-
-def difference(one: Trained, other: Trained) -> float:
-    if one[0] != other[0]:
-        return math.inf
-    return max(testing.relative_error(y, x) for x, y in zip(one[1], other[1], strict=True))
-
-
-def launches_of(run: Callable[[], Any], device: torch.device) -> dict[str, int]:
-    """Kernels, and copies and fills of memory, that a call runs on a GPU."""
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        run()
-        measure.synchronize(device)
-    names = [event.name for event in profiler.events() if event.device_type == DeviceType.CUDA]
-    copies = sum(name.startswith(("Memcpy", "Memset")) for name in names)
-    return {"kernels": len(names) - copies, "copies": copies}
 
 
 def one_step(args: argparse.Namespace) -> None:

@@ -15,7 +15,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from bench import gpu, inputs, measure, rows, training
+from bench import gpu, gpu_step, inputs, measure, rows, training
 from bench.rows import machine_columns
 from skipkernels import testing
 from skipkernels.graphs import graphed_step
@@ -123,8 +123,8 @@ def test_script_says_how_it_ended(tmp_path, python, stage, printed):
 @pytest.fixture
 def as_on_a_gpu(monkeypatch) -> None:
     """The CPU in place of a GPU: every path but the capture and the counting of launches."""
-    monkeypatch.setattr(gpu, "_random_inputs", lambda *case: inputs.random_inputs(*case[:3], measure.CPU))
-    monkeypatch.setattr(gpu, "launches_of", lambda run, device: {"kernels": 5, "copies": 2})
+    monkeypatch.setattr(gpu_step, "_random_inputs", lambda *case: inputs.random_inputs(*case[:3], measure.CPU))
+    monkeypatch.setattr(gpu_step, "launches_of", lambda run, device: {"kernels": 5, "copies": 2})
     monkeypatch.setattr(rows, "machine_columns", lambda device: {"device": "NVIDIA H100 PCIe"})
     monkeypatch.setattr(training.Published, "compiled", lambda published, precision, mode: published.step(precision))
     monkeypatch.setattr(measure, "seconds_of", lambda function, device, calls=1, before=None: 0.001 * calls)
@@ -134,12 +134,12 @@ def as_on_a_gpu(monkeypatch) -> None:
 def test_step_on_a_gpu(as_on_a_gpu, monkeypatch, capsys, tmp_path, captured):
     """Rows have what is printed; eager steps are not called a graph."""
     monkeypatch.setattr(graphed_step.GraphedStep, "is_captured", captured)
-    monkeypatch.setattr(gpu, "floor_of", lambda step, device: 0.005)
+    monkeypatch.setattr(gpu_step, "floor_of", lambda step, device: 0.005)
     options = [option for option in CUT if option != "--no-save"]
     gpu.main(["step", *options, "--precision", "bf16", "--device", "cuda", "--out", str(tmp_path)])
     found = list(csv.DictReader((tmp_path / "nvidia-h100-pcie/gpu_step.csv").open()))
-    graph = [gpu.GRAPHED] if captured else []
-    names = [gpu.OURS, gpu.PUBLISHED, *graph, gpu.OURS, *gpu.COMPILED.values(), *graph]
+    graph = [gpu_step.GRAPHED] if captured else []
+    names = [measure.OURS, gpu_step.PUBLISHED, *graph, measure.OURS, *gpu_step.COMPILED.values(), *graph]
     assert [row["implementation"] for row in found] == names
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("result: ")]
     assert len(printed) == len(found) and sum("no graph was captured" in line for line in printed) == 2 * (not captured)
@@ -148,28 +148,24 @@ def test_step_on_a_gpu(as_on_a_gpu, monkeypatch, capsys, tmp_path, captured):
 
 def test_all_shapes_within_the_time(as_on_a_gpu, monkeypatch, capsys):
     """All of them without torch.compile, then with it; one that gives no time does not stop the others."""
-    began = []
 
     def rows_of(args, case, compiles):
-        began.append((case.batch, case.classes, compiles))
         if case.classes == 10000:
             raise {4: torch.OutOfMemoryError("out of memory\nmore"), 32: SystemExit("no timing")}[case.batch]
-        return [{"implementation": gpu.GRAPHED, "p50_ms": "", "note": "1 ms"}]
+        return [{"implementation": gpu_step.GRAPHED, "p50_ms": "", "note": "1 ms"}]
 
-    compared = []
-    monkeypatch.setattr(gpu, "differences", lambda case, precision: compared.append(case) or {})
+    monkeypatch.setattr(gpu, "differences", lambda case, precision: {"note": "1 ms, compared"})
     monkeypatch.setattr(gpu, "rows_of", rows_of)
     times = itertools.count()
     monkeypatch.setattr(time, "monotonic", lambda: next(times))
     gpu.main("step --precision bf16 --all-shapes --device cuda --seconds 8 --no-save".split())
-    assert [(B, C) for B, C, *_ in began] == [*gpu._SHAPES, *gpu._SHAPES[:2]]
-    assert [compiles for *_, compiles in began] == [False] * 6 + [True] * 2
-    assert [(case.batch, case.classes) for case in compared] == [gpu._SHAPES[0]]
     results = capsys.readouterr().out.splitlines()
-    assert results[0] == "result: bf16, 4 images, 1000 classes: skipkernels as a graph 1 ms" and len(results) == 12
-    assert results[4] == "result: bf16, 4 images, 10000 classes: out of memory"
-    assert results[5] == "result: bf16, 32 images, 10000 classes: no timing"
-    assert results[8] == "result: bf16, 4 images, 100 classes, compiled: no time left"
+    measured = "skipkernels as a graph 1 ms"
+    of_shapes = [f"{measured}, compared", *[measured] * 3, "out of memory", "no timing"]
+    compiled = [measured] * 2 + ["no time left"] * 4
+    shapes = [f"result: bf16, {B} images, {C} classes" for B, C in gpu._SHAPES]
+    assert results[:6] == [f"{shape}: {result}" for shape, result in zip(shapes, of_shapes, strict=True)]
+    assert results[6:] == [f"{shape}, compiled: {result}" for shape, result in zip(shapes, compiled, strict=True)]
 
 
 @pytest.mark.parametrize(
@@ -177,7 +173,7 @@ def test_all_shapes_within_the_time(as_on_a_gpu, monkeypatch, capsys):
 )
 def test_replays_are_compared_in_bits(monkeypatch, change, expected):
     """Without a GPU both steps are eager, and have equal bits but for this change."""
-    weights_after_steps = gpu.weights_after_steps
+    weights_after_steps = gpu_step.weights_after_steps
 
     def changed(case, precision, captures):
         classes, weights = weights_after_steps(case, precision, captures)
@@ -185,6 +181,6 @@ def test_replays_are_compared_in_bits(monkeypatch, change, expected):
             weights[0].flatten()[0].add_(change or 0.0)
         return classes[::-1] if captures and change is None else classes, weights
 
-    monkeypatch.setattr(gpu, "weights_after_steps", changed)
-    found = gpu.differences(inputs.Case("vit-tiny", 4, 20, measure.CPU, 3), "bf16")
+    monkeypatch.setattr(gpu_step, "weights_after_steps", changed)
+    found = gpu_step.differences(inputs.Case("vit-tiny", 4, 20, measure.CPU, 3), "bf16")
     assert found["eager_difference"] == "0" and re.fullmatch(expected, found["replay_difference"])
