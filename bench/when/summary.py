@@ -1,49 +1,35 @@
-"""Tables of the study: functions of rows, with means over seeds and their 95 % intervals."""
+"""Tables of the study: functions of rows."""
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
-
-from scipy import stats
 
 from ..rows import Row
-from .plan import EVERY, HEADED, HEADS, VARIANTS
+from .accuracy import ACCURACIES
+from .lines import (
+    DEFAULT,
+    FULL,
+    HALF,
+    LINES,
+    METHODS,
+    PROBE,
+    ZERO_SHOT,
+    Line,
+    corrected,
+    differences,
+    interval,
+    reported_tasks,
+    together,
+    values,
+)
 from .tasks import SHIFTS
 from .trials import REFERENCE
 
-NAMES = {"full": "full fine-tuning", "lora": "LoRA", "clip-adapter": "CLIP-Adapter", "coop": "CoOp"}
-NAMES |= {"linear-probe": "linear probe", "auto": "the default"}
-
-
-class Line(NamedTuple):
-    """Subject of a line of the tables: a method of `EVERY`, perhaps blended, perhaps with a head."""
-
-    method: str
-    blended: bool = False
-    head: str = ""
-
-    @property
-    def name(self) -> str:
-        """Name in the tables."""
-        method = NAMES.get(self.method, self.method.replace("skip", "Skip Tuning"))
-        return method + ", blended" * self.blended + f" + {self.head}" * bool(self.head)
-
-
-METHODS = list(EVERY)
-_METHODS = [Line(name) for name in METHODS]
-_BLENDS = [Line(name, blended=True) for name in VARIANTS if name.startswith("skip") or name in ("full", "lora")]
-_HEADED = [line for line in (*_METHODS, *_BLENDS) if line.method in HEADED]
-LINES = [*_METHODS, *_BLENDS, *(line._replace(head=head) for head in HEADS for line in _HEADED)]
-
-ZERO_SHOT, HALF, FULL, PROBE, DEFAULT = map(Line, ("zero-shot", "skip, ω = ½", "full", "linear-probe", "auto"))
 _FROZEN, _GAUSSIAN = ZERO_SHOT._replace(head="anchored"), HALF._replace(head="gaussian")
-_OTHERS = [line for line in _METHODS if line not in (HALF, FULL, PROBE, DEFAULT, ZERO_SHOT)]
-ALL = ("base", "new", "harmonic", "joint")
+_OTHERS = [line for line in map(Line, METHODS) if line not in (HALF, FULL, PROBE, DEFAULT, ZERO_SHOT)]
 _OF_HEADS = ("base", "harmonic", "joint")  # heads leave new classes as they are
 # Lines of the table of differences: one, the one it is compared with, and columns.
 _COMPARED: list[tuple[Line, Line, tuple[str, ...]]] = [
@@ -74,94 +60,24 @@ Table = tuple[list[str], list[list[str]]]
 """Header and lines of cells."""
 
 
-class Interval(NamedTuple):
-    """Mean of a value over seeds, and half of the width of its 95 % interval; None for a single seed."""
-
-    mean: float
-    half: float | None
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Interval | None:
-        """The interval of some values; None without values.
-
-        >>> Interval.of([40.0, 42.0, 44.0])
-        Interval(mean=42.0, half=4.968...)
-        """
-        if not values:
-            return None
-        n = len(values)
-        half = float(stats.t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n) if n > 1 else None
-        return cls(statistics.fmean(values), half)
-
-    def text(self, sign: str = "") -> str:
-        """The interval with a digit after the point; `sign` "+" also shows the sign of positive means."""
-        return f"{self.mean:{sign}.1f}" + ("" if self.half is None else f" ± {self.half:.1f}")
-
-
-def values(rows: Sequence[Row], task: str, line: Line, column: str) -> dict[str, float]:
-    """A column of the reported runs of a line, by seed. The zero-shot model is that of any run."""
-    found = [row for row in rows if (row["task"], row["phase"]) == (task, "report")]
-    if line == ZERO_SHOT:
-        column = f"zero_shot_{column}"
-    else:
-        wanted = {"method": line.method, "blended": str(int(line.blended))}
-        found = [row for row in found if wanted.items() <= row.items() and row.get("head", "") == line.head]
-    return {row["seed"]: float(row[column]) for row in found if row.get(column)}
-
-
-def together(by_task: Iterable[Mapping[str, float]]) -> Interval | None:
-    """Mean over tasks of values by seed."""
-    found = [*by_task]
-    seeds = set.intersection(*map(set, found))
-    return Interval.of([statistics.fmean(of[seed] for of in found) for seed in sorted(seeds)])
-
-
-def differences(rows: Sequence[Row], task: str, line: Line, other: Line, column: str) -> dict[str, float]:
-    """Differences of two lines by seed: with the same classes and images."""
-    of, against = (values(rows, task, each, column) for each in (line, other))
-    return {seed: of[seed] - against[seed] for seed in of if seed in against}
-
-
-def corrected(samples: Sequence[Sequence[float]]) -> list[float]:
-    """Probabilities of Student's t test that the mean of each sample is 0, corrected for their number by Holm's method.
-
-    >>> [round(p, 3) for p in corrected([[1.0, 1.1, 0.9], [1.0, -1.0, 0.5]])]
-    [0.007, 0.808]
-    """
-    found = [float(stats.ttest_1samp(sample, 0.0).pvalue) if any(sample) else 1.0 for sample in samples]
-    result, least = [0.0] * len(found), 0.0
-    for rank, index in enumerate(sorted(range(len(found)), key=found.__getitem__)):
-        least = max(least, min(1.0, (len(found) - rank) * found[index]))
-        result[index] = least
-    return result
-
-
-def reported_tasks(rows: Sequence[Row]) -> list[str]:
-    """The tasks with reported runs, in the order of `SHIFTS`."""
-    found = {row["task"] for row in rows if row["phase"] == "report"}
-    return [shift.name for shift in SHIFTS if shift.name in found]
-
-
 def accuracy_table(rows: Sequence[Row], column: str) -> Table:
     """Accuracy in per cent of every line with results on every task, and over five of them; the best in bold."""
     tasks = [_TOGETHER, *reported_tasks(rows)]
-    cells: dict[tuple[Line, str], Interval] = {}
+    samples: dict[tuple[Line, str], list[float]] = {}
     lines = [line for line in LINES if not (line.head and column == "new")]  # a head leaves new classes as they are
     for line in lines:
         by_task = {task: values(rows, task, line, column) for task in tasks[1:]}
-        found = {task: Interval.of([*of.values()]) for task, of in by_task.items()}
-        found[_TOGETHER] = together(by_task[task] for task in _CATEGORIES)
-        cells |= {(line, task): interval for task, interval in found.items() if interval is not None}
-    means = {task: [interval.mean for (_, of), interval in cells.items() if of == task] for task in tasks}
-    best = {task: max(of, default=None) for task, of in means.items()}
+        samples |= {(line, task): [*of.values()] for task, of in by_task.items() if of}
+        if whole := together(by_task[task] for task in _CATEGORIES):
+            samples[line, _TOGETHER] = whole
+    means = {case: statistics.fmean(sample) for case, sample in samples.items()}
+    best = {task: max((mean for (_, of), mean in means.items() if of == task), default=None) for task in tasks}
 
     def cell(line: Line, task: str) -> str:
-        interval = cells.get((line, task))
-        if interval is None:
-            return ""
-        return f"**{interval.text()}**" if interval.mean == best[task] else interval.text()
+        text = interval(samples.get((line, task), []))
+        return f"**{text}**" if text and means[line, task] == best[task] else text
 
-    shown = [line for line in lines if any((line, task) in cells for task in tasks)]
+    shown = [line for line in lines if any((line, task) in samples for task in tasks)]
     return ["", *tasks], [[line.name, *(cell(line, task) for task in tasks)] for line in shown]
 
 
@@ -175,11 +91,10 @@ def difference_table(rows: Sequence[Row]) -> Table:
         by_task = {task: differences(rows, task, line, other, column) for task in tasks}
         samples = {task: [*of.values()] for task, of in by_task.items() if len(of) > 1}
         clear = {task for task, p in zip(samples, corrected([*samples.values()]), strict=True) if p < _CLEAR}
-        intervals = {task: Interval.of([*of.values()]) for task, of in by_task.items()}
-        texts = {task: each.text("+") if each else "" for task, each in intervals.items()}
+        texts = {task: interval([*of.values()], "+") for task, of in by_task.items()}
         cells = [f"**{text}**" if task in clear else text for task, text in texts.items()]
         whole = together(by_task.get(name, {}) for name in _CATEGORIES)
-        found.append([f"{line.name} − {other.name}, {column}", whole.text("+") if whole else "", *cells])
+        found.append([f"{line.name} − {other.name}, {column}", interval(whole, "+"), *cells])
     return ["", _TOGETHER, *tasks], found
 
 
@@ -194,7 +109,7 @@ def default_table(rows: Sequence[Row]) -> Table:
         samples = {line: sample for line, sample in found.items() if len(sample) > 1}
         probabilities = corrected([*samples.values()])
         above = [
-            f"{line.name} {Interval.of(sample).text('+')}"  # type: ignore[union-attr]
+            f"{line.name} {interval(sample, '+')}"
             for (line, sample), p in zip(samples.items(), probabilities, strict=True)
             if p < _CLEAR and statistics.fmean(sample) > 0
         ]
@@ -254,10 +169,10 @@ def own_table(rows: Sequence[Row], tasks: Sequence[str], columns: Mapping[str, s
         cells, chosen = [], Counter[str]()
         for task in tasks:
             of = [row for row in rows if (row["task"], row["method"]) == (task, method)]
-            cells += [Interval.of([float(row[column]) for row in of]) for column in columns.values()]
+            cells += [interval([float(row[column]) for row in of]) for column in columns.values()]
             chosen.update(row["chosen"] for row in of if method.startswith("the default"))
         names = ", ".join(f"{name} ({count})" for name, count in sorted(chosen.items()))
-        lines.append([method, *(cell.text() if cell else "" for cell in cells), names])
+        lines.append([method, *cells, names])
     titles = list(columns) if len(tasks) == 1 else tasks
     return ["", *titles, "chosen (runs)"], lines
 
@@ -272,15 +187,15 @@ def trials_table(rows: Sequence[Row]) -> Table:
     def cell(trial: str, column: str) -> str:
         of = {seed: float(row[column]) for seed, row in by_trial[trial].items()}
         if trial == REFERENCE:
-            return Interval.of([*of.values()]).text()
-        return Interval.of([value - float(reference[seed][column]) for seed, value in of.items()]).text("+")
+            return interval([*of.values()])
+        return interval([value - float(reference[seed][column]) for seed, value in of.items()], "+")
 
-    return ["", *ALL], [[trial, *(cell(trial, column) for column in ALL)] for trial in by_trial]
+    return ["", *ACCURACIES], [[trial, *(cell(trial, column) for column in ACCURACIES)] for trial in by_trial]
 
 
 # The kind of rows that a table is made of, and the function that makes it, by name.
 TABLES: dict[str, tuple[str, Callable[[Sequence[Row]], Table]]] = {
-    **{column: ("when", partial(accuracy_table, column=column)) for column in ALL},
+    **{column: ("when", partial(accuracy_table, column=column)) for column in ACCURACIES},
     "differences": ("when", difference_table),
     "default": ("when", default_table),
     "settings": ("when", settings_table),
