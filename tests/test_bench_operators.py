@@ -7,7 +7,7 @@ import itertools
 import math
 import re
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from unittest.mock import Mock
 
 import pytest
@@ -56,74 +56,59 @@ def doubling(factor: float = 2.0) -> Case:
     )
 
 
-# ---- one benchmark ---------------------------------------------------------------------------------------------------
+@pytest.fixture
+def measured(monkeypatch) -> Callable[..., types.SimpleNamespace]:
+    """Run a benchmark of a case that takes `seconds`, without them with pytest-benchmark disabled; returns options."""
+    monkeypatch.setattr(measure, "bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(testing, "peak_bytes", lambda run, device: 0)
+    option = types.SimpleNamespace(device=CPU, deadline=math.inf, measured=[], save=None)
 
+    def run(case: Case, implementation: str, seconds: float | None = None) -> types.SimpleNamespace:
+        monkeypatch.setattr(test_operators, "prepared", lambda *_: (case, Gate(case, torch.float32, CPU)))
+        benchmark = Mock(stats=seconds and Mock(stats=Mock(data=[seconds] * 3)))
+        request = Mock(config=Mock(option=option), getfixturevalue=lambda name: benchmark)
+        test_operators.test_operator(request, "class_scores", "fp32", case.shape, implementation)
+        benchmark.assert_called_once_with(case.runs[implementation])
+        return option
 
-def timed(monkeypatch, case: Case, implementation: str) -> None:
-    """Run a benchmark; with pytest-benchmark disabled nothing is timed."""
-    monkeypatch.setattr(test_operators, "prepared", lambda *_: (case, Gate(case, torch.float32, CPU)))
-    option = types.SimpleNamespace(device=CPU, deadline=math.inf)
-    test_operators.test_operator(requesting(option), "class_scores", "fp32", case.shape, implementation)
-
-
-def requesting(option: types.SimpleNamespace, seconds: Sequence[float] = ()) -> types.SimpleNamespace:
-    """Stand-in for pytest's request, with a benchmark that took these times."""
-    benchmark = Mock(stats=Mock(stats=Mock(data=seconds)) if seconds else None)
-    return types.SimpleNamespace(
-        config=types.SimpleNamespace(option=option), getfixturevalue=Mock(return_value=benchmark)
-    )
+    return run
 
 
 @pytest.mark.parametrize(
-    "implementation, outcome, reason",
+    "implementation, factor, outcome, reason",
     [
-        ("wrong peer", pytest.xfail, "wrong: result 0 is off by 1.0e-03, eager by 0.0e+00"),
-        ("shorter peer", pytest.xfail, "wrong: result 0 is off by inf"),
-        ("failing peer", pytest.xfail, "failed: RuntimeError: no kernel for this"),
-        ("absent peer", pytest.skip, "needs a GPU"),
+        ("skipkernels", 2.001, pytest.fail, "wrong: result 0 is off by 5.0e-04"),
+        ("wrong peer", 2.0, pytest.xfail, "wrong: result 0 is off by 1.0e-03, eager by 0.0e+00"),
+        ("shorter peer", 2.0, pytest.xfail, "wrong: result 0 is off by inf"),
+        ("failing peer", 2.0, pytest.xfail, "failed: RuntimeError: no kernel for this"),
+        ("absent peer", 2.0, pytest.skip, "needs a GPU"),
     ],
 )
-def test_operator_of_a_peer_without_a_time(monkeypatch, implementation, outcome, reason):
+def test_operator_without_a_time(measured, implementation, factor, outcome, reason):
     with pytest.raises(outcome.Exception, match=re.escape(reason)) as found:
-        timed(monkeypatch, doubling(), implementation)
+        measured(doubling(factor), implementation)
     assert "\n" not in str(found.value)
 
 
-def test_operator_of_a_wrong_result_fails(monkeypatch):
-    with pytest.raises(pytest.fail.Exception, match="wrong: result 0 is off by 5.0e-04"):
-        timed(monkeypatch, doubling(2.001), "skipkernels")
-    timed(monkeypatch, doubling(2.001), "eager")
-
-
-def case_of(name: str, dtype: torch.dtype) -> Case:
-    cases = importlib.import_module(f"bench.operators.{name}").cases(dtype, CPU)
-    return next(itertools.islice(cases, CHECKED.get(name, 0), None))
-
-
-# ---- the rows --------------------------------------------------------------------------------------------------------
-
-
-def test_operator_saves_rows(monkeypatch, tmp_path, capsys):
-    """With a stand-in for pytest's report."""
+def test_operator_saves_rows(measured, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("bench.rows.RESULTS", tmp_path)
-    monkeypatch.setattr(measure, "bandwidth", lambda device: 1e9)
-    monkeypatch.setattr(testing, "peak_bytes", lambda run, device: 0)
-    case = doubling()
-    monkeypatch.setattr(test_operators, "prepared", lambda *_: (case, Gate(case, torch.float32, CPU)))
-    option = types.SimpleNamespace(device=CPU, deadline=math.inf, measured=[], save=tmp_path)
+    measured(doubling(), "eager").save = tmp_path
     for implementation, seconds in {"skipkernels": 0.002, "eager": 0.004, "peer": 0.001}.items():
-        request = requesting(option, [seconds] * 3)
-        test_operators.test_operator(request, "class_scores", "fp32", case.shape, implementation)
-        request.getfixturevalue("benchmark").assert_called_once_with(case.runs[implementation])
+        option = measured(doubling(), implementation, seconds)
     rows = latest_rows("operators")
     assert [(row["implementation"], row["p50_ms"], row["faster"], row["note"]) for row in rows] == [
         ("skipkernels", "2.0", "", ""), ("eager", "4.0", "2.0", ""), ("peer", "1.0", "0.5", "peer 1.2"),
     ]  # fmt: skip
     kind = KINDS["operators"]
     assert all({*MACHINE, *kind.case.split(), kind.measured} <= row.keys() for row in rows)
-    conftest.pytest_terminal_summary(types.SimpleNamespace(config=request.config, write_line=print))
+    conftest.pytest_terminal_summary(Mock(config=Mock(option=option), write_line=print))
     text = "another implementation is faster in 1 of 2 comparisons; class_scores N1024 fp32 peer"
     assert capsys.readouterr().out == f"result: {text}\n"
+
+
+def case_of(name: str, dtype: torch.dtype) -> Case:
+    cases = importlib.import_module(f"bench.operators.{name}").cases(dtype, CPU)
+    return next(itertools.islice(cases, CHECKED.get(name, 0), None))
 
 
 # ---- the cases ---------------------------------------------------------------------------------------------------
