@@ -182,8 +182,7 @@ def published_training(case: Case, inputs: Inputs, batches: Sequence[tuple[int, 
     model, quick = copy.deepcopy(inputs.model), _quick_gelu(inputs.model)
     freeze(model, *case.skip)
     with torch.no_grad():
-        prototypes = naive.embed_texts(model, inputs.tokens, 0, quick)
-        prototypes = prototypes / prototypes.norm(dim=1, keepdim=True)
+        prototypes = naive.class_embeddings(model, inputs.tokens, 0, quick)
     ranks = _fixed_ranks(len(inputs.tokens))
     named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
     image, text = ([w for name, w in named if name.startswith("visual.") == visual] for visual in (True, False))

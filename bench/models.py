@@ -24,7 +24,6 @@ from unittest import mock
 import open_clip
 import timm
 import torch
-import torch.nn.functional as F
 import transformers
 from open_clip.factory import get_model_config
 from rich.progress import track
@@ -33,8 +32,8 @@ from torch import nn
 import skipkernels as sk
 from skipkernels.testing import gradients
 from skipkernels.towers.base import UnsupportedModel
-from skipkernels.towers.block import unfused
 from tests.models import openai_models, uncompared
+from tests.reference_step import reference_gradients
 
 from .pages.cells import filled, table
 from .rows import command
@@ -197,11 +196,7 @@ def compare(name: str, model: Any, tokens: torch.Tensor) -> Row:
     images, labels = torch.randn(2, 3, *clip.image_size), torch.tensor([1, 3])
     out = clip(images, labels)
     ours = gradients(model, out.loss)
-    with unfused(model.modules()):
-        outputs = clip.images.tower.reference_forward(images), clip.texts.tower.reference_forward(tokens)
-        image, text = (F.normalize(x, dim=-1) for x in outputs)
-        loss = F.cross_entropy(model.logit_scale.exp() * image @ text.T, labels)
-        theirs = gradients(model, loss)
+    loss, theirs = reference_gradients(clip, images, tokens, labels)
     # Gradients that are rounding only are not compared; a key bias, for example, changes nothing.
     largest = max(gradient.norm() for gradient in theirs.values())
     errors = [
