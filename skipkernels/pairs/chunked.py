@@ -13,7 +13,7 @@ Source: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory L
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -43,54 +43,63 @@ def encoded_loss(
     """
     if chunk is None:
         return loss_of(*(part.encode(part.batch) for part in parts))
-    contexts, embeddings = [], []
+    encoders, embeddings = [], []
     for part in parts:
-        contexts.append(context := _Context(part.batch.device))
-        with torch.no_grad(), context.autocast():
-            embeddings.append(torch.cat([part.encode(x) for x in part.batch.split(chunk)]))
+        encoders.append(encoder := _Encoder(part.encode, chunk, part.batch.device))
+        embeddings.append(encoder.first_pass(part.batch))
     if not torch.is_grad_enabled():
         return loss_of(*embeddings)
     # The gradients of fp16 embeddings are fp32: they have no factor of a GradScaler yet, and could underflow.
     widens = any(x.dtype == torch.float16 for x in embeddings)
     leaves = [(x.float() if widens else x).detach().requires_grad_() for x in embeddings]
-    with without_autocast(context.device) if widens else contextlib.nullcontext():
+    with without_autocast(leaves[0].device) if widens else contextlib.nullcontext():
         loss = loss_of(*leaves)
     trained_numbers = [x for x in numbers if isinstance(x, Tensor) and x.requires_grad]
     trained = [x for x in parameters if x.requires_grad and not any(x is number for number in trained_numbers)]
     gradients = torch.autograd.grad(loss, [*leaves, *trained_numbers], materialize_grads=True)
-    second = _SecondPass([part.encode for part in parts], chunk, trained, [x._version for x in trained], contexts)
+    second = _SecondPass(encoders, trained, [x._version for x in trained])
     return _Chunked.apply(second, loss.detach(), [part.batch for part in parts], gradients, *trained_numbers, *trained)
 
 
-class _Context:
-    """Autocast and the states of the random generators at construction."""
+class _Encoder:
+    """Encodes a batch in chunks, twice with the same random numbers and autocast, those at construction."""
 
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.dtype, self.enabled = torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type)
+    def __init__(self, encode: Callable[[Tensor], Tensor], chunk: int, device: torch.device):
+        self.encode, self.chunk, self.device = encode, chunk, device
+        self.dtype, self.casts = torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type)
         self.cpu_state = torch.get_rng_state()
-        self.device_states = get_device_states(torch.empty(0, device=device))
+        self.devices, self.device_states = get_device_states(torch.empty(0, device=device))
 
-    def autocast(self) -> torch.autocast:
-        """Cast as then. Casts are not cached, since those made without a graph must not be used by later calls."""
-        return torch.autocast(self.device.type, self.dtype, self.enabled, cache_enabled=False)
+    def first_pass(self, batch: Tensor) -> Tensor:
+        """Embeddings [B, D] of a batch, without a graph."""
+        with torch.no_grad(), self._autocast():
+            return torch.cat([self.encode(x) for x in batch.split(self.chunk)])
 
-    @contextlib.contextmanager
-    def random_numbers(self) -> Iterator[None]:
-        """Draw the same random numbers as from then on."""
-        devices, states = self.device_states
-        with torch.random.fork_rng(devices):
+    def second_pass(self, batch: Tensor, d_embedding: Tensor, trained: Sequence[Tensor]) -> list[Tensor | None]:
+        """Gradients of the trained parameters, from those of the embeddings [B, D]."""
+        sums: list[Tensor | None] = [None] * len(trained)
+        with torch.random.fork_rng(self.devices):
             torch.set_rng_state(self.cpu_state)
-            set_device_states(devices, states)
-            yield
+            set_device_states(self.devices, self.device_states)
+            for x, d_rows in zip(batch.split(self.chunk), d_embedding.split(self.chunk), strict=True):
+                with torch.enable_grad(), self._autocast():
+                    embedding = self.encode(x)
+                if not embedding.requires_grad:  # of a tower that does not train
+                    break
+                sums = _add(
+                    sums, torch.autograd.grad(embedding, trained, d_rows.to(embedding.dtype), allow_unused=True)
+                )
+        return sums
+
+    def _autocast(self) -> torch.autocast:
+        # Casts are not cached, since those made without a graph must not be used by later calls.
+        return torch.autocast(self.device.type, self.dtype, self.casts, cache_enabled=False)
 
 
 class _SecondPass(NamedTuple):
-    encoders: list[Callable[[Tensor], Tensor]]
-    chunk: int
+    encoders: list[_Encoder]
     trained: list[Tensor]
     versions: list[int]  # of the trained parameters
-    contexts: list[_Context]  # of each encoder: in the second pass the first chunk of one may suffice
 
 
 class _Chunked(torch.autograd.Function):
@@ -107,7 +116,7 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        encoders, chunk, trained, versions, contexts = ctx.second
+        encoders, trained, versions = ctx.second
         saved, count = ctx.saved_tensors, len(encoders)
         batches, d_embeddings, d_numbers = saved[:count], saved[count : 2 * count], saved[2 * count :]
         if versions != [x._version for x in trained]:
@@ -116,15 +125,11 @@ class _Chunked(torch.autograd.Function):
                 "batch again. Call backward before the optimizer's step."
             )
         sums: list[Tensor | None] = [None] * len(trained)
-        for encode, batch, d_embedding, context in zip(encoders, batches, d_embeddings, contexts, strict=True):
-            with context.random_numbers():
-                for x, d_rows in zip(batch.split(chunk), d_embedding.split(chunk), strict=True):
-                    with torch.enable_grad(), context.autocast():
-                        embedding = encode(x)
-                    if not embedding.requires_grad:  # of a tower that does not train
-                        break
-                    d_rows = (d_loss * d_rows).to(embedding.dtype)
-                    found = torch.autograd.grad(embedding, trained, d_rows, allow_unused=True)
-                    # Not in place: two parameters may share a gradient.
-                    sums = [a if b is None else b if a is None else a + b for a, b in zip(sums, found, strict=True)]
+        for encoder, batch, d_embedding in zip(encoders, batches, d_embeddings, strict=True):
+            sums = _add(sums, encoder.second_pass(batch, d_loss * d_embedding, trained))
         return None, None, None, None, *(d_loss * x for x in d_numbers), *sums
+
+
+def _add(sums: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Add gradients, of which None is zero; not in place, since two parameters may share a gradient."""
+    return [a if b is None else b if a is None else a + b for a, b in zip(sums, gradients, strict=True)]

@@ -1,4 +1,4 @@
-"""Several processes: images shared out by batch, classes by c ≡ r (mod P), on `torch.distributed`."""
+"""Several processes: images shared out by batch, classes by c ≡ r (mod W), on `torch.distributed`."""
 
 from .gathers import gather_rows
 from .gradients import all_reduce_gradients

@@ -71,7 +71,7 @@ def compare_calls(call: str, count: int, state: bytes, group: dist.ProcessGroup,
             draw different classes.
     """
     own = [count, zlib.crc32(call.encode()), zlib.crc32(state)]
-    messages: Tensor = all_gather(torch.tensor(own, device=device), group)  # [P, 3]
+    messages: Tensor = all_gather(torch.tensor(own, device=device), group)  # [W, 3]
     counts = []
     for rank, (other_count, other_call, other_state) in enumerate(messages.tolist()):
         if other_count == _ERROR:

@@ -1,4 +1,4 @@
-"""Classes shared out among the processes of a group: process r of P owns the classes c ≡ r (mod P)."""
+"""Classes shared out among the processes of a group: process r of W owns the classes c ≡ r (mod W)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .gathers import gather_rows
 
 @dataclass(frozen=True)
 class ClassShards:
-    """The classes of each process; r is the rank of this one, P the number of processes, C that of the classes."""
+    """The classes of each process; r is the rank of this one, W the number of processes, C that of the classes."""
 
     group: dist.ProcessGroup
     num_classes: int
@@ -36,7 +36,7 @@ class ClassShards:
 
     @property
     def size(self) -> int:
-        """P."""
+        """W."""
         return dist.get_world_size(self.group)
 
     @property
@@ -50,9 +50,9 @@ class ClassShards:
         return [len(range(rank, self.num_classes, self.size)) for rank in range(self.size)]
 
     def gather(self, own: Tensor) -> Tensor:
-        """Gather rows [C/P, …] of own classes to [C, …] in the order of classes, without autograd; collective."""
+        """Gather rows [C/W, …] of own classes to [C, …] in the order of classes, without autograd; collective."""
         with torch.no_grad():
-            by_rank = gather_rows(own, self.sizes, self.group)  # [C, …]: classes 0, P, 2P, …, then 1, P + 1, …
+            by_rank = gather_rows(own, self.sizes, self.group)  # [C, …]: classes 0, W, 2W, …, then 1, W + 1, …
         whole = torch.empty_like(by_rank)
         for rank, rows in enumerate(by_rank.split(self.sizes)):
             whole[rank :: self.size] = rows

@@ -17,8 +17,8 @@ from .gathers import all_gather, own_rows
 def sharded_logits(image: Tensor, text: Tensor, sizes: Sequence[int], shards: ClassShards) -> Tensor:
     """Logits [b, C] of the images of this process over the classes of all; collective.
 
-    Each process sends every other process the logits [b, C/P] of that process's images for its own classes. `image` is
-    [B, D], scaled embeddings of all images, `sizes` of them on each process; `text` [C/P, D], own classes.
+    Each process sends every other process the logits [b, C/W] of that process's images for its own classes. `image` is
+    [B, D], scaled embeddings of all images, `sizes` of them on each process; `text` [C/W, D], own classes.
     """
     sent = image.new_empty(shards.size, max(sizes), max(shards.sizes))  # padded: parts of one size
     for part, rows in zip(sent, image.split(list(sizes)), strict=True):
@@ -45,7 +45,7 @@ def sharded_top_k(
     missing = width - logits.shape[1]
     logits = pad(logits, (0, missing), value=-torch.inf)
     class_ids = pad(class_ids, (0, missing), value=shards.num_classes)
-    # 2. The candidates of all processes, for the images of this one: [b, P · width]
+    # 2. The candidates of all processes, for the images of this one: [b, W · width]
     rows = own_rows(sizes, shards.group)
     logits = torch.cat(all_gather(logits, shards.group).unbind(), 1)[rows]
     class_ids = torch.cat(all_gather(class_ids, shards.group).unbind(), 1)[rows]

@@ -35,7 +35,7 @@ class _GatherRows(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_gathered: Tensor) -> tuple[Tensor, None, None]:
         longest, own = max(ctx.sizes), ctx.sizes[dist.get_rank(ctx.group)]
-        wide = d_gathered.to(wide_dtype(ctx.dtype))  # P roundings to bf16 would add up
+        wide = d_gathered.to(wide_dtype(ctx.dtype))  # W roundings to bf16 would add up
         parts = torch.stack([_with_zero_rows(part, longest) for part in wide.split(ctx.sizes)])
         return reduce_scatter(parts, ctx.group)[:own].to(ctx.dtype), None, None
 
@@ -47,10 +47,10 @@ def own_rows(sizes: Sequence[int], group: dist.ProcessGroup) -> slice:
 
 
 def gather_shares(share: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Gather a tensor [...] of each process to [P, ...] in the order of ranks; collective.
+    """Gather a tensor [...] of each process to [W, ...] in the order of ranks; collective.
 
     For a loss that every process computes from the result. Backward sends nothing: each process has the gradient of its
-    own share already. It is multiplied by P, so that the mean over processes of the gradients of a parameter, as
+    own share already. It is multiplied by W, so that the mean over processes of the gradients of a parameter, as
     `DistributedDataParallel` computes it, is the gradient of the loss.
     """
     return _GatherShares.apply(share, group)
@@ -69,7 +69,7 @@ class _GatherShares(torch.autograd.Function):
 
 
 def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Gather a tensor [...] of the same shape on each process to [P, ...], without autograd."""
+    """Gather a tensor [...] of the same shape on each process to [W, ...], without autograd."""
     out = x.new_empty(dist.get_world_size(group), *x.shape)
     # PyTorch 2.13 renames the collective, and warns if the old name is used.
     collective = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -78,7 +78,7 @@ def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def reduce_scatter(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Sum part r of [P, ...] over the processes, and return it on process r."""
+    """Sum part r of [W, ...] over the processes, and return it on process r."""
     out = parts.new_empty(parts.shape[1:])
     collective = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     collective(out.view(-1), parts.view(-1), group=group)

@@ -1,4 +1,4 @@
-"""SkipCLIP on several processes: images shared out by batch, classes by c ≡ r (mod P).
+"""SkipCLIP on several processes: images shared out by batch, classes by c ≡ r (mod W).
 
 Calls that send messages are collective: every process must make them equally often, with an empty batch if it has no
 images. docs/many-processes.md lists the messages.
@@ -49,7 +49,7 @@ class ShardedSkipCLIP(SkipCLIP):
         process_group: Processes that train together, with gloo or NCCL.
 
     Attributes:
-        prototypes, texts: Those of the classes of this process: row i is class r + i · P on process r of P.
+        prototypes, texts: Those of the classes of this process: row i is class r + i · W on process r of W.
         shards: The classes of each process, for the code of this package.
 
     Source: docs/many-processes.md.
@@ -160,7 +160,7 @@ class ShardedSkipCLIP(SkipCLIP):
             Positions of the labels among these, [B]; or their columns of the labels, [b, K].
             Positions [K_r] of the classes of this process among these.
         """
-        scores = self.shards.gather(self.texts.scores(image, None))  # [C/P] of each process -> [C]
+        scores = self.shards.gather(self.texts.scores(image, None))  # [C/W] of each process -> [C]
         if labels.ndim == 1:
             scores = scores.index_fill(0, labels, torch.inf)
         else:
