@@ -36,17 +36,23 @@ def verify(model: nn.Module, texts: ClassTexts, images: ImageEncoder | None = No
     """
     comparisons = [_of_texts(texts, t) for t in range(len(texts.templates))]
     comparisons += [] if images is None else [_of_an_image(images)]
-    modules = list(model.modules())
-    # In half precision, rounding would hide a wrong activation.
-    with evaluating([model]), _in_float32(model):
-        for comparison in comparisons:
-            _check(modules, comparison, "evaluation", None)
-    with deterministic_training(model), _in_float32(model):
-        for comparison in comparisons:
-            trained = [p for p in comparison.parameters if p.requires_grad]
-            # Norms and biases are in every block, and their gradients depend on every layer behind them; those of
-            # matrices would need as much memory as the weights.
-            _check(modules, comparison, "training", [p for p in trained if p.ndim <= 1] or trained or None)
+    with _in_float32(model):  # in half precision, rounding would hide a wrong activation
+        with evaluating([model]):
+            for comparison in comparisons:
+                _check(model, comparison, "evaluation", None)
+        with deterministic_training(model):
+            for comparison in comparisons:
+                _check(model, comparison, "training", _to_differentiate(comparison.parameters))
+
+
+def _to_differentiate(parameters: list[nn.Parameter]) -> list[nn.Parameter] | None:
+    """Return parameters of which the gradients are compared; None if no parameter trains.
+
+    Norms and biases are in every block, and their gradients depend on every layer behind them; those of matrices would
+    need as much memory as the weights.
+    """
+    trained = [p for p in parameters if p.requires_grad]
+    return [p for p in trained if p.ndim <= 1] or trained or None
 
 
 def _of_texts(texts: ClassTexts, template: int) -> _Comparison:
@@ -79,10 +85,10 @@ def _of_an_image(images: ImageEncoder) -> _Comparison:
     )
 
 
-def _check(modules: list[nn.Module], both: _Comparison, mode: str, parameters: list[nn.Parameter] | None) -> None:
+def _check(model: nn.Module, both: _Comparison, mode: str, parameters: list[nn.Parameter] | None) -> None:
     """Raise if embeddings, or gradients of `parameters` unless None, differ by more than rounding or are not finite."""
     with torch.set_grad_enabled(parameters is not None):
-        with unfused(modules):
+        with unfused(model.modules()):
             expected, d_expected = _differentiated(both.inputs, both.reference, parameters)
         got, d_got = _differentiated(both.inputs, both.actual, parameters)
     what = f"SkipCLIP: its embeddings of {both.inputs} differ from the model's in {mode} mode"
