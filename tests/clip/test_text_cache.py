@@ -103,8 +103,14 @@ def test_text_cache_interrupted_build_resumes(tmp_path, monkeypatch):
     assert ran == [1, 4, 1], "of nine classes in chunks of four, those of the first chunk were written"
 
 
+# ---- features that do not match --------------------------------------------------------------------------------------
+
+
 def test_text_cache_of_other_prompts_or_weights_raises(tmp_path):
     make_clip(tmp_path)
+    another_activation = tiny_clip(torch.float32)
+    for block in another_activation.transformer.resblocks:
+        block.mlp.gelu = QuickGELU()
     said = rf"^{tmp_path}/features: .* differs in prompts\. Choose another folder, or delete this one\."
     with pytest.raises(sk.CacheError, match=said):
         make_clip(tmp_path, tokens=tiny_tokens(CLASSES, seed=1))
@@ -113,7 +119,7 @@ def test_text_cache_of_other_prompts_or_weights_raises(tmp_path):
     with pytest.raises(sk.CacheError, match=r"differs in skipped blocks \(1 there, 2 here\)"):
         make_clip(tmp_path, skip_layers=2)
     with pytest.raises(sk.CacheError, match="features: this model computes other features from the same weights"):
-        make_clip(tmp_path, model=with_another_activation(slice(None)))
+        make_clip(tmp_path, model=another_activation)
 
 
 def test_text_cache_late_lower_hook(tmp_path):
@@ -130,15 +136,7 @@ def test_text_cache_late_lower_hook(tmp_path):
     assert step(clip)[0].shape == expected.shape
 
 
-# ---- caches that do not match ------------------------------------------------------------------------------------
-
-
-def with_another_activation(blocks, dtype=torch.float32):
-    """Model with the same weights and another activation in some blocks."""
-    model = tiny_clip(dtype)
-    for block in model.transformer.resblocks[blocks]:
-        block.mlp.gelu = QuickGELU()
-    return model
+# ---- other uses of the folder ----------------------------------------------------------------------------------------
 
 
 def test_text_cache_waits_for_another_process(tmp_path, capfd):

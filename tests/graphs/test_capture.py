@@ -41,7 +41,7 @@ def path(request) -> str:
 
 @pytest.mark.parametrize(
     ("path", "kind"),
-    [("cpu", "in_backward"), ("captured", "in_backward"), ("captured", "in_step"), ("captured", "stochastic")],
+    [("cpu", "in_backward"), *(("captured", kind) for kind in ("in_backward", "in_step", "stochastic", "torch"))],
     indirect=["path"],
 )
 def test_graphed_equals_the_loop(path, kind, request):
@@ -130,12 +130,6 @@ def test_graphed_begins_again_on_another_gpu(gpu):
     after = ours.train(some)
     assert gpu.captures == 2 and ours.step._streams.step is not streams.step
     assert [before, after] == [theirs.train(some), theirs.train(some)]
-
-
-def test_graphed_takes_new_rates_of_other_optimizers(gpu):
-    ours, theirs = Run("torch", by_graph=True), Run("torch", by_graph=False)
-    some = batches(ours.clip, 6)
-    assert ours.train(some) == theirs.train(some) and gpu.replays == 3
 
 
 def _freeze(run: Run) -> None:
