@@ -18,33 +18,22 @@ import pytest
 import skipkernels
 
 PACKAGE = Path(skipkernels.__file__).parent
+CONTRIBUTING = Path(__file__).parents[1] / "CONTRIBUTING.md"
 
-# A module may import from its own layer and from those before it; see CONTRIBUTING.md. The application comes last: the
-# library does not import it.
-LAYERS = [
-    ("_build", "_lazy", "_progress", "casts", "formatting", "checks", "digests", "folders", "labels", "memory")
-    + ("options", "published", "reference", "testing"),
-    ("ops",),
-    ("functional",),
-    ("features",),
-    ("boundary", "optimizer", "retrieval", "selection", "towers"),
-    ("clip",),
-    ("graphs", "pairs"),
-    ("parallel",),
-    ("lora",),
-    ("integrations",),
-    ("app.console", "app.data", "app.untrusted"),
-    ("app.heads",),
-    ("app.methods",),
-    ("app.config", "app.settings"),
-    ("app.results",),
-    ("app.report",),
-    ("app.demo", "app.train"),
-    ("app.serve", "app.studies"),
-    ("app.cli",),
-    ("__main__",),
-]
-LAYER_OF = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+
+def places() -> dict[str, int]:
+    """Places of the parts of the package in the layout of CONTRIBUTING.md: a part may import those above it."""
+    layout = re.search(r"^skipkernels/.*?^bench/", CONTRIBUTING.read_text("utf-8"), re.MULTILINE | re.DOTALL)[0]
+    found, prefix = {"__main__": len(layout)}, ""
+    for place, line in enumerate(layout.splitlines()):
+        if line.startswith("skipkernels/app/"):
+            prefix = "app."
+        elif re.match("  [a-z_]", line):
+            names = line.split("   ")[0].replace(".py", "")
+            found |= {prefix + name: place for name in re.findall(r"\w+", names)}
+    return found
+
+
 LIGHT = ("triton", "open_clip", "torchvision", "matplotlib", "xformers", "transformers", "skipkernels.ops")
 
 
@@ -116,13 +105,13 @@ def module_of(name: str, parent: str) -> str:
 
 
 def test_imports_flow_downwards():
-    upward = set()
+    upward, place_of = set(), places()
     for path in modules():
         file = path.relative_to(PACKAGE)
         for name in imports(path):
-            if name.split(".")[1] in skipkernels.__all__ and part_of(name) not in LAYER_OF:
+            if name.split(".")[1] in skipkernels.__all__ and part_of(name) not in place_of:
                 continue
-            if LAYER_OF[part_of(name)] > LAYER_OF[part_of(".".join(("skipkernels", *file.with_suffix("").parts)))]:
+            if place_of[part_of(name)] > place_of[part_of(".".join(("skipkernels", *file.with_suffix("").parts)))]:
                 upward.add((file.as_posix(), name))
     assert not upward
 
