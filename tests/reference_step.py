@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import skipkernels as sk
 from skipkernels.testing import gradients
-from skipkernels.towers.block import unfused
+from skipkernels.towers.fused_classes import unfused
 
 # Relative to the norm of the gradient: two orders of summation through a few blocks at a temperature of 14. A gradient
 # far smaller than the largest is rounding only, such as that of a key's bias. fp32 is 2^29 times coarser.

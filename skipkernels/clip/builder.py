@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from ..options import AttentionName, Memory
 from ..towers import registry, xformers
-from ..towers.base import Cut, ImageTower
-from ..towers.block import FusedBlock, fuse_blocks
+from ..towers.base import Cut
+from ..towers.block import FusedBlock
+from ..towers.fused_classes import fuse_blocks
+from ..towers.image import ImageTower
 from ..towers.rows import SDPA
 from ..towers.text import TextTower
 from .checks import as_pair, blocks_to_skip, check_vocabulary

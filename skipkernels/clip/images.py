@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..boundary import LostGradient
 from ..memory import out_of_memory
-from ..towers.base import ImageTower
+from ..towers.image import ImageTower
 from ..towers.modes import evaluating
 from ..towers.watch import Watch
 from . import checks

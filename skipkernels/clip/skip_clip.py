@@ -14,7 +14,7 @@ from ..boundary import DEFAULT_CHUNK
 from ..digests import digest_tensors
 from ..options import AttentionName, Memory, Tail, Trainable
 from ..selection import RankSampler
-from ..towers.block import fuse_blocks
+from ..towers.fused_classes import fuse_blocks
 from ..towers.modes import evaluating
 from . import checks
 from .state import Origin, forgive_missing_state, pack_state, unpack_state

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from ..features.table import FeatureTable, MemoryTable
-from ..towers.text import Prompts, SelectedPrompts, TextTower
 from ..towers.watch import Watch
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from ..towers.prompts import Prompts, SelectedPrompts
+    from ..towers.text import TextTower
 
 # Largest features of a folder that are read into the memory of a GPU: those of about 40,000 classes of ViT-B.
 _BYTES_ON_GPU = 256 << 20

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,9 +14,12 @@ from .. import functional
 from ..features.table import FeatureTable, MemoryTable
 from ..reference import autocast_dtype, unit_norm
 from ..towers.modes import evaluating
-from ..towers.text import SelectedPrompts, TextTower
 from ..towers.watch import Watch
 from .text_features import TextFeatures
+
+if TYPE_CHECKING:
+    from ..towers.prompts import SelectedPrompts
+    from ..towers.text import TextTower
 
 
 class PromptEncoder:

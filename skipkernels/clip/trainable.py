@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
 from ..checks import warn_caller
 from ..options import Trainable
-from ..towers.base import ImageTower, UnsupportedModel
-from ..towers.text import TextTower
+from ..towers.base import UnsupportedModel
+
+if TYPE_CHECKING:
+    from ..towers.image import ImageTower
+    from ..towers.text import TextTower
 
 _ADAPTERS = ("peft", "loralib", "adapters")  # packages of adapter modules, with weights beside the model's own
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ..checks import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, raise_if_above
 from ..reference import unit_norm
-from ..towers.block import unfused
+from ..towers.fused_classes import unfused
 from ..towers.modes import deterministic_training, evaluating
-from ..towers.text import representative_classes
+from ..towers.prompts import representative_classes
 from .images import ImageEncoder
 from .texts import ClassTexts
 

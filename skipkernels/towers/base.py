@@ -21,18 +21,10 @@ from torch.utils.checkpoint import checkpoint
 from ..boundary import DEFAULT_CHUNK, run_frozen
 from ..digests import digest_tensors
 from ..options import FusedMemory, Memory
-from .block import fuse_blocks, why_takes_no_rows
+from .block import why_takes_no_rows
+from .fused_classes import fuse_blocks
 from .modes import evaluating, updates_statistics
-from .rows import (
-    SDPA,
-    AttentionBackend,
-    BlockAttention,
-    Hidden,
-    Pooled,
-    Rotary,
-    RowsOptions,
-    Sequences,
-)
+from .rows import SDPA, AttentionBackend, BlockAttention, Hidden, Rotary, RowsOptions, Sequences
 
 if TYPE_CHECKING:
     from ..memory import FreeMemory
@@ -187,29 +179,22 @@ class Tower(ABC):
 
     # ---- parts -------------------------------------------------------------------------------------------------------
 
-    @property
-    def vocabulary(self) -> int | None:
-        """Number of token ids of the embedding, or None for images."""
-        parts = (part for part in _present(self.embedding) if isinstance(part, nn.Module))
-        modules = (module for part in parts for module in part.modules())
-        return next((module.num_embeddings for module in modules if isinstance(module, nn.Embedding)), None)
-
     def lower_parts(self) -> Sequence[Part]:
         """Modules and parameters below the cut; none at skip = 0, where the embedding trains too."""
-        return _present([*self.embedding, *self.lower_blocks]) if self.skip > 0 else ()
+        return present([*self.embedding, *self.lower_blocks]) if self.skip > 0 else ()
 
     def upper_parts(self) -> Sequence[Part]:
         """Modules and parameters above the cut."""
-        return _present([*(() if self.skip > 0 else self.embedding), *self.upper_blocks, *self.head])
+        return present([*(() if self.skip > 0 else self.embedding), *self.upper_blocks, *self.head])
 
     def lower_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters below the cut."""
-        return _parameters(self.lower_parts())
+        return parameters_of(self.lower_parts())
 
     def upper_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters above the cut."""
         constants = {id(parameter) for parameter in self.constants}
-        yield from (parameter for parameter in _parameters(self.upper_parts()) if id(parameter) not in constants)
+        yield from (parameter for parameter in parameters_of(self.upper_parts()) if id(parameter) not in constants)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -220,7 +205,7 @@ class Tower(ABC):
         return {
             "tower": type(self).__qualname__,
             "skipped blocks": self.skip,
-            "embedding": digest_tensors(_named_tensors(_present(self.embedding))),
+            "embedding": digest_tensors(_named_tensors(present(self.embedding))),
             "lower blocks": digest_tensors(_named_tensors(self.lower_blocks)),
         }
 
@@ -233,58 +218,6 @@ class Tower(ABC):
                 part.to(device or self.cut.lower_device)
 
 
-class ImageTower(Tower):
-    """A tower over images [n, 3, height, width]."""
-
-    image_size: tuple[int, int]  # Height and width
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the images that the embedding takes."""
-        return next(parameter for parameter in _parameters(_present(self.embedding)) if parameter.ndim > 1).dtype
-
-    @abstractmethod
-    def embed(self, images: Tensor) -> Tensor:
-        """Map images [n, 3, height, width] to the hidden states in front of the first block."""
-
-    def lower(self, images: Tensor) -> Tensor:
-        """Map images [n, 3, height, width], in any dtype, to hidden states at the cut; with a cut constants."""
-
-        def run(images: Tensor) -> Tensor:
-            return self._run_lower_blocks(self.embed(images))
-
-        return self._run_lower(run, images.to(self.dtype))
-
-    @abstractmethod
-    def finish(self, hidden: Tensor) -> Tensor:
-        """Map hidden states behind the last block, of all tokens or only the pooled one, to embeddings [n, D]."""
-
-    def upper(self, features: Tensor) -> Tensor:
-        """Map hidden states at the cut, in any dtype, to image embeddings [n, D], not normalised.
-
-        Under autocast the features may be in 16 bits. The residual stream above the cut is in the dtype of the model,
-        as that of the texts, so that features from a cache give the same result as images.
-        """
-        features = features.to(self.dtype)
-        if not self.takes_rows_above:
-            return self.finish(self._call_upper_blocks(features))
-        of_first_tokens = Pooled(slice(None, None, features.shape[1]))  # of the sequences, among their rows
-        last_attention = of_first_tokens if self.why_not_pooled() is None else None
-        rows = self._run_upper_rows(features.flatten(0, 1), self._of_sequences(features), last_attention)
-        return self.finish(rows.unflatten(0, (len(features), -1)))  # [n, 1 or tokens, W]
-
-    def encoder(self) -> nn.Module:
-        """The caller's image encoder, which returns embeddings [n, D] or a tuple that begins with them."""
-        return self.model.visual
-
-    def why_not_pooled(self) -> str | None:
-        """Return why the last block is needed for every token, or None if the head pools the first one."""
-        return None
-
-    def reference_forward(self, inputs: Tensor) -> Tensor:
-        return self.model.encode_image(inputs)
-
-
 def _run_rows(blocks: Iterable[Any], hidden: Hidden, options: RowsOptions) -> Hidden:
     """Run blocks that take rows. Each is a `FusedBlock`, and the call its `forward`."""
     for block in blocks:
@@ -292,11 +225,13 @@ def _run_rows(blocks: Iterable[Any], hidden: Hidden, options: RowsOptions) -> Hi
     return hidden
 
 
-def _present(parts: Iterable[Part | None]) -> tuple[Part, ...]:
+def present(parts: Iterable[Part | None]) -> tuple[Part, ...]:
+    """Return the parts that a model has."""
     return tuple(part for part in parts if part is not None)
 
 
-def _parameters(parts: Iterable[Part]) -> Iterator[nn.Parameter]:
+def parameters_of(parts: Iterable[Part]) -> Iterator[nn.Parameter]:
+    """Yield the parameters of modules, and those among the parts themselves."""
     for part in parts:
         if isinstance(part, nn.Parameter):
             yield part

@@ -1,26 +1,22 @@
-"""The caller's block as a fused block: `block.__class__` becomes a subclass of its own class with another `forward`.
+"""A fused block: the caller's block, with the class of `fused_classes.py`, which has another `forward`.
 
-A wrapper would change the names in `state_dict` and fail `isinstance`, and a `forward` set on the block would be copied
-and pickled with it. `forward` reads weights and settings from the block's children at each call. If a child is not what
-the fused path knows (an adapter, a quantised layer, a hook, a method that was replaced on its class), the block runs
-the forward of its own class.
+It reads weights and settings from the block's children at each call. If a child is not what the fused path knows (an
+adapter, a quantised layer, a hook, a method that was replaced on its class), the block runs the forward of its own
+class.
 """
 
 from __future__ import annotations
 
 import copyreg
-import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..checks import warn_caller
 from ..options import FusedMemory
-from .alterations import Submodules, has_hooks, original_method, why_altered
-from .families import BLOCKS, type_name
+from .alterations import Submodules, has_hooks, why_altered
 from .rows import Hidden, Rotary, RowsOptions, Sequences
 
 if TYPE_CHECKING:
@@ -45,7 +41,7 @@ class FusedBlock:
 
     linear_weights: Sequence[str]  # paths of query, key, value, W_o, W_fc and W_p; packed ones three times
     _modules: dict[str, Any]  # of nn.Module
-    # Set by `_fused_class`:
+    # Set by `fused_classes.py`:
     caller_class: ClassVar[type]
     _methods: ClassVar[Mapping[str, Any]]  # its methods that this class replaces, as its package defines them
     _memory: ClassVar[FusedMemory]  # saved for backward of a call with its ordinary input
@@ -152,60 +148,3 @@ def _is_transformed() -> bool:
     """Return True while the call is exported, traced, or transformed by `torch.func`."""
     in_functorch = torch._C._functorch.peek_interpreter_stack() is not None
     return torch.compiler.is_exporting() or torch.jit.is_tracing() or in_functorch
-
-
-# ---- classes ---------------------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def _fused_class(own: Any, memory: FusedMemory) -> type:
-    """Make the class of fused blocks in front of the caller's class `own`, with the same name.
-
-    For the block of open_clip it is what this would define:
-
-        class ResidualAttentionBlock(OpenClipBlock, open_clip.transformer.ResidualAttentionBlock):
-            caller_class, _memory = open_clip.transformer.ResidualAttentionBlock, "fast"
-    """
-    names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
-    methods = {name: original_method(own, name) for name in ("forward", "attention") if hasattr(own, name)}
-    bases = BLOCKS[type_name(own)].load(), own
-    return type(own.__name__, bases, {**names, "caller_class": own, "_memory": memory, "_methods": methods})
-
-
-@functools.cache
-def unfused_class(kind: Any) -> Any:
-    """The caller's class of a fused block, with what was made on top of the fused class, such as FSDP2's."""
-    if not issubclass(kind, FusedBlock):
-        return kind
-    if "caller_class" in vars(kind):
-        return kind.caller_class
-    attributes = {name: x for name, x in vars(kind).items() if name not in ("__dict__", "__weakref__")}
-    return type(kind.__name__, tuple(map(unfused_class, kind.__bases__)), attributes)
-
-
-def fuse_blocks(modules: Iterable[nn.Module], memory: FusedMemory = "fast") -> list[Any]:
-    """Make every known block among these modules a fused block, in place, and return the fused blocks.
-
-    Those that are fused already stay as they are.
-    """
-    blocks: list[Any] = []
-    for module in modules:
-        kind: Any = type(module)
-        if not isinstance(module, FusedBlock) and type_name(kind) in BLOCKS:
-            module.__class__ = _fused_class(kind, memory)
-        if isinstance(module, FusedBlock):
-            blocks.append(module)
-    return blocks
-
-
-@contextmanager
-def unfused(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Give fused blocks among these modules the caller's class."""
-    before: list[tuple[Any, Any]] = [(x, type(x)) for x in modules if isinstance(x, FusedBlock)]
-    try:
-        for module, kind in before:
-            module.__class__ = unfused_class(kind)
-        yield
-    finally:
-        for module, kind in before:
-            module.__class__ = kind

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..checks import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, raise_if_above
 from ..reference import wide_dtype
-from .block import FusedBlock, unfused
+from .block import FusedBlock
+from .fused_classes import unfused
 
 _NEGLIGIBLE = 0.01  # of the largest gradient: that of a key's bias is 0 up to rounding
 

@@ -9,9 +9,10 @@ from torch import nn
 from ..checks import warn_caller
 from ..options import FusedMemory
 from .base import UnsupportedModel
-from .block import FusedBlock, fuse_blocks, unfused_class
+from .block import FusedBlock
 from .comparison import compare_with_own_forward
 from .families import BLOCKS
+from .fused_classes import fuse_blocks, unfused_class
 
 Model = TypeVar("Model", bound=nn.Module)
 _PEFT_REMEDY = (

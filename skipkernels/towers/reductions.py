@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from .base import ImageTower, Tower
+from .base import Tower
 from .block import why_takes_no_rows
-from .text import Prompts, TextTower
+from .image import ImageTower
+from .prompts import Prompts
+from .text import TextTower
 
 
 class Reduction(NamedTuple):

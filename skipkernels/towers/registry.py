@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from .base import ImageTower, UnsupportedModel
+from .base import UnsupportedModel
 from .families import IMAGE_TOWERS, MODELS, TEXT_TOWERS, Entry, type_name
+from .image import ImageTower
 from .text import TextTower
 
 # Type of the model → why it is not handled.

@@ -4,10 +4,10 @@ Rows are the tokens of any number of sequences, packed. Only the attention of a 
 what a token sees. It takes packed projections: query, key and value of a token side by side, [R, 3W], W = H · E. In the
 last block of a tower it returns Q of the R rows:
 
-    class       query_rows               separate_queries   takes             returns
-    Sequences   None                     False              [R, 3W]           [R, W]
-    Pooled      one of each sequence     True               [Q, W], [R, 2W]   [Q, W]
-    Suffixes    None, or the last rows   False              [R, 3W]           [R, W] or [Q, W]
+    class         query_rows               separate_queries   takes             returns
+    Sequences     None                     False              [R, 3W]           [R, W]
+    SingleQuery   one of each sequence     True               [Q, W], [R, 2W]   [Q, W]
+    Suffixes      None, or the last rows   False              [R, 3W]           [R, W] or [Q, W]
 
 The kernel of `Suffixes` reads query, key and value of all rows in one tensor, so that it takes no separate queries.
 """
@@ -113,7 +113,7 @@ class Sequences:
 
 
 @dataclass(frozen=True, eq=False)
-class Pooled:
+class SingleQuery:
     """Attention of one query per sequence over the keys and values of the sequence.
 
     The same for every backend: PyTorch computes it with a mask, and `pooled_attention` without.

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.flop_counter import FlopCounterMode
 
 import skipkernels as sk
-from skipkernels.towers.block import unfused
+from skipkernels.towers.fused_classes import unfused
 from tests.clip.clips import insert_lora, make_clip
 from tests.models import tiny_clip
 from tests.towers.families import LABELS, OPEN_CLIP, TOKENS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import skipkernels as sk
 from skipkernels import testing
+from skipkernels.boundary import LostGradient
 from skipkernels.clip import builder
 from skipkernels.towers.base import Cut, Tower
 from tests.clip.clips import IMAGES, LABELS, C, assert_same_bits, make_clip, mixup, three_templates
@@ -64,15 +66,21 @@ def test_refresh_brings_the_lower_parts_to_the_device_of_the_model(monkeypatch):
     assert moves == [torch.device("cpu")] * 2 + ["read"] + [None] * 2
 
 
-def test_out_of_memory_is_not_an_error_of_the_size_of_images(monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+        LostGradient("run_frozen: no gradient passes the cut"),
+    ],
+    ids=["a GPU", "the CPU", "a gradient"],
+)
+def test_other_errors_are_not_of_the_size_of_images(error, monkeypatch):
     clip = sk.SkipCLIP(tiny_clip(), tiny_tokens(9), skip_layers=1)
-
-    def lower(images):
-        raise torch.OutOfMemoryError("out of memory")
-
-    monkeypatch.setattr(clip.images.tower, "lower", lower)
-    with pytest.raises(torch.OutOfMemoryError):
+    monkeypatch.setattr(clip.images.tower, "lower", mock.Mock(side_effect=error))
+    with pytest.raises(type(error)) as raised:
         clip.predict(torch.zeros(2, 3, 64, 64))
+    assert raised.value is error
 
 
 def step_of(clip: sk.SkipCLIP, optimizer: torch.optim.Optimizer, seed: int) -> None:

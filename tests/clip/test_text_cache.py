@@ -52,7 +52,7 @@ def other_starts():
 @pytest.mark.parametrize("skip", [1, 3])
 def test_text_cache_equals_memory(tmp_path, monkeypatch, skip, tokens, padded):
     if padded:
-        monkeypatch.setattr("skipkernels.towers.text.counts_are_known", lambda device: False)
+        monkeypatch.setattr("skipkernels.towers.prompts.counts_are_known", lambda device: False)
     theirs = step(make_clip(tokens=tokens, skip_layers=skip))
     for _ in ("created", "opened"):
         assert same(step(make_clip(tmp_path, tokens=tokens, skip_layers=skip)), theirs)

@@ -39,7 +39,7 @@ from torch.utils._pytree import tree_map_only
 from skipkernels import functional
 from skipkernels.graphs import graphed_step
 from skipkernels.ops import launching, registration, sgd_momentum
-from skipkernels.towers import text
+from skipkernels.towers import prompts
 
 _UPDATE_NAME = functional.sgd_momentum_.__name__
 _UPDATE = getattr(torch.ops.skipkernels, _UPDATE_NAME).default
@@ -414,7 +414,7 @@ def stand_in() -> Iterator[Gpu]:
         mock.patch.object(launching, "current_stream", lambda device: gpu.current_stream().stream_id),
         mock.patch.object(launching, "is_captured", lambda device: gpu.captures_now),
         mock.patch.object(launching, "_run", lambda *kernel: None),  # of the update
-        mock.patch.object(text, "counts_are_known", lambda device: False),
+        mock.patch.object(prompts, "counts_are_known", lambda device: False),
         mock.patch.object(sgd_momentum, "_table", gpu.table),
         mock.patch.object(graphed_step.GraphedStep, "_on_gpu", lambda step: True),
         mock.patch.object(graphed_step, "record", gpu.record),

@@ -14,7 +14,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from transformers.models.clip import modeling_clip
 
-from skipkernels.towers.block import unfused
+from skipkernels.towers.fused_classes import unfused
 from tests.models import openai_models
 
 N, GRID, W, HEADS = 3, 4, 24, 3

@@ -17,7 +17,7 @@ from skipkernels.towers.block import FusedBlock
 from skipkernels.towers.families.timm_blocks import rotary_of_tokens
 from skipkernels.towers.fused import node
 from skipkernels.towers.fused import weights as weights_module
-from skipkernels.towers.rows import SDPA, Hidden, Pooled, RowsOptions, Sequences
+from skipkernels.towers.rows import SDPA, Hidden, RowsOptions, Sequences, SingleQuery
 from tests.ops.backends import INTERPRETED
 from tests.towers.blocks import (
     BLOCKS,
@@ -113,7 +113,7 @@ def test_rotation_saves_nothing():
 )
 def test_pooled_queries_are_rotated_by_their_positions(query_rows):
     block, hidden = fused("perception"), hidden_states()
-    options = RowsOptions(Pooled(query_rows), rotary=rotary_of_tokens(rotary(block), block.attn))
+    options = RowsOptions(SingleQuery(query_rows), rotary=rotary_of_tokens(rotary(block), block.attn))
     pooled = block(Hidden(hidden.flatten(0, 1)), options).sum()
     expected = run(block, hidden).flatten(0, 1)[query_rows]
     found, truth = (
@@ -143,7 +143,7 @@ DTYPES = [
 
 
 def run_rows(block, hidden, query_rows=None, memory="fast", backend=SDPA):
-    attention = Sequences(N, backend=backend) if query_rows is None else Pooled(query_rows)
+    attention = Sequences(N, backend=backend) if query_rows is None else SingleQuery(query_rows)
     return block(Hidden(hidden.flatten(0, 1)), RowsOptions(attention, memory)).sum()
 
 

@@ -146,7 +146,7 @@ if "modern_eos" in FAMILIES:  # open_clip 4
 @pytest.mark.parametrize(("family", "alter", "off"), ALTERED.values(), ids=ALTERED)
 def test_step_of_altered_model(family, alter, off, padded, monkeypatch):
     if padded:  # as on a GPU: rows follow the last suffix
-        monkeypatch.setattr("skipkernels.towers.text.counts_are_known", lambda device: False)
+        monkeypatch.setattr("skipkernels.towers.prompts.counts_are_known", lambda device: False)
     model, tokens = family.make(), family.tokens.clone()
     alter(model, tokens)
     family = family._replace(tokens=tokens)
@@ -164,7 +164,7 @@ SIGLIP_TEXT = {"pool_type": "last", "no_causal_mask": True}
     "make", [siglip, siglip_2, lambda: tiny_clip(family=open_clip.CustomTextCLIP, text=SIGLIP_TEXT)]
 )
 def test_siglip_text_last_block_computes_one_query(make, monkeypatch):
-    calls, pooled = [], rows_module.Pooled.__call__
+    calls, pooled = [], rows_module.SingleQuery.__call__
 
     def recorded(self, query, key_value, **options):
         calls.append((len(query), len(key_value)))
@@ -172,7 +172,7 @@ def test_siglip_text_last_block_computes_one_query(make, monkeypatch):
 
     clip = sk.SkipCLIP(make(), tiny_tokens(CLASSES), skip_layers=1, keep_ratio=1.0)
     assert clip.reductions["text.pooled_last_block"].enabled
-    monkeypatch.setattr(rows_module.Pooled, "__call__", recorded)
+    monkeypatch.setattr(rows_module.SingleQuery, "__call__", recorded)
     clip.encode_classes(torch.arange(CLASSES))
     assert calls == [(CLASSES, CLASSES * 77)]
 

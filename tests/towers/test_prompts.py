@@ -13,7 +13,7 @@ from tests.models import tiny_batch, tiny_clip, tiny_tokens
 
 def test_repeated_classes_with_rows_behind(monkeypatch):
     """More than there are classes: as many rows as the longest of all would not suffice."""
-    monkeypatch.setattr("skipkernels.towers.text.counts_are_known", lambda device: False)
+    monkeypatch.setattr("skipkernels.towers.prompts.counts_are_known", lambda device: False)
     clip = sk.SkipCLIP(tiny_clip(), tiny_tokens(9), skip_layers=1)
     repeated = clip.encode_classes(torch.full((20,), 4))
     torch.testing.assert_close(repeated, clip.encode_classes(torch.tensor([4])).expand(20, -1), rtol=1e-12, atol=1e-12)
@@ -25,7 +25,7 @@ def test_step_with_rows_behind_has_same_gradients(monkeypatch, skip):
     images, labels = tiny_batch(3, 9)
     found = []
     for reads in (True, False):
-        monkeypatch.setattr("skipkernels.towers.text.counts_are_known", lambda device, reads=reads: reads)
+        monkeypatch.setattr("skipkernels.towers.prompts.counts_are_known", lambda device, reads=reads: reads)
         clip = sk.SkipCLIP(tiny_clip(), tiny_tokens(9), skip_layers=skip, keep_ratio=0.4)
         found.append(gradients(clip, clip(images, labels).loss))
     assert found[0].keys() == found[1].keys()

@@ -46,7 +46,7 @@ def calls(monkeypatch, xformers_ops):
 @pytest.mark.parametrize("memory", ["fast", "min"])
 def test_xformers_same_step(calls, monkeypatch, memory, packed):
     if not packed:
-        monkeypatch.setattr("skipkernels.towers.text.counts_are_known", lambda device: False)
+        monkeypatch.setattr("skipkernels.towers.prompts.counts_are_known", lambda device: False)
     images, labels = tiny_batch(4, CLASSES)
     losses, found = [], []
     for attention in ("sdpa", "xformers"):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..base import Part
-from ..text import Pooling, Prompts
+from ..prompts import Pooling, Prompts
 from .open_clip import OpenClipTextTower, padding_mask
 
 

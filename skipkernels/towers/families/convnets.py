@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..base import ImageTower
+from ..image import ImageTower
 
 NOT_FUSED = "blocks in stages run their own forward"
 

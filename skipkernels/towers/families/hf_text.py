@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..base import UnsupportedModel
-from ..text import Pooling, Prompts, SelectedPrompts, TextTower
+from ..prompts import Pooling, Prompts, SelectedPrompts
+from ..text import TextTower
 
 
 class EncoderTextTower(TextTower):

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..base import Part, UnsupportedModel
-from ..text import Pooling, Prompts, SelectedPrompts, TextTower
+from ..prompts import Pooling, Prompts, SelectedPrompts
+from ..text import TextTower
 
 
 class ModernTextTower(TextTower):

@@ -26,10 +26,12 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..alterations import Submodules, submodules
-from ..base import ImageTower, Part, UnsupportedModel
+from ..base import Part, UnsupportedModel
 from ..block import BlockInput, FusedBlock
 from ..fused.weights import BlockSettings, GivenWeights, activation, layer_scale, weights_of
-from ..text import Pooling, Prompts, TextTower
+from ..image import ImageTower
+from ..prompts import Pooling, Prompts
+from ..text import TextTower
 
 _ACTIVATIONS = {QuickGELU: "quick_gelu", nn.GELU: "gelu"}
 _NORM, _SCALE = (LayerNorm, LayerNormFp32), (nn.Identity, LayerScale)

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ..alterations import Submodules, submodules
-from ..base import ImageTower, Part
+from ..base import Part
 from ..block import BlockInput
-from ..text import Pooling, Prompts, TextTower
+from ..image import ImageTower
+from ..prompts import Pooling, Prompts
+from ..text import TextTower
 from .open_clip import BLOCK_TYPES, OpenClipBlock, OpenClipTextTower
 
 

@@ -22,7 +22,8 @@ from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from timm.models.vitamin import MbConvStages
 from torch import Tensor, nn
 
-from ..base import ImageTower, Part, UnsupportedModel
+from ..base import Part, UnsupportedModel
+from ..image import ImageTower
 from ..rows import Rotary
 from .convnets import NOT_FUSED, chain_stages, convnext_tower, fastvit_tower, swin_tower
 from .timm_blocks import rotary_of_tokens

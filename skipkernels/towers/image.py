@@ -1,0 +1,63 @@
+"""Image towers: from images, or from features at the cut, to image embeddings."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from .base import Tower, parameters_of, present
+from .rows import SingleQuery
+
+
+class ImageTower(Tower):
+    """A tower over images [n, 3, height, width]."""
+
+    image_size: tuple[int, int]  # Height and width
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the images that the embedding takes."""
+        return next(parameter for parameter in parameters_of(present(self.embedding)) if parameter.ndim > 1).dtype
+
+    @abstractmethod
+    def embed(self, images: Tensor) -> Tensor:
+        """Map images [n, 3, height, width] to the hidden states in front of the first block."""
+
+    def lower(self, images: Tensor) -> Tensor:
+        """Map images [n, 3, height, width], in any dtype, to hidden states at the cut; with a cut constants."""
+
+        def run(images: Tensor) -> Tensor:
+            return self._run_lower_blocks(self.embed(images))
+
+        return self._run_lower(run, images.to(self.dtype))
+
+    @abstractmethod
+    def finish(self, hidden: Tensor) -> Tensor:
+        """Map hidden states behind the last block, of all tokens or only the pooled one, to embeddings [n, D]."""
+
+    def upper(self, features: Tensor) -> Tensor:
+        """Map hidden states at the cut, in any dtype, to image embeddings [n, D], not normalised.
+
+        Under autocast the features may be in 16 bits. The residual stream above the cut is in the dtype of the model,
+        as that of the texts, so that features from a cache give the same result as images.
+        """
+        features = features.to(self.dtype)
+        if not self.takes_rows_above:
+            return self.finish(self._call_upper_blocks(features))
+        of_first_tokens = SingleQuery(slice(None, None, features.shape[1]))  # of the sequences, among their rows
+        last_attention = of_first_tokens if self.why_not_pooled() is None else None
+        rows = self._run_upper_rows(features.flatten(0, 1), self._of_sequences(features), last_attention)
+        return self.finish(rows.unflatten(0, (len(features), -1)))  # [n, 1 or tokens, W]
+
+    def encoder(self) -> nn.Module:
+        """The caller's image encoder, which returns embeddings [n, D] or a tuple that begins with them."""
+        return self.model.visual
+
+    def why_not_pooled(self) -> str | None:
+        """Return why the last block is needed for every token, or None if the head pools the first one."""
+        return None
+
+    def reference_forward(self, inputs: Tensor) -> Tensor:
+        return self.model.encode_image(inputs)
