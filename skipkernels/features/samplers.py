@@ -28,9 +28,6 @@ class BatchSampler(Sampler[list[int]]):
             batch_size · world_size items, so that all take the same number of steps.
         world_size: Number of processes that train together.
 
-    Attributes:
-        epoch: Number of completed epochs.
-
     Example:
         >>> sampler = BatchSampler(torch.tensor([0, 0, 0, 1, 1]), 2, "class_pure")
         >>> sorted(sorted(batch) for batch in sampler), len(sampler)
@@ -57,7 +54,6 @@ class BatchSampler(Sampler[list[int]]):
         self.labels, self.batch_size, self.kind = labels.cpu(), batch_size, kind
         self.generator = torch.Generator().manual_seed(0) if generator is None else generator
         self.rank, self.world_size = rank, world_size
-        self.epoch = 0
         self._initial: Tensor | None = None  # state of the generator before it drew the order of the current epoch
         self._yielded = 0  # batches of the current epoch, also before a state was loaded
 
@@ -76,12 +72,12 @@ class BatchSampler(Sampler[list[int]]):
             self._yielded += 1
             part = batch if self.world_size == 1 else batch.tensor_split(self.world_size)[self.rank]
             yield part.tolist()
-        self.epoch, self._initial, self._yielded = self.epoch + 1, None, 0
+        self._initial, self._yielded = None, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return settings, epoch, number of batches yielded in it, and the state of the generator before it."""
+        """Return settings, number of batches yielded in this epoch, and the state of the generator before it."""
         initial = self.generator.get_state() if self._initial is None else self._initial
-        return self._settings() | {"epoch": self.epoch, "batches": self._yielded, "generator": initial}
+        return self._settings() | {"batches": self._yielded, "generator": initial}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from the result of `state_dict`."""
@@ -92,7 +88,7 @@ class BatchSampler(Sampler[list[int]]):
                     f"{value!r}. Use the same settings, or start without the state."
                 )
         self.generator.set_state(state["generator"].cpu())
-        self.epoch, self._initial, self._yielded = state["epoch"], None, state["batches"]
+        self._initial, self._yielded = None, state["batches"]
 
     def _settings(self) -> dict[str, Any]:
         settings = {"kind": self.kind, "batch_size": self.batch_size, "world_size": self.world_size}
