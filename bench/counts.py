@@ -35,7 +35,7 @@ from torch import Tensor
 
 import skipkernels as sk
 from skipkernels import testing
-from skipkernels.app.train.precision import autocast
+from skipkernels.app.devices import autocast
 from skipkernels.ops import launching
 
 from . import measure, recording, tables

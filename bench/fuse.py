@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import skipkernels as sk
-from skipkernels.app.train.precision import autocast
+from skipkernels.app.devices import autocast
 from skipkernels.testing import gradients, relative_error, saved_bytes
 
 from . import measure

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import skipkernels as sk
 from skipkernels import testing
-from skipkernels.app.train.precision import autocast
+from skipkernels.app.devices import autocast
 from skipkernels.graphs.graphed_step import WARMUP, GraphedStep
 
 from . import measure

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 import skipkernels as sk
-from skipkernels.app.train.precision import autocast
+from skipkernels.app.devices import autocast
 from skipkernels.testing import relative_error
 
 from . import measure

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 import skipkernels as sk
-from skipkernels.app.train.precision import autocast
+from skipkernels.app.devices import autocast
 from skipkernels.casts import Casts
 from skipkernels.ops import registration
 from skipkernels.selection import RankSampler

@@ -15,8 +15,8 @@ from torch import Tensor
 import skipkernels as sk
 from skipkernels.app.data import Task, TestSet
 from skipkernels.app.data.images import Images
+from skipkernels.app.devices import autocast
 from skipkernels.app.methods.coop import CoOp
-from skipkernels.app.train.precision import autocast
 from skipkernels.selection import RankSampler
 from skipkernels.testing import gradients, relative_error
 

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 import skipkernels as sk
 from bench.operators.record import small_call
 from skipkernels import _build, reference
-from skipkernels.app.config import resolved_precision, usable_device
+from skipkernels.app.devices import resolved_precision, usable_device
 from skipkernels.ops import registration
 from tests.features.caches import images, skip_clip
 from tests.processes import run_in_processes

@@ -8,7 +8,7 @@ import pytest
 
 import skipkernels as sk
 from bench import inputs, measure, training
-from skipkernels.app.train.precision import autocast
+from skipkernels.app.devices import autocast
 from skipkernels.graphs import graphed_step as graphed
 from skipkernels.testing import relative_error
 

@@ -17,10 +17,10 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError, to_jsonable_python
 
 from ..formatting import first_line
-from ..options import Precision
 from .data.base import InputError
 from .data.files import file_name
 from .data.registry import is_own
+from .devices import resolved_precision, usable_device
 from .methods.registry import AUTO, METHODS
 from .settings import Settings
 from .untrusted import check_source
@@ -274,34 +274,6 @@ class TuneConfig(Settings):
         for name in (name for name in _SOURCES if name in values and name not in given):
             check_source(path, name, getattr(config, name) or "", trust)
         return config
-
-
-def usable_device(device: str, function: str) -> str:
-    """Return the name of a device on which a tensor can be; "auto" is "cuda" or "mps" if there is one, else "cpu"."""
-    import torch
-
-    chosen = device
-    if device == "auto":
-        chosen = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(0, device=chosen).cpu()  # "meta" has no values
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(
-            f"device {chosen!r} can't be used: {first_line(error).rstrip('.!')}. `skipkernels doctor` lists devices.",
-            "device",
-            function,
-        ) from None
-    return chosen
-
-
-def resolved_precision(precision: Precision, device: str) -> Precision:
-    """Return a precision in place of "auto": "bf16" on a GPU that computes in it, else "fp32"."""
-    import torch
-
-    if precision != "auto":
-        return precision
-    # Before 8.0, NVIDIA's GPUs emulate bf16. AMD's start at 9.0.
-    return "bf16" if device.startswith("cuda") and torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
 
 
 def _refuse(argument: str, reason: str) -> NoReturn:

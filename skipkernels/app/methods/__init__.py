@@ -8,8 +8,9 @@ from ..._lazy import lazy_names
 from .registry import METHODS
 
 if TYPE_CHECKING:
-    from .base import Method, Recipe, StepOutput, TrainingData
+    from .base import Method, StepOutput
+    from .recipe import Recipe, TrainingData
 
 __all__ = ["METHODS", "Method", "Recipe", "StepOutput", "TrainingData"]
 
-__getattr__ = lazy_names(__name__, {"base": ("Method", "Recipe", "StepOutput", "TrainingData")})
+__getattr__ = lazy_names(__name__, {"base": ("Method", "StepOutput"), "recipe": ("Recipe", "TrainingData")})

@@ -1,4 +1,4 @@
-"""`Method`, the base class of all methods that adapt a CLIP, and their recipes.
+"""`Method`, the base class of all methods that adapt a CLIP.
 
 Shapes: B images in a batch, n images, C classes of a test, D width of the joint embedding, L tokens of a prompt.
 """
@@ -6,7 +6,7 @@ Shapes: B images in a batch, n images, C classes of a test, D width of the joint
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -17,45 +17,18 @@ from torch import Tensor, nn
 
 from ...boundary import DEFAULT_CHUNK
 from ...clip import SkipCLIP
-from ...options import OptimizerName, Protocol, SamplerKind, Tail
 from ...reference import unit_norm
 from ...selection import RankSampler
 from ..data import InputError, Task
 from ..heads import AffineHead, Head
+from .recipe import Recipe, TrainingData
 from .registry import PACKAGED, packaged
 
 Tokenizer = Callable[[list[str]], Tensor]
 """Function from texts to tokens [n, L], such as a tokenizer of `open_clip.get_tokenizer`."""
 
 
-class TrainingData(NamedTuple):
-    """Properties of the data, on which the recipe of a method may depend."""
-
-    name: str = ""  # of the dataset
-    protocol: Protocol = "few-shot"
-    shots: int = 16  # images of each class
-    classes: Callable[[], int] = lambda: 1  # number of trained classes; may open the dataset
-    reference: bool = False  # as in the published code, where the default differs
-
-
 _ANY = TrainingData()
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Default training settings of a method; None for settings that it does not use."""
-
-    epochs: int  # Passes over the training images; 0 for a method without steps
-    batch_size: int | None = None  # Images per step
-    optimizer: OptimizerName | None = None
-    text_lr: float | None = None  # Learning rate of the weights on the text side
-    image_lr: float | None = None  # Learning rate of the weights on the image side
-    momentum: float | None = None
-    weight_decay: float | None = None
-    warmup_epochs: int | None = None  # Epochs at the warm-up rate, before the cosine
-    warmup_lr: float | None = None  # Learning rate of the warm-up
-    sampler: SamplerKind | None = None  # "class_pure" or "random"
-    tail: Tail | None = None  # Ranks of the tail of Skip Tuning
 
 
 def cosine_logits(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from ..data import Task
 from ..heads import AffineHead, Head
-from .base import Recipe, StepOutput, Tokenizer, TrainingData
+from .base import StepOutput, Tokenizer
 from .coop import CoOp
 from .frozen import FrozenModel
+from .recipe import Recipe, TrainingData
 
 _REDUCTION, _RATIO = 4, 0.2
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from ...reference import wide_dtype
 from ..data import InputError, Task
 from ..heads import AffineHead
-from .base import Recipe, Tokenizer, TrainingData
+from .base import Tokenizer
 from .frozen import FrozenModel
+from .recipe import Recipe, TrainingData
 
 
 class CoOp(FrozenModel):

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..data import Task
-from .base import Recipe, StepOutput, Tokenizer, TrainingData, check_open_clip
+from .base import StepOutput, Tokenizer, check_open_clip
+from .recipe import Recipe, TrainingData
 from .skip import Skip
 from .tuned import TunedModel
 

@@ -11,7 +11,8 @@ from ...clip import SkipCLIP
 from ...lora import add_lora, merge_lora
 from ...towers.low_rank import low_rank_updates
 from ..data import InputError, Task
-from .base import Recipe, Tokenizer, TrainingData, check_open_clip
+from .base import Tokenizer, check_open_clip
+from .recipe import Recipe, TrainingData
 from .tuned import ClipMethod
 
 _RANK, _BATCH_SIZE = 2, 32

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ... import published
 from ...graphs import graphed
 from ..data import Task
-from .base import Recipe, StepOutput, Tokenizer, TrainingData
+from .base import StepOutput, Tokenizer
+from .recipe import Recipe, TrainingData
 from .tuned import TunedModel, step_output
 
 _QUARTER = ("coop:imagenet", "coop:sun397", "coop:food101")  # published with a quarter of the epochs

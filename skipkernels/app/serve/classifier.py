@@ -19,9 +19,9 @@ from ..data import InputError
 from ..data.base import check_choice
 from ..data.files import find_images
 from ..data.reading import from_pixels, read_ahead, read_image, to_rgb
+from ..devices import autocast
 from ..results.files import existing_run
 from ..train.calibration import class_probabilities
-from ..train.precision import autocast
 from .loading import TEST, TunedRun, load_run
 
 Unreadable = Literal["raise", "skip"]

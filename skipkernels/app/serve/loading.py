@@ -13,12 +13,12 @@ from safetensors import safe_open
 from torch import nn
 
 from ...options import Precision
-from ..config import resolved_precision, usable_device
 from ..data import InputError, Task
 from ..data.base import check_choice
 from ..data.images import Images
 from ..data.tasks import TestSet
 from ..data.templates import resolve_templates
+from ..devices import resolved_precision, usable_device
 from ..methods import METHODS, Method
 from ..methods.frozen import FrozenModel
 from ..train.description import Description, preprocessing

@@ -99,24 +99,24 @@ def _search(configs: dict[str, TuneConfig], folder: Path, console: Console, over
         why = "they are given" if given else "there are no validation images"
         console.print(plain(f"note: learning rates are not searched, as {why}."))
         return {}
-    tried = {
-        f"{method} x{multiplier:g}": (method, multiplier, rates)
+    tried = [
+        (method, multiplier, rates)
         for multiplier in MULTIPLIERS
         for method, of_method in configs.items()
         if (rates := _scaled_rates(of_method, multiplier))
-    }
-    variants = {name: dataclasses.replace(configs[method], **rates) for name, (method, _, rates) in tried.items()}
+    ]
+    variants = {f"{name} x{factor:g}": dataclasses.replace(configs[name], **rates) for name, factor, rates in tried}
     results = run_variants(variants, [SEARCH_SEED], folder, console, overwrite=overwrite, keep_diverged=True)
-    found: dict[str, Searched] = {}
-    for result in results:
-        method, multiplier, rates = tried[result.variant]
+    searches: dict[str, list[Searched]] = {}
+    for (method, multiplier, rates), result in zip(tried, results, strict=True):
         complete = result.metrics["status"] == "complete"  # else it diverged
         _, accuracy = held_out_accuracy(result.metrics, balanced=balanced) if complete else ("", -math.inf)
-        one = Searched(rates, multiplier, accuracy, result.metrics["cost"]["seconds_total"])
-        best = found.get(method, one._replace(seconds=0.0))
-        better = one if one.accuracy > best.accuracy else best
-        found[method] = better._replace(seconds=best.seconds + one.seconds)
-    for method, best in found.items():
+        seconds = result.metrics["cost"]["seconds_total"]
+        searches.setdefault(method, []).append(Searched(rates, multiplier, accuracy, seconds))
+    found: dict[str, Searched] = {}
+    for method, searched in searches.items():
+        best = max(searched, key=lambda one: one.accuracy)  # of equal ones the first
+        best = found[method] = best._replace(seconds=sum(one.seconds for one in searched))
         chosen = ", ".join(f"{name} {rate:g}" for name, rate in best.rates.items())
         chosen += f" (×{best.multiplier:g}), {best.accuracy:.1f} % on validation images"
         took = f"its runs took {best.seconds:.0f} s, without the starts of their processes"

@@ -26,9 +26,9 @@ from ..results.files import existing_run
 from ..results.predictions import TestPredictions, TopClasses, top_classes
 from .calibration import calibrate
 from .own_dataset import OwnData
-from .precision import REMEDY
 from .reading import read_model
 from .setup import BATCH, RunSetup, build_run
+from .trainer import REMEDY
 from .weights import load_run_method, load_run_model
 
 Accuracies = dict[str, float | None]

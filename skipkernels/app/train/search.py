@@ -22,9 +22,8 @@ from ..results.predictions import top_classes
 from .calibration import calibrate
 from .candidates import Candidate, groups_of, untested
 from .choice import Choice
-from .precision import REMEDY
 from .setup import RunSetup
-from .trainer import Trainer
+from .trainer import REMEDY, Trainer
 from .weights import Interpolation
 
 FEW = 400  # training images, below which all of them are held out, half by half

@@ -15,12 +15,12 @@ from ..config import TuneConfig
 from ..data import Source
 from ..data.tasks import Task, load_task
 from ..data.unreadable import without_unreadable
+from ..devices import autocast
 from ..heads import Examples, fit_head
 from ..methods import Method
 from ..methods.frozen import FrozenModel
 from ..methods.zero_shot import ZeroShot
 from .model import Loaded, augmentation, load_model
-from .precision import autocast
 
 BATCH = 64
 """Images per batch without training."""

@@ -17,12 +17,15 @@ from ...optimizer import FusedSGD
 from ...published import cosine_with_warmup
 from ..config import TuneConfig
 from ..data import InputError
+from ..devices import autocast
 from ..methods import Method, StepOutput
-from .precision import REMEDY, autocast
 
 # Of gradients in fp16. PyTorch's default of 65,536 times CLIP's logit scale of 100 overflows: the first steps would be
 # skipped until it has been halved enough, to 8,192 on pictogram-tiny. Other models may need less.
 _INITIAL_SCALE = 2.0**10
+REMEDY = (
+    "Lower `text_lr` and `image_lr`, or use `precision=fp32`. The checkpoint of the last good epoch, if any, is kept."
+)
 _READ_EVERY = 50  # steps between displays and checks of the loss
 
 
