@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from . import reference
+from . import dtypes, reference
 from .checks import (
     FEATURE_DTYPES,
     check_alike,
@@ -278,7 +278,7 @@ def pairwise_sigmoid(
     if rows >= B:
         return _sum_over_pairs(image, text, labels, scale, bias)
     # At least fp32, so that gradients of the text are not rounded to 16 bits before they are summed over the chunks.
-    wide = reference.at_least_fp32(text)
+    wide = dtypes.at_least_fp32(text)
     total = wide.new_zeros(())
     for chunk, own in zip(image.split(rows), labels.split(rows), strict=True):
         of_chunk = checkpoint(
@@ -456,7 +456,7 @@ def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, *, heads: int, interle
     name = "rotary_embedding"
     check_shape(name, "cos", cos, **{"T": None, "E/2": None})
     check_dtype(name, "x", x, FEATURE_DTYPES, "Convert it first.")
-    angle_dtype = reference.wide_dtype(x.dtype)
+    angle_dtype = dtypes.wide_dtype(x.dtype)
     check_dtype(name, "cos", cos, [angle_dtype], f"Use cos.to({angle_dtype}).")
     check_device(name, "cos", cos, ("x", x))
     check_alike(name, "sin", sin, ("cos", cos))
@@ -664,9 +664,7 @@ def sgd_momentum_(
             ):
                 raise ValueError(f"{name}: {argument} must have memory for each element; got an expanded tensor.")
     lr, momentum, weight_decay = (
-        _number_tensor(
-            name, option, value, ("weight", first), FEATURE_DTYPES, reference.accumulation_dtype(first.device)
-        )
+        _number_tensor(name, option, value, ("weight", first), FEATURE_DTYPES, dtypes.accumulation_dtype(first.device))
         for option, value in options.items()
     )
     if seed is not None:
@@ -749,7 +747,7 @@ def _check_vector(name: str, argument: str, vector: Tensor, like: tuple[str, Ten
 
 
 def _number_of_logits(name: str, argument: str, value: Tensor | float, image: Tensor) -> Tensor:
-    return _number_tensor(name, argument, value, ("image", image), FEATURE_DTYPES, reference.wide_dtype(image.dtype))
+    return _number_tensor(name, argument, value, ("image", image), FEATURE_DTYPES, dtypes.wide_dtype(image.dtype))
 
 
 def _number_tensor(

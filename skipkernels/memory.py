@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .reference import autocast_dtype
+from .dtypes import autocast_dtype
 
 try:
     import resource

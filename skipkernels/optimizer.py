@@ -17,8 +17,9 @@ from torch.utils.hooks import RemovableHandle
 
 from . import casts, functional
 from .checks import FEATURE_DTYPES, check_dtype
+from .dtypes import accumulation_dtype
 from .ops import launching
-from .reference import accumulation_dtype, signed64
+from .reference import signed64
 
 # Options that torch.optim.SGD reads from its groups, so that it loads a state dict of FusedSGD.
 _TORCH_OPTIONS = {

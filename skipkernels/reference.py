@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .dtypes import at_least_fp32, widened, without_autocast
 
 __all__ = [
     "UNIT_NORM_EPS",
@@ -37,8 +38,6 @@ __all__ = [
 UNIT_NORM_EPS = 1e-12
 """A row x is scaled to x / max(|x|, eps), as in `torch.nn.functional.normalize`. A zero row stays zero; its gradient is
 that of x / eps: the incoming gradient times 1e12, without projection."""
-WITHOUT_FP64 = frozenset({"mps"})
-"""Types of the devices that have no fp64."""
 
 
 def class_sampled_ce(
@@ -293,37 +292,6 @@ def sgd_momentum_(
 def sampled(rows: Tensor, class_ids: Tensor | None) -> Tensor:
     """Rows of the sampled classes, [K, …]; without ids all rows."""
     return rows if class_ids is None else rows.index_select(0, class_ids)
-
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of the arithmetic: fp64 for fp64, else fp32."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def at_least_fp32(x: Tensor) -> Tensor:
-    """Convert to the dtype of the arithmetic."""
-    return x.to(wide_dtype(x.dtype))
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Turn autocast off on a device that has it; the meta device has none."""
-    available = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if available else nullcontext()
-
-
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """Return the dtype of the autocast that is enabled on a device, or None."""
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-
-
-def accumulation_dtype(device: torch.device) -> torch.dtype:
-    """Return the dtype of sums of terms that cancel: fp64, but fp32 on a device that has no fp64."""
-    return torch.float32 if device.type in WITHOUT_FP64 else torch.float64
-
-
-def widened(x: Tensor) -> Tensor:
-    """Convert to the `accumulation_dtype` of the device."""
-    return x.to(accumulation_dtype(x.device))
 
 
 def unit_norm(x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 import skipkernels as sk
 from bench.operators.record import small_call
-from skipkernels import _build, reference
+from skipkernels import _build, dtypes
 from skipkernels.app.devices import resolved_precision, usable_device
 from skipkernels.ops import registration
 from tests.features.caches import images, skip_clip
@@ -58,7 +58,7 @@ def train(folder: Path) -> float:
 
 def train_without_fp64(rank: int, folder: Path) -> float:
     os.environ["SKIPKERNELS_CPP"] = "0"
-    reference.WITHOUT_FP64 = frozenset({"cpu"})
+    dtypes.WITHOUT_FP64 = frozenset({"cpu"})
     with WithoutFp64():
         for name in sk.functional.__all__:
             call = small_call(name)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import functional
-from ..reference import without_autocast
+from ..dtypes import without_autocast
 
 
 def step(

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from .. import functional
+from ..dtypes import autocast_dtype
 from ..features.table import FeatureTable, MemoryTable
-from ..reference import autocast_dtype, unit_norm
+from ..reference import unit_norm
 from ..towers.modes import evaluating
 from ..towers.watch import Watch
 from .text_features import TextFeatures

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..dtypes import autocast_dtype
 from ..labels import whole_number
 from ..memory import free_bytes
-from ..reference import autocast_dtype
 from .layout import NAMES, CacheError
 from .table import MemoryTable
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..clip import SkipCLIP
 from ..clip.checks import check_labels, described
+from ..dtypes import autocast_dtype
 from ..optimizer import FusedSGD, world_size
-from ..reference import autocast_dtype
 from ..towers.alterations import HOOKS, global_hooks
 from ..towers.rows import SDPA
 

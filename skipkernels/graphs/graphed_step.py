@@ -19,10 +19,10 @@ from torch import Tensor
 from ..casts import Casts
 from ..clip import SkipCLIP, SkipOutput, check_clip
 from ..clip.step import LossOptions, Texts, step
+from ..dtypes import autocast_dtype, without_autocast
 from ..formatting import first_line
 from ..ops.sgd_momentum import GraphTables, tables_of_graph
 from ..optimizer import DeviceNumbers, FusedSGD
-from ..reference import autocast_dtype, without_autocast
 from .capturable import CapturedState, check_batch, check_mode, check_optimizer, why_not_capturable
 from .capture import record, renew_accumulators
 from .parts import ReservedRanks, TextsOnStream

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import dtypes
 from . import autograd, launching, registration
 from .launching import contiguous_or_none, launch, launch_options, tl, triton
 from .row_sums import blocks_of_rows, write_column_sums
@@ -316,7 +316,7 @@ def _outputs(call: NormArguments) -> NormResults:
 def _fallback(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, residual, weight, bias, eps, dtype, rms = Forward(*arguments)
     hidden = (x if residual is None else (x + residual).to(x.dtype)).contiguous()
-    hidden_wide = reference.at_least_fp32(hidden)  # [..., W]
+    hidden_wide = dtypes.at_least_fp32(hidden)  # [..., W]
     mean = hidden_wide.new_empty(0) if rms else hidden_wide.mean(dim=-1)  # [...]
     centred = hidden_wide if rms else hidden_wide - mean[..., None]  # [..., W]
     variance = centred.square().mean(dim=-1) + eps  # [...]
@@ -381,7 +381,7 @@ def _fallback_backward(*arguments: Any) -> NormResults:
 def _fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, residual, _, _, _, dtype, rms = Forward(*arguments)
     hidden = x.new_empty(0 if residual is None else x.shape)  # [..., W]
-    wide = reference.wide_dtype(x.dtype)
+    wide = dtypes.wide_dtype(x.dtype)
     mean, rstd = (x.new_empty(shape, dtype=wide) for shape in (0 if rms else x.shape[:-1], x.shape[:-1]))  # [...]
     return hidden, x.new_empty(x.shape, dtype=dtype or x.dtype), mean, rstd
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from ..reference import without_autocast
+from ..dtypes import without_autocast
 
 
 class GradientRule(NamedTuple):

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import dtypes, reference
 from ..checks import check_values
 from . import autograd, registration, unit_rows
 from .assertions import assert_different_rows, assert_rows
@@ -572,7 +572,7 @@ def _fallback(*arguments: Any) -> tuple[Tensor, ...]:
     call = Forward(*arguments)
     loss = _reference(call, call.image, call.text, call.logit_scale)
     logits = reference.class_sampled_logits(call.image, call.text, call.logit_scale, call.class_ids)
-    lse = reference.widened(logits).logsumexp(dim=1)
+    lse = dtypes.widened(logits).logsumexp(dim=1)
     image_norm, text_norm = unit_rows.reference_norms(call.image, call.text, call.class_ids)
     denominator = loss.new_ones(())
     if REDUCTIONS[call.reduction] == "mean":
@@ -604,9 +604,9 @@ def _check(*arguments: Any) -> None:
 def _fake(*arguments: Any) -> tuple[Tensor, ...]:
     call = Forward(*arguments)
     B, K = call.image.shape[0], unit_rows.sample_size(call.text, call.class_ids)
-    dtype = reference.wide_dtype(call.image.dtype)
+    dtype = dtypes.wide_dtype(call.image.dtype)
     loss = call.image.new_empty((B,) if REDUCTIONS[call.reduction] == "none" else (), dtype=dtype)
-    lse = call.image.new_empty(B, dtype=reference.accumulation_dtype(call.image.device))
+    lse = call.image.new_empty(B, dtype=dtypes.accumulation_dtype(call.image.device))
     return loss, lse, loss.new_empty(B), loss.new_empty(K), loss.new_empty(()), *_empty_kept(call, loss)
 
 
@@ -616,7 +616,7 @@ def _empty_kept(call: Forward, loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (
         loss.new_empty(B if call.keep_image else 0, D),
         loss.new_empty(unit_rows.sample_size(call.text, call.class_ids) if call.keep_text else 0, D),
-        loss.new_empty(int(call.keep_logit_scale), dtype=reference.accumulation_dtype(loss.device)),
+        loss.new_empty(int(call.keep_logit_scale), dtype=dtypes.accumulation_dtype(loss.device)),
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import dtypes, reference
 from . import autograd, registration, unit_rows
 from .assertions import assert_different_rows
 from .launching import contiguous_or_none, launch, launch_options, tl, triton, with_contiguous_rows
@@ -140,7 +140,7 @@ def _launch_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _d_logit_scale(d_logits: Tensor, cosine: Tensor, logit_scale: Tensor) -> Tensor:
     """Compute Σ d_z_bk · cosine_bk in fp64 if the device has it, since the terms cancel."""
-    total = (d_logits * cosine).sum(dtype=reference.accumulation_dtype(cosine.device))
+    total = (d_logits * cosine).sum(dtype=dtypes.accumulation_dtype(cosine.device))
     return total.to(logit_scale.dtype).reshape(logit_scale.shape)
 
 
@@ -169,7 +169,7 @@ def _fallback_backward(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _fake(image: Tensor, text: Tensor, logit_scale: Tensor, class_ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     B, K = image.shape[0], unit_rows.sample_size(text, class_ids)
-    logits = image.new_empty(B, K, dtype=reference.wide_dtype(image.dtype))
+    logits = image.new_empty(B, K, dtype=dtypes.wide_dtype(image.dtype))
     return logits, logits.new_empty(B), logits.new_empty(K)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import dtypes, reference
 from ..checks import check_values
 from . import registration
 from .assertions import assert_rows
@@ -110,7 +110,7 @@ def _check(image: Tensor, prototypes: Tensor, labels: Tensor | None) -> None:
 
 
 def _fake(image: Tensor, prototypes: Tensor, labels: Tensor | None) -> Tensor:
-    return image.new_empty(prototypes.shape[0], dtype=reference.wide_dtype(image.dtype))
+    return image.new_empty(prototypes.shape[0], dtype=dtypes.wide_dtype(image.dtype))
 
 
 class_scores = registration.define(

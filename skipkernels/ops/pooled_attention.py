@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import dtypes, reference
 from . import autograd, registration
 from .attention import in_one_layout, load_lse, load_rows, store_rows
 from .launching import launch, launch_options, tl, triton
@@ -262,7 +262,7 @@ def _fallback_backward(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _fake(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    lse_dtype = reference.accumulation_dtype(query.device)
+    lse_dtype = dtypes.accumulation_dtype(query.device)
     return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=lse_dtype)
 
 

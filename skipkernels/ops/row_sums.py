@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import dtypes
 from . import registration
 from .launching import launch, launch_options, tl, triton
 
@@ -63,7 +63,7 @@ def _launch(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def _fallback(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    return torch.cat([reference.at_least_fp32(x).sum(dim=0).to(dtype) for x in matrices])
+    return torch.cat([dtypes.at_least_fp32(x).sum(dim=0).to(dtype) for x in matrices])
 
 
 def _fake(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

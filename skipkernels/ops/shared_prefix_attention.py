@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import dtypes, reference
 from ..checks import check_values
 from . import autograd, registration
 from .attention import load_lse, load_rows, products, store_rows
@@ -574,7 +574,7 @@ def _fallback_backward(d_out: Tensor, packed: Tensor, lse: Tensor, *options: Any
 
 def _fake(packed: Tensor, heads: int, *options: Any) -> tuple[Tensor, Tensor]:
     R, width = packed.shape
-    lse_dtype = reference.accumulation_dtype(packed.device)
+    lse_dtype = dtypes.accumulation_dtype(packed.device)
     return packed.new_empty(R, width // 3), packed.new_empty((R, heads), dtype=lse_dtype)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import dtypes, reference
 from ..checks import check_values
 from .launching import dot_precision, launch, launch_options, products_widen, tl, triton
 
@@ -196,7 +196,7 @@ def row_norms(rows: Tensor, ids: Tensor | None = None) -> Tensor:
 def reference_norms(image: Tensor, text: Tensor, class_ids: Tensor | None) -> Iterator[Tensor]:
     """Yield the norms of images and sampled rows, in fp32 (fp64 for fp64), in plain PyTorch."""
     for rows in (image, reference.sampled(text, class_ids)):
-        yield torch.linalg.vector_norm(rows, dim=1, dtype=reference.wide_dtype(image.dtype))
+        yield torch.linalg.vector_norm(rows, dim=1, dtype=dtypes.wide_dtype(image.dtype))
 
 
 def cosine_arguments(image: Tensor, text: Tensor, image_norm: Tensor, text_norm: Tensor) -> dict[str, Any]:
@@ -261,7 +261,7 @@ def through_unit_norm(
 def check_sample(name: str, image: Tensor, text: Tensor, logit_scale: Tensor, class_ids: Tensor | None) -> None:
     """Check the sampled rows, and on the CPU the scale; on a GPU a scale that is not finite gives NaN."""
     if logit_scale.device.type == "cpu":
-        finite = logit_scale.to(reference.wide_dtype(image.dtype)).isfinite()
+        finite = logit_scale.to(dtypes.wide_dtype(image.dtype)).isfinite()
         check_values(name, "logit_scale", logit_scale, finite, "finite")
     if class_ids is not None:
         in_range = (class_ids >= 0) & (class_ids < len(text))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from ..reference import without_autocast
+from ..dtypes import without_autocast
 
 
 class Part(NamedTuple):

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..reference import wide_dtype
+from ..dtypes import wide_dtype
 from .sharded_clip import ShardedSkipCLIP, check_sharded
 
 _BUCKET_BYTES = 32 << 20  # largest message, except for a larger gradient

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, pad
 
 from .. import functional
-from ..reference import wide_dtype, widened
+from ..dtypes import wide_dtype, widened
 from .gathers import gather_shares
 
 

@@ -21,7 +21,7 @@ from ..clip.checks import as_class_weight, as_tokens, check_image_embeddings, ch
 from ..clip.state import Origin
 from ..clip.step import LossOptions, compare_with_all
 from ..digests import digest_json, digest_tensors, digests
-from ..reference import without_autocast
+from ..dtypes import without_autocast
 from ..retrieval import check_k
 from ..towers.base import Tower, UnsupportedModel
 from . import agreement

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, raise_if_above
-from ..reference import wide_dtype
+from ..dtypes import wide_dtype
 from .block import FusedBlock
 from .fused_classes import unfused
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..reference import wide_dtype, without_autocast
+from ..dtypes import wide_dtype, without_autocast
 
 
 class LowRankUpdate(nn.Module):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..reference import without_autocast
+from ..dtypes import without_autocast
 from .base import Tower, present
 from .prompts import Pooling, Prompts, SelectedPrompts
 from .rows import RowsOptions, SingleQuery, Suffixes

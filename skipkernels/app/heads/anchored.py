@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...checks import check_shape, warn_caller
-from ...reference import wide_dtype
+from ...dtypes import wide_dtype
 from .head import Head, check_labels, check_positive, unit_rows
 from .logistic import ITERATIONS, Fit, logistic_regression
 

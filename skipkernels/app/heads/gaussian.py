@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...checks import check_shape
-from ...reference import wide_dtype, widened
+from ...dtypes import wide_dtype, widened
 from .head import Head, check_labels, check_positive, unit_rows
 
 SHRINKAGE = 0.3

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...checks import FEATURE_DTYPES, check_dtype, check_shape
-from ...reference import widened
+from ...dtypes import widened
 
 
 @dataclass(frozen=True)

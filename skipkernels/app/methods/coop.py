@@ -9,7 +9,7 @@ from open_clip.model import CLIP, CustomTextCLIP
 from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 
-from ...reference import wide_dtype
+from ...dtypes import wide_dtype
 from ..data import InputError, Task
 from ..heads import AffineHead
 from .base import Tokenizer

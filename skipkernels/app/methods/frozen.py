@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ...reference import wide_dtype
+from ...dtypes import wide_dtype
 from ..data import Task
 from .base import Method, Tokenizer, check_open_clip
 

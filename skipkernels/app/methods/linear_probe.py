@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...reference import widened
+from ...dtypes import widened
 from ..data import Task
 from ..heads.logistic import logistic_regression
 from .base import Tokenizer, rows_of

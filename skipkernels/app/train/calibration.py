@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...reference import widened
+from ...dtypes import widened
 
 WANTED = (("accuracy", 90.0), ("accuracy", 95.0), ("accuracy", 99.0), ("coverage", 95.0))
 """Accuracies, and shares of images that are kept, in per cent, for which thresholds are found."""

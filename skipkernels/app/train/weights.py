@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ...digests import digest_file
-from ...reference import wide_dtype
+from ...dtypes import wide_dtype
 from ..data import InputError
 from ..heads import Head
 from ..methods import Method

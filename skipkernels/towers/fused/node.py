@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...dtypes import autocast_dtype, without_autocast
 from ...ops.launching import launches_on
-from ...reference import autocast_dtype, without_autocast
 from ..rows import Hidden, RowsOptions
 from . import stages
 from .stages import BlockCall

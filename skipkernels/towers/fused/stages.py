@@ -40,11 +40,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...dtypes import wide_dtype
 from ...ops.add_layer_norm import NormArguments, NormResults, add_layer_norm, add_layer_norm_backward
 from ...ops.mlp_activation import KINDS, mlp_activation, mlp_activation_backward
 from ...ops.mlp_activation import Needs as ActivationNeeds
 from ...ops.rotary_embedding import rotary_embedding
-from ...reference import wide_dtype
 from ..rows import Hidden, RowsOptions
 from .weights import ATTENTION_NORMS, BlockSettings, BlockWeights, Gradients
 
