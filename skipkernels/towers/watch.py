@@ -22,10 +22,11 @@ _NOT_SETTINGS = {
 class Watch:
     """Detects changes of modules and tensors that computed something that is kept.
 
-    `compare` compares contents and settings with those at the start, and remembers the result. `is_stale`, in each
-    step, looks only at identities of modules and tensors and at versions of tensors: if they are those of the last
-    comparison its result holds, else it compares again. Values that change back are valid again. Before the start
-    nothing is kept, and nothing is stale.
+        method     looks at                                                   called
+        compare    contents of tensors, and settings of modules               at switches of the mode
+        is_stale   identities and versions; only if these changed, compares   in each step
+
+    Values that change back are valid again. Before the start nothing is kept, and nothing is stale.
 
     Args:
         parts: Returns the modules and parameters, as they are now.
@@ -34,6 +35,10 @@ class Watch:
     def __init__(self, parts: Callable[[], Sequence[Part]]):
         self._parts = parts
         self.started = False
+        self._stale = False  # the result of the last comparison
+        # Contents and settings at the start
+        self._digests: list[int | None] = []
+        self._settings: list[Any] = []
 
     def start(self) -> None:
         """Begin, with the modules and tensors of now; also anew."""
@@ -48,15 +53,16 @@ class Watch:
     def _record(self) -> None:
         """Record identities of modules, and identities and versions of tensors."""
         self._recorded = parts = list(self._parts())
-        # All modules within the parts; the dictionaries that hold their tensors; their children, each dictionary with
-        # what it held; all tensors, in the order of these dictionaries; and the versions of these.
         self._modules = [module for part in parts if isinstance(part, nn.Module) for module in part.modules()]
-        self._held = [tensors for m in self._modules for tensors in (m._parameters, m._buffers) if tensors]
+        # The dictionaries in which modules hold their children, each with what it held
         self._children = [(m._modules, list(m._modules.values())) for m in self._modules if m._modules]
+        # Those in which they hold tensors; and all tensors in this order, with their versions
+        self._held = [tensors for m in self._modules for tensors in (m._parameters, m._buffers) if tensors]
         self._tensors = list(self._current())
         self._versions = [x._version for x in self._tensors]
 
     def _current(self) -> Iterator[Tensor]:
+        """Yield the tensors of now."""
         for tensors in self._held:
             yield from (x for x in tensors.values() if x is not None)
         yield from (part for part in self._recorded if isinstance(part, nn.Parameter))
