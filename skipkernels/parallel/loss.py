@@ -1,4 +1,7 @@
-"""Losses over the images of all processes; each process computes its share from the texts that it encodes."""
+"""Losses over the images of all processes; each process computes its share from the texts that it encodes.
+
+A process without such a text has the row of another in `text`, so that every parameter has a gradient; its share is 0.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, pad
 
 from .. import functional
 from ..dtypes import wide_dtype, widened
-from .gathers import gather_shares
+from .gathers import filled, gather_shares
 
 
 class OwnColumns(NamedTuple):
@@ -39,8 +42,8 @@ def sharded_cross_entropy(
     are multiplied by the number of processes, as `gather_shares` explains. The logits [B, K_r] of this process are
     in memory, in fp64: their differences nearly cancel.
 
-    `image` is [B, D], images of all processes; `text` [K_r, D], selected classes of this process, or any one row if
-    K_r = 0; `class_weight` [K], w of all selected classes.
+    `image` is [B, D], images of all processes; `text` [K_r, D], selected classes of this process; `class_weight` [K],
+    w of all selected classes.
     """
     # 1. Share of this process: log-sum-exp over its classes, and logit of the label or 0, [B] each
     logits = widened(functional.class_sampled_logits(image, text, logit_scale))
@@ -71,18 +74,16 @@ def sharded_contrastive_loss(
 ) -> Tensor:
     """Symmetric contrastive loss [] of the pairs of all processes, see `functional.contrastive_loss`; collective.
 
-    `image` is [B, D], images of all processes; `text` [n, D], captions that this process encodes, or any one row if
-    n = 0; `own` [n], their pairs, ascending. Text embeddings are not sent: image to text is the cross-entropy of all
-    images over the captions of all processes, and for text to image each process has all images.
+    `image` is [B, D], images of all processes; `text` [n, D], captions that this process encodes; `own` [n], their
+    pairs, ascending. Text embeddings are not sent: image to text is the cross-entropy of all images over the captions
+    of all processes, and for text to image each process has all images.
     """
     B = len(image)
     columns = OwnColumns(own, torch.arange(B, device=image.device), B)
     image_to_text = sharded_cross_entropy(image, text, columns, logit_scale, group)
-    if len(own) == 0:
-        share = _empty_share(image, text, logit_scale)
-    else:
-        share = functional.class_sampled_ce(text, image, own, logit_scale, reduction="sum")
-    text_to_image = (_sum_over_processes(share, group) / B).to(wide_dtype(image.dtype))
+    (pair_of_text,) = filled(own)
+    share = functional.class_sampled_ce(text, image, pair_of_text, logit_scale, reduction="sum")
+    text_to_image = (_sum_over_processes(_of_own(share, own), group) / B).to(wide_dtype(image.dtype))
     return (image_to_text + text_to_image) / 2
 
 
@@ -93,18 +94,8 @@ def sharded_pairwise_sigmoid_loss(
 
     The arguments are those of `sharded_contrastive_loss`: each process compares its captions with all images.
     """
-    if len(own) == 0:
-        share = _empty_share(image, text, logit_scale, logit_bias)
-    else:
-        share = functional.pairwise_sigmoid(image, text, _places_of(own, len(image)), logit_scale, logit_bias)
-    return (_sum_over_processes(share, group) / len(image)).to(wide_dtype(image.dtype))
-
-
-def _places_of(positions: Tensor, number: int) -> Tensor:
-    """Place [number] of each column among those of this process, −1 if another process has it."""
-    places = positions.new_full((number,), -1)
-    places[positions] = torch.arange(len(positions), device=positions.device)
-    return places
+    share = functional.pairwise_sigmoid(image, text, _places_of(own, len(image)), logit_scale, logit_bias)
+    return (_sum_over_processes(_of_own(share, own), group) / len(image)).to(wide_dtype(image.dtype))
 
 
 def sharded_binary_cross_entropy(
@@ -118,23 +109,23 @@ def sharded_binary_cross_entropy(
 ) -> Tensor:
     """Mean binary cross-entropy [] of images and classes; each process has a part of their pairs; collective.
 
-    `image` is [b, D]; `text` [k, D], or any one row if k = 0; `targets` [b, k], 0 or 1; `elements` the number of pairs
-    of all processes.
+    `image` is [b, D]; `text` [k, D]; `targets` [b, k], 0 or 1; `elements` the number of pairs of all processes.
     """
-    if targets.numel() == 0:
-        share = _empty_share(image, text, logit_scale, bias)
-    else:
-        logits = functional.class_sampled_logits(image, text, logit_scale) + bias
-        share = binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="sum")
+    logits = functional.class_sampled_logits(image, text, logit_scale)[:, : targets.shape[1]] + bias
+    share = binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="sum")
     return (_sum_over_processes(share, group) / elements).to(wide_dtype(image.dtype))
 
 
-def _empty_share(image: Tensor, text: Tensor, *numbers: Tensor | float) -> Tensor:
-    """Return 0 as a function of the inputs, so that backward computes zero gradients for them instead of None."""
-    zero = image[:0].sum() + text[:0].sum()
-    for x in numbers:
-        zero = zero + 0.0 * x
-    return zero
+def _places_of(positions: Tensor, number: int) -> Tensor:
+    """Place [number] of each column among those of this process, −1 if another process has it."""
+    places = positions.new_full((number,), -1)
+    places[positions] = torch.arange(len(positions), device=positions.device)
+    return places
+
+
+def _of_own(share: Tensor, own: Tensor) -> Tensor:
+    """Return the share of own texts: 0, with gradients of zeros, if there are none."""
+    return share if len(own) else 0.0 * share
 
 
 def _sum_over_processes(share: Tensor, group: dist.ProcessGroup) -> Tensor:
