@@ -4,7 +4,7 @@ steps               step, infer, fuse; inputs, published and training have what 
 operators           operators/ and peers
 without a GPU       counts, aot and gpu_model, by flops, launches, machine_code, recording and meta_device
 on a GPU            gpu.sh, by gpu and gpu_step; tune
-results             equivalence, models, cache, when/
+results             equivalence, models (by small_models), cache, when/
 rows and pages      measure times, rows and tables store, report and pages/ show
 """
 
