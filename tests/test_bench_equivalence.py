@@ -6,7 +6,8 @@ import pytest
 from torch.optim.lr_scheduler import LambdaLR
 
 from bench import equivalence
-from bench.equivalence import Case
+
+CASE = equivalence.Case("ViT", (1, 2), (1e-2, 5e-3))
 
 
 @pytest.fixture(scope="module")
@@ -16,12 +17,12 @@ def inputs():
 
 @pytest.mark.parametrize(("precision", "rounding"), [("fp64", 1e-11), ("fp32", 1e-4)])
 def test_trainings_part_by_rounding(inputs, precision, rounding):
-    row = equivalence.compare(Case("ViT", (1, 2), (1e-2, 5e-3), precision), inputs, steps=7)
+    row = equivalence.compare(CASE, inputs.to(equivalence._DTYPES[precision]), steps=7)
     assert row["other_classes"] == 0 and row["predictions"] == 0 and row["steps"] == 7
     assert max(row[column] for column in ("loss", "weights", "change", "logits")) < rounding
 
 
 def test_another_schedule_shows(inputs, monkeypatch):
     monkeypatch.setattr(equivalence, "cosine_with_warmup", lambda optimizer, **_: LambdaLR(optimizer, lambda _: 1.0))
-    row = equivalence.compare(Case("ViT", (1, 2), (1e-2, 5e-3), "fp64"), inputs, steps=7)
+    row = equivalence.compare(CASE, inputs, steps=7)
     assert row["change"] > 1e-2
