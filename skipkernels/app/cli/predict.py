@@ -50,8 +50,6 @@ class PredictCommand:
     trust: Trust = False
     batch_size: int = 64
     """Images per forward pass."""
-    workers: int | None = None
-    """Threads that decode images. By default one for each core, at most 8."""
 
     def execute(self, out: Terminal, err: Terminal) -> int:
         """Classify the images. Returns 0, or 1 if a file could not be read."""
@@ -71,7 +69,6 @@ class PredictCommand:
             top=self.top,
             threshold=self.threshold,
             batch_size=self.batch_size,
-            workers=self.workers,
             unreadable="skip",
         )
         rows: list[Row] = []

@@ -29,10 +29,6 @@ class ServeCommand:
     """Port to listen at. 0 takes a free one."""
     top: Top = 5
     threshold: Threshold = None
-    max_mb: float = 20.0
-    """Largest image file, in megabytes."""
-    max_images: int = 16
-    """Largest number of images in a request. The page sends one in a request."""
     device: Device = None
     precision: PrecisionOption = "auto"
     trust: Trust = False
@@ -47,22 +43,14 @@ class ServeCommand:
             import uvicorn
         except ModuleNotFoundError as error:
             raise InputError(f"serve needs {error.name}: pip install 'skipkernels[web]'.") from None
-        if not 0 < self.max_mb < 10_000:
-            raise InputError(f"must be more than 0; got {self.max_mb:g}.", "max_mb", "serve")
         check_run(self.run, "serve", err)
         with self._listening() as listener:  # first: a port that is taken is known before the model is loaded
             import_torch(err)
             from skipkernels.app.serve import Classifier
-            from skipkernels.app.serve.web import Limits, Service, make_app
+            from skipkernels.app.serve.web import Service, make_app
 
             classifier = Classifier.load(self.run, device=self.device, precision=self.precision, trust=self.trust)
-            service = Service(
-                classifier,
-                self.run.resolve().name,
-                top=self.top,
-                threshold=self.threshold,
-                limits=Limits(image_bytes=int(self.max_mb * 1e6), images=self.max_images),
-            )
+            service = Service(classifier, self.run.resolve().name, top=self.top, threshold=self.threshold)
             host, port = listener.getsockname()[:2]
             if not self._is_local:
                 err.print("note: everyone in the network of this machine can use the page", soft_wrap=True)

@@ -105,7 +105,7 @@ class Images:
         name = f"image {self.names[index]}"
         if isinstance(image, np.ndarray):
             image = from_pixels(image, name)
-        if isinstance(image, Image.Image):
+        elif isinstance(image, Image.Image):
             image = to_rgb(image, name)
         if self.transform is not None:
             is_tensor = hasattr(image, "untyped_storage")  # without torch, which a check of files does not import

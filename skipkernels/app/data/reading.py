@@ -132,11 +132,11 @@ def _unreadable(name: str | Path, error: Exception | str, kind: type[InputError]
 
 
 def from_pixels(pixels: np.ndarray | Tensor, name: str) -> Image.Image:
-    """Convert a uint8 array [H, W], [H, W, 3] or [H, W, 4], or a tensor [3, H, W], to an image: grey, RGB or RGBA.
+    """Convert a uint8 array [H, W], [H, W, 3] or [H, W, 4], or a tensor [3, H, W], to an RGB image.
 
     >>> image = from_pixels(np.zeros((2, 5, 4), np.uint8), "black")
     >>> image.mode, image.size
-    ('RGBA', (5, 2))
+    ('RGB', (5, 2))
     """
     if not isinstance(pixels, np.ndarray):
         expected, is_image = "a tensor [3, H, W]", pixels.ndim == 3 and pixels.shape[0] == 3
@@ -148,7 +148,7 @@ def from_pixels(pixels: np.ndarray | Tensor, name: str) -> Image.Image:
         hint = " From 0 to 1? Multiply by 255, round, and convert to uint8." if is_image and "float" in dtype else ""
         raise InputError(f"{name}: pixels must be {expected} of uint8; got {dtype} {list(pixels.shape)}.{hint}")
     values = pixels if isinstance(pixels, np.ndarray) else pixels.permute(1, 2, 0).cpu().numpy()
-    return Image.fromarray(np.ascontiguousarray(values))
+    return to_rgb(Image.fromarray(np.ascontiguousarray(values)), name)
 
 
 def read_ahead(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,34 +42,23 @@ def anchored_probe(image: Tensor, labels: Tensor, text: Tensor, scale: float | T
     LP++ (Huang et al., CVPR 2024, arXiv 2404.02285) also adds the text embedding to the weight, with a learned factor
     for each class and no penalty.
     """
-    x, scale = _checked("anchored_probe", image, labels, len(text), scale)
-    anchor = _scaled_text("anchored_probe", image, text, scale)
-    check_positive("anchored_probe", l2=l2)
-    fit = logistic_regression(x, labels, anchor, l2, tolerance=TOLERANCE * l2 * scale)
-    _warn_above_tolerance("anchored_probe", fit, l2, scale)
-    dtype = wide_dtype(image.dtype)
-    return Head(fit.weight.to(dtype), fit.bias.to(dtype), torch.tensor(scale, dtype=dtype, device=image.device))
+    regression = _drawn_to_text("anchored_probe", image, labels, text, scale)
+    fit, dtype = regression.solved(l2), wide_dtype(image.dtype)
+    factor = torch.tensor(regression.scale, dtype=dtype, device=image.device)
+    return Head(fit.weight.to(dtype), fit.bias.to(dtype), factor)
 
 
-def anchored_l2(
-    image: Tensor,
-    labels: Tensor,
-    text: Tensor,
-    scale: float | Tensor,
-    candidates: Sequence[float] = CANDIDATES,
-) -> float:
+def anchored_l2(image: Tensor, labels: Tensor, text: Tensor, scale: float | Tensor) -> float:
     """Choose the penalty of `anchored_probe` by two-fold cross-validation, on embeddings of the model before tuning.
 
     The embeddings of a tuned model fit its training images, so that every penalty would appear perfect. The first half
     of the images of each class, in the given order, is one fold: similar neighbours stay together. A class with one
     image trains in both folds and is never held out: held out, it would have no training image, which favours the
-    texts. Candidates are tried from the largest to the smallest, until two in a row have a higher loss than one before.
-    The best accuracy over both folds is chosen, of equal ones the lower loss. If no class has two images, the result is
-    `WITHOUT_PAIRS`.
+    texts. `CANDIDATES` are tried from the largest to the smallest, until two in a row have a higher loss than one
+    before. The best accuracy over both folds is chosen, of equal ones the lower loss. If no class has two images, the
+    result is `WITHOUT_PAIRS`.
     """
-    x, scale = _checked("anchored_l2", image, labels, len(text), scale)
-    anchor = _scaled_text("anchored_l2", image, text, scale)
-    return _best_l2("anchored_l2", x, labels, anchor, scale, candidates)
+    return _drawn_to_text("anchored_l2", image, labels, text, scale).best_l2()
 
 
 def linear_probe(image: Tensor, labels: Tensor, classes: int, scale: float | Tensor, l2: float) -> Head:
@@ -86,58 +75,84 @@ def linear_probe(image: Tensor, labels: Tensor, classes: int, scale: float | Ten
 
     Source: Radford et al., CLIP, ICML 2021, arXiv 2103.00020, appendix A.3; here on normalized embeddings.
     """
-    x, scale = _checked("linear_probe", image, labels, classes, scale)
-    anchor = x.new_zeros(classes, x.shape[1])
-    check_positive("linear_probe", l2=l2)
-    fit = logistic_regression(x, labels, anchor, l2, tolerance=TOLERANCE * l2 * scale, bias=True)
-    _warn_above_tolerance("linear_probe", fit, l2, scale)
-    dtype = wide_dtype(image.dtype)
+    fit, dtype = _drawn_to_zero("linear_probe", image, labels, classes, scale).solved(l2), wide_dtype(image.dtype)
     bias = fit.bias.masked_fill(labels.bincount(minlength=classes) == 0, -torch.inf)
     return Head(fit.weight.to(dtype), bias.to(dtype))
 
 
 def probe_l2(image: Tensor, labels: Tensor, classes: int, scale: float | Tensor) -> float:
     """Choose the penalty of `linear_probe` as `anchored_l2` does that of `anchored_probe`."""
-    x, scale = _checked("probe_l2", image, labels, classes, scale)
-    anchor = x.new_zeros(classes, x.shape[1])
-    return _best_l2("probe_l2", x, labels, anchor, scale, CANDIDATES, bias=True)
+    return _drawn_to_zero("probe_l2", image, labels, classes, scale).best_l2()
 
 
-def _best_l2(
-    function: str,
-    x: Tensor,
-    labels: Tensor,
-    anchor: Tensor,
-    scale: float,
-    candidates: Sequence[float],
-    *,
-    bias: bool = False,
-) -> float:
-    """Choose a penalty; see `anchored_l2`."""
-    if not candidates:
-        raise ValueError(f"{function}: candidates must have a penalty; got none.")
-    for l2 in candidates:
-        check_positive(function, candidates=l2)
-    fold = halves(labels)
-    if not (fold >= 0).any():
-        return WITHOUT_PAIRS
-    tried: dict[float, tuple[int, float]] = {}
-    weights = [anchor, anchor]
-    for l2 in sorted(candidates, reverse=True):
-        correct, log_likelihood = 0, 0.0
-        for number in (0, 1):
-            held_out = fold == number
-            arguments = x[~held_out], labels[~held_out], anchor, l2
-            fit = logistic_regression(*arguments, tolerance=_RANKED * l2 * scale, bias=bias, start=weights[number])
-            weights[number] = fit.weight
-            logits, target = x[held_out] @ fit.weight.T + fit.bias, labels[held_out]
-            correct += int((logits.argmax(dim=1) == target).sum())
-            log_likelihood -= torch.nn.functional.cross_entropy(logits, target, reduction="sum").item()
-        tried[l2] = correct, log_likelihood
-        losses = [-log_likelihood for _, log_likelihood in tried.values()]
-        if min(losses[-2:]) > min(losses):
-            break
-    return max(tried, key=lambda penalty: tried[penalty])
+class _Regression(NamedTuple):
+    """Logistic regression of checked input."""
+
+    function: str  # for messages
+    image: Tensor  # [n, D], unit norm
+    labels: Tensor  # [n]
+    anchor: Tensor  # [C, D], to which the weight is drawn
+    scale: float
+    bias: bool = False
+
+    def solved(self, l2: float) -> Fit:
+        """Return the minimum; warn unless its gradient is below that of `TOLERANCE`."""
+        check_positive(self.function, l2=l2)
+        tolerance = TOLERANCE * l2 * self.scale
+        fit = logistic_regression(self.image, self.labels, self.anchor, l2, tolerance=tolerance, bias=self.bias)
+        if not fit.gradient <= tolerance:
+            warn_caller(
+                f"{self.function}: after {ITERATIONS} iterations the gradient / (l2 · scale) is "
+                f"{fit.gradient / (l2 * self.scale):.1e}; expected at most {TOLERANCE:.0e}. Use a larger l2."
+            )
+        return fit
+
+    def best_l2(self) -> float:
+        """Choose a penalty; see `anchored_l2`."""
+        fold = halves(self.labels)
+        if not (fold >= 0).any():
+            return WITHOUT_PAIRS
+        tried: dict[float, tuple[int, float]] = {}  # correct images, and log-likelihood
+        weights = [self.anchor, self.anchor]
+        for l2 in sorted(CANDIDATES, reverse=True):
+            correct, log_likelihood = 0, 0.0
+            for number in (0, 1):
+                held_out = fold == number
+                fit = logistic_regression(
+                    self.image[~held_out],
+                    self.labels[~held_out],
+                    self.anchor,
+                    l2,
+                    tolerance=_RANKED * l2 * self.scale,
+                    bias=self.bias,
+                    start=weights[number],
+                )
+                weights[number] = fit.weight
+                logits, target = self.image[held_out] @ fit.weight.T + fit.bias, self.labels[held_out]
+                correct += int((logits.argmax(dim=1) == target).sum())
+                log_likelihood -= torch.nn.functional.cross_entropy(logits, target, reduction="sum").item()
+            tried[l2] = correct, log_likelihood
+            losses = [-log_likelihood for _, log_likelihood in tried.values()]
+            if min(losses[-2:]) > min(losses):
+                break
+        return max(tried, key=lambda penalty: tried[penalty])
+
+
+def _drawn_to_text(function: str, image: Tensor, labels: Tensor, text: Tensor, scale: float | Tensor) -> _Regression:
+    """Check the input of a regression that is drawn to texts [C, D]."""
+    zero = _drawn_to_zero(function, image, labels, len(text), scale)
+    unit_text = unit_rows(function, "text", text)
+    check_shape(function, "text", text, ("image", image), C=None, D=image.shape[1])
+    return zero._replace(anchor=zero.scale * unit_text, bias=False)
+
+
+def _drawn_to_zero(function: str, image: Tensor, labels: Tensor, classes: int, scale: float | Tensor) -> _Regression:
+    """Check the input of a regression that uses no texts, and has a bias."""
+    x, scale = unit_rows(function, "image", image), float(scale)
+    check_shape(function, "labels", labels, ("image", image), n=len(image))
+    check_labels(function, labels, classes)
+    check_positive(function, scale=scale)
+    return _Regression(function, x, labels, x.new_zeros(classes, x.shape[1]), scale, bias=True)
 
 
 def halves(labels: Tensor) -> Tensor:
@@ -156,29 +171,3 @@ def ranks(labels: Tensor) -> Tensor:
     rank = torch.empty_like(labels)
     rank[order] = torch.arange(len(labels), device=labels.device) - (counts.cumsum(0) - counts)[labels[order]]
     return rank
-
-
-def _warn_above_tolerance(function: str, fit: Fit, l2: float, scale: float) -> None:
-    """Warn unless the gradient is below that of `TOLERANCE`; without a bias it bounds the distance from the minimum."""
-    distance = fit.gradient / (l2 * scale)
-    if not distance <= TOLERANCE:
-        warn_caller(
-            f"{function}: after {ITERATIONS} iterations the gradient / (l2 · scale) is {distance:.1e}; "
-            f"expected at most {TOLERANCE:.0e}. Use a larger l2."
-        )
-
-
-def _checked(function: str, image: Tensor, labels: Tensor, classes: int, scale: float | Tensor) -> tuple[Tensor, float]:
-    """Return unit-norm images [n, D], and the scale."""
-    x, scale = unit_rows(function, "image", image), float(scale)
-    check_shape(function, "labels", labels, ("image", image), n=len(image))
-    check_labels(function, labels, classes)
-    check_positive(function, scale=scale)
-    return x, scale
-
-
-def _scaled_text(function: str, image: Tensor, text: Tensor, scale: float) -> Tensor:
-    """Return scaled unit-norm texts [C, D]."""
-    unit_text = unit_rows(function, "text", text)
-    check_shape(function, "text", text, ("image", image), C=None, D=image.shape[1])
-    return scale * unit_text

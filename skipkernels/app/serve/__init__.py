@@ -8,8 +8,9 @@ from ..._lazy import lazy_names
 
 if TYPE_CHECKING:
     from .blending import blend
-    from .classifier import Classifier, Predictions
+    from .classifier import Classifier
     from .exporting import Exported, export
+    from .predictions import Predictions
 
 __all__ = ["Classifier", "Exported", "Predictions", "blend", "export"]
 
@@ -17,7 +18,8 @@ __getattr__ = lazy_names(
     __name__,
     {
         "blending": ("blend",),
-        "classifier": ("Classifier", "Predictions"),
+        "classifier": ("Classifier",),
         "exporting": ("Exported", "export"),
+        "predictions": ("Predictions",),
     },
 )

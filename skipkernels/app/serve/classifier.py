@@ -2,86 +2,26 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from ...options import Precision
 from ..data import InputError
 from ..data.base import check_choice
-from ..data.files import find_images
-from ..data.reading import from_pixels, read_ahead, read_image, to_rgb
+from ..data.reading import read_ahead
 from ..devices import autocast
 from ..results.files import existing_run
 from ..train.calibration import class_probabilities
+from .inputs import ImageInput, check_counts, check_threshold, named_images
 from .loading import TEST, TunedRun, load_run
+from .predictions import Predictions
 
 Unreadable = Literal["raise", "skip"]
-ImageInput = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
-"""A path, an image of Pillow, a uint8 array [H, W], [H, W, 3] (RGB) or [H, W, 4], or a uint8 tensor [3, H, W]."""
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """The best classes of N images, best first, also of an image that has none of the classes.
-
-    Attributes:
-        names: Path of each image; its number for an image without a path.
-        ids: Classes, int64 [N, k], as positions in `classes`.
-        probabilities: Their probabilities, fp32 [N, k]. They sum to 1 over all classes, not over these k; with a
-            threshold, over all classes and "none of these".
-        embeddings: Unit-norm embeddings of the images, fp32 [N, D].
-        classes: Names of all classes.
-        unreadable: Reason by path for files that were skipped.
-        threshold: The smallest probability of the best class of an image that has a class; None for no threshold.
-        calibrated: `Classifier.calibrated`: False for other classes or prompts than those of the run.
-    """
-
-    names: list[str]
-    ids: Tensor
-    probabilities: Tensor
-    embeddings: Tensor
-    classes: list[str]
-    unreadable: dict[str, str] = field(default_factory=dict)
-    threshold: float | None = None
-    calibrated: bool = False
-
-    def __repr__(self) -> str:
-        facts = [f"{len(self)} images", f"top {self.ids.shape[1]} of {len(self.classes)} classes"]
-        facts += [f"{len(self.unreadable)} unreadable"] if self.unreadable else []
-        facts += [] if self.threshold is None else [f"threshold {self.threshold:g}"]
-        facts.append("calibrated" if self.calibrated else "not calibrated")
-        return f"Predictions({', '.join(facts)})"
-
-    @property
-    def known(self) -> Tensor:
-        """False for an image that has none of the classes: its best probability is below the threshold. Bool [N]."""
-        return self.probabilities[:, 0] >= (self.threshold or 0.0)
-
-    @property
-    def labels(self) -> list[list[str]]:
-        """Names of the classes, k for each image."""
-        return [[self.classes[class_id] for class_id in row] for row in self.ids.tolist()]
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __iter__(self) -> Iterator[tuple[str, list[tuple[str, float]]]]:
-        """Iterate over (name, [(label, probability), …])."""
-        return map(self.__getitem__, range(len(self)))
-
-    def __getitem__(self, index: int) -> tuple[str, list[tuple[str, float]]]:
-        """Return (name, [(label, probability), …]) of an image."""
-        labels = [self.classes[class_id] for class_id in self.ids[index].tolist()]
-        return self.names[index], list(zip(labels, self.probabilities[index].tolist(), strict=True))
 
 
 class Classifier:
@@ -211,7 +151,6 @@ class Classifier:
         top: int = 5,
         threshold: float | None = None,
         batch_size: int = 64,
-        workers: int | None = None,
         unreadable: Unreadable = "raise",
     ) -> Predictions:
         """Classify images.
@@ -224,7 +163,6 @@ class Classifier:
             threshold: Smallest probability, from 0 to 1, of the best class of an image that has a class: `known` of the
                 result is False for the others. report.html has thresholds and their accuracy on validation images.
             batch_size: Images per forward pass.
-            workers: Threads that decode images. Default: one for each core, at most 8.
             unreadable: "skip" leaves out files that can't be read and lists them in the result; "raise" raises.
 
         Returns:
@@ -234,18 +172,10 @@ class Classifier:
             InputError: If an image can't be read, or an argument can't be used.
             FloatingPointError: If a logit is not finite.
         """
-        how: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "unreadable": unreadable}
-        parts = list(self.predict_batches(images, top=top, threshold=threshold, **how))
-        return Predictions(
-            [name for part in parts for name in part.names],
-            torch.cat([part.ids for part in parts]),
-            torch.cat([part.probabilities for part in parts]),
-            torch.cat([part.embeddings for part in parts]),
-            self.classes,
-            {name: reason for part in parts for name, reason in part.unreadable.items()},
-            threshold,
-            self.calibrated,
+        batches = self.predict_batches(
+            images, top=top, threshold=threshold, batch_size=batch_size, unreadable=unreadable
         )
+        return Predictions.joined(list(batches))
 
     def predict_batches(
         self,
@@ -254,54 +184,21 @@ class Classifier:
         top: int = 5,
         threshold: float | None = None,
         batch_size: int = 64,
-        workers: int | None = None,
         unreadable: Unreadable = "raise",
     ) -> Iterator[Predictions]:
         """Classify images batch by batch, with the arguments and errors of `predict`; no images are an empty batch."""
-        check_counts(top=top, batch_size=batch_size, workers=workers)
+        check_counts(top=top, batch_size=batch_size)
         check_threshold(threshold)
         check_choice(unreadable, Unreadable, "unreadable", "Classifier.predict")
-        names, load = self._inputs(images)
+        names, load = named_images(images, self.transform)
 
         def batches() -> Iterator[Predictions]:
-            loaded = read_ahead(load, len(names), workers=workers, ahead=2 * batch_size)
+            loaded = read_ahead(load, len(names), ahead=2 * batch_size)
             for start in range(0, max(len(names), 1), batch_size):
                 batch = zip(names[start : start + batch_size], loaded, strict=False)
                 yield self._classified(batch, top, threshold, unreadable)
 
         return batches()
-
-    def _inputs(self, images: ImageInput | Iterable[ImageInput]) -> tuple[list[str], Callable[[int], Tensor]]:
-        """Return the names of images, and the function that returns one of them preprocessed, [3, H, W]."""
-        if isinstance(images, (str, os.PathLike)):
-            path = Path(images).expanduser()
-            images = [path / name for name, _ in find_images(path, {"": 0})[0]] if path.is_dir() else [path]
-        if isinstance(images, Tensor) and images.is_floating_point():
-            if images.ndim != 4 or images.shape[1] != 3:
-                raise InputError(
-                    "must be [N, 3, H, W], preprocessed by classifier.transform, or of "
-                    f"uint8; got {images.dtype} {list(images.shape)}.",
-                    "images",
-                    "Classifier.predict",
-                )
-            return list(map(str, range(len(images)))), images.__getitem__
-        one = isinstance(images, (np.ndarray, Tensor)) and images.ndim in (0, 2, 3)
-        listed: list[Any] = [images] if one or not isinstance(images, Iterable) else list(images)
-        names = [str(each if isinstance(each, (str, os.PathLike)) else n) for n, each in enumerate(listed)]
-        return names, lambda number: self._preprocessed(listed[number], f"image {number}")
-
-    def _preprocessed(self, image: Any, name: str) -> Tensor:
-        """Read or convert an image, [3, H, W]; `name` is for errors of one without a path."""
-        if isinstance(image, (str, os.PathLike)):
-            return self.transform(read_image(Path(image)))
-        if isinstance(image, (np.ndarray, Tensor)):
-            image = from_pixels(image, name)
-        if isinstance(image, Image.Image):
-            return self.transform(to_rgb(image, name))
-        got = type(image).__name__
-        raise InputError(
-            f"must be paths, images of Pillow, or uint8 arrays; got {got}.", "images", "Classifier.predict"
-        )
 
     def _classified(
         self,
@@ -334,21 +231,3 @@ class Classifier:
             )
         embeddings = F.normalize(embeddings.float(), dim=1).cpu()
         return Predictions(names, ids, probabilities, embeddings, self.classes, reasons, threshold, self.calibrated)
-
-
-def check_counts(**counts: int | None) -> None:
-    """Raise an InputError if a value is not a whole number of at least 1, or None."""
-    for name, value in counts.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise InputError(f"must be a whole number of at least 1; got {value}.", name, "Classifier.predict")
-
-
-def check_threshold(threshold: float | None) -> None:
-    """Raise an InputError if the threshold is not a number from 0 to 1, or None."""
-    if threshold is not None and (isinstance(threshold, (bool, str)) or not 0 <= threshold <= 1):
-        raise InputError(
-            f"must be a number from 0 to 1; got {threshold!r}. The run's report.html has "
-            "thresholds with their accuracy.",
-            "threshold",
-            "Classifier.predict",
-        )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import io
-from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import torch
@@ -30,11 +29,14 @@ from ..data import InputError
 from ..data.reading import TooLarge, UnknownFormat, decode
 from ..report.page import render
 from ..train.description import CALIBRATED, NOT_CALIBRATED
-from .classifier import Classifier, check_counts, check_threshold
+from .classifier import Classifier
+from .inputs import check_counts, check_threshold
 from .output import check_none, json_predictions, labelled
 
 Upload = tuple[str, BinaryIO, int]
 """Name, contents and size in bytes of an uploaded image."""
+IMAGE_BYTES, PIXELS, IMAGES = 20_000_000, 50_000_000, 16
+"""Largest size of an image file, pixels of an image, and images in a request; a larger request is refused."""
 _MULTIPART_BYTES = 1 << 16  # beside the images, in the body of a request
 # Status of a request with no image that can be read; 400 for other reasons.
 _STATUS: dict[type[InputError], int] = {TooLarge: 413, UnknownFormat: 415}
@@ -46,39 +48,15 @@ _HEADERS = {
 }
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Largest requests; a larger one is refused.
-
-    Attributes:
-        image_bytes: Size of an image file.
-        pixels: Pixels of an image.
-        images: Images in a request.
-    """
-
-    image_bytes: int = 20_000_000
-    pixels: int = 50_000_000
-    images: int = 16
-
-
 class Service:
     """Handlers of the requests. Images of one request at a time are decoded and classified, in a thread."""
 
-    def __init__(
-        self,
-        classifier: Classifier,
-        title: str,
-        *,
-        top: int = 5,
-        threshold: float | None = None,
-        limits: Limits = Limits(),
-    ):
-        check_counts(top=top, max_images=limits.images)
+    def __init__(self, classifier: Classifier, title: str, *, top: int = 5, threshold: float | None = None):
+        check_counts(top=top)
         check_threshold(threshold)
         if threshold is not None:
             check_none(classifier.classes)
         self.classifier, self.title, self.top, self.threshold = classifier, title, top, threshold
-        self.limits = limits
         self._busy = asyncio.Lock()
 
     async def show_page(self, request: Request) -> Response:
@@ -89,7 +67,9 @@ class Service:
             calibration=CALIBRATED if self.classifier.calibrated else NOT_CALIBRATED,
             classes=self.classifier.classes,
             threshold=self.threshold,
-            limits=self.limits,
+            image_bytes=IMAGE_BYTES,
+            pixels=PIXELS,
+            images=IMAGES,
             address=request.url.netloc,
         )
         return HTMLResponse(page)
@@ -119,9 +99,8 @@ class Service:
 
     def _check_length(self, request: Request) -> None:
         """Refuse a body that is larger than all images may be, or of unknown length, before it is received."""
-        limits = self.limits
-        images, rest = (limits.images, _MULTIPART_BYTES) if _is_form(request) else (1, 0)
-        most, length = images * limits.image_bytes + rest, request.headers.get("Content-Length", "")
+        most = IMAGES * IMAGE_BYTES + _MULTIPART_BYTES if _is_form(request) else IMAGE_BYTES
+        length = request.headers.get("Content-Length", "")
         if not length.isdigit():
             raise HTTPException(411, "the request must have its length in the header Content-Length.")
         if int(length) > most:
@@ -133,7 +112,7 @@ class Service:
             body = await request.body()
             found: list[Upload] = [("image", io.BytesIO(body), len(body))] if body else []
         else:
-            form = await request.form(max_files=self.limits.images, max_fields=self.limits.images)
+            form = await request.form(max_files=IMAGES, max_fields=IMAGES)
             files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
             found = [(escaped(file.filename or "image"), file.file, file.size or 0) for file in files]
         if not found:
@@ -146,10 +125,9 @@ class Service:
         read, tensors, errors = [], [], []
         for item, (name, file, size) in zip(items, uploads, strict=True):
             try:
-                if size > self.limits.image_bytes:
-                    most = decimal(self.limits.image_bytes)
-                    raise TooLarge(f"{name}: must have at most {most}; got {decimal(size)}.")
-                image = decode(io.BytesIO(file.read()), name, max_pixels=self.limits.pixels)
+                if size > IMAGE_BYTES:
+                    raise TooLarge(f"{name}: must have at most {decimal(IMAGE_BYTES)}; got {decimal(size)}.")
+                image = decode(io.BytesIO(file.read()), name, max_pixels=PIXELS)
             except InputError as error:
                 item["error"] = str(error)
                 errors.append(error)

@@ -107,7 +107,7 @@ def test_folds_are_halves_of_each_class(labels, folds):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_anchored_l2_is_that_of_the_best_fold_accuracy(seed):
+def test_anchored_l2_is_that_of_the_best_fold_accuracy(monkeypatch, seed):
     """The fits of the folds have looser tolerances and start from each other; the choice is that of exact ones."""
     image, labels, text = data([4, 2, 1, 5, 0, 2], 6, seed)
     candidates, scores = (0.001, 0.1, 10.0), {}
@@ -120,7 +120,8 @@ def test_anchored_l2_is_that_of_the_best_fold_accuracy(seed):
             correct += (logits.argmax(dim=1) == labels[held_out]).sum().item()
             loss += F.cross_entropy(logits, labels[held_out], reduction="sum").item()
         scores[l2] = correct, -loss
-    assert heads.anchored_l2(image, labels, text, SCALE, candidates) == max(candidates, key=scores.__getitem__)
+    monkeypatch.setattr(anchored, "CANDIDATES", candidates)
+    assert heads.anchored_l2(image, labels, text, SCALE) == max(candidates, key=scores.__getitem__)
 
 
 def test_anchored_l2_follows_what_is_reliable():
@@ -218,7 +219,7 @@ def test_balanced_divides_probabilities_by_class_frequencies():
 
 def fitted(image: torch.Tensor, labels: torch.Tensor, text: torch.Tensor) -> dict[str, heads.Head]:
     gaussian = heads.gaussian_head(image, labels, len(text))
-    l2 = heads.anchored_l2(image, labels, text, SCALE, (0.01, 1.0))
+    l2 = heads.anchored_l2(image, labels, text, SCALE)
     return {
         "anchored": heads.anchored_probe(image, labels, text, SCALE, l2),
         "gaussian": gaussian,
@@ -269,7 +270,7 @@ BAD_TEXT = [
 ]
 BAD = [
     *itertools.product([heads.anchored_probe], [ANCHORED], [*BAD_DATA, *BAD_TEXT, ({"l2": 0.0}, "l2 must be pos")]),
-    *itertools.product([heads.anchored_l2], [L2], [*BAD_DATA, *BAD_TEXT, ({"candidates": (0.1, -1.0)}, "candidates")]),
+    *itertools.product([heads.anchored_l2], [L2], [*BAD_DATA, *BAD_TEXT]),
     *itertools.product([heads.gaussian_head], [GAUSSIAN], [*BAD_DATA, ({"shrinkage": 0.0}, "shrinkage must be above")]),
     *itertools.product([heads.with_text], [WITH_TEXT], [*BAD_DATA[:5], *BAD_TEXT]),
     (heads.with_text, WITH_TEXT, ({"text": TEXT[:2]}, r"text must be \[C=3, D=4\]")),

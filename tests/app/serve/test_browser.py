@@ -20,7 +20,8 @@ from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
 from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 
-from skipkernels.app.serve.web import Limits, Service, make_app  # noqa: E402
+from skipkernels.app.serve import web  # noqa: E402
+from skipkernels.app.serve.web import Service, make_app  # noqa: E402
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROME = os.environ.get("CHROME") or next(filter(None, map(shutil.which, NAMES)), None)
@@ -31,13 +32,15 @@ pytestmark = pytest.mark.skipif(not (CHROME and DRIVER), reason="no chromium, or
 @pytest.fixture(scope="module")
 def address(classifier) -> str:
     """A server with a threshold that some images reach."""
-    limits = Limits(image_bytes=30_000, pixels=10_000)
-    service = Service(classifier, "photos", threshold=0.2, limits=limits)
+    service = Service(classifier, "photos", threshold=0.2)
     server = uvicorn.Server(uvicorn.Config(make_app(service), port=0, log_level="warning", lifespan="off"))
     listener = server.config.bind_socket()
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(web, "IMAGE_BYTES", 30_000)
+        patch.setattr(web, "PIXELS", 10_000)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
     server.should_exit = True
     thread.join()
 

@@ -50,7 +50,7 @@ def test_inputs_of_each_kind_agree(photos, classifier):
     assert expected.ids.shape == (5, 3)
     mixed = [paths[0], str(paths[1]), *pictures[2:]]
     for inputs in (paths, pictures, mixed):
-        found = classifier.predict(inputs, top=3, batch_size=2, workers=2)
+        found = classifier.predict(inputs, top=3, batch_size=2)
         assert torch.equal(found.ids, expected.ids)
         torch.testing.assert_close(found.probabilities, expected.probabilities, atol=1e-5, rtol=0)
     arrays = [np.asarray(picture.convert("RGB")) for picture in pictures]

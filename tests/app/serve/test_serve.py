@@ -27,13 +27,20 @@ pytest.importorskip("starlette", reason="serve needs the extra web")
 import uvicorn  # noqa: E402
 from starlette.testclient import TestClient  # noqa: E402
 
-from skipkernels.app.serve.web import Limits, Service, make_app  # noqa: E402
+from skipkernels.app.serve import web as module  # noqa: E402
+from skipkernels.app.serve.web import Service, make_app  # noqa: E402
 
-LIMITS = Limits(image_bytes=50_000, pixels=10_000, images=3)
+
+@pytest.fixture(scope="module", autouse=True)
+def limits():
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"IMAGE_BYTES": 50_000, "PIXELS": 10_000, "IMAGES": 3}.items():
+            patch.setattr(module, name, value)
+        yield
 
 
-def client(classifier, limits: Limits = LIMITS, **options) -> TestClient:
-    service = Service(classifier, "photos", limits=limits, **options)
+def client(classifier, **options) -> TestClient:
+    service = Service(classifier, "photos", **options)
     return TestClient(make_app(service, ["127.0.0.1"]), base_url="http://127.0.0.1", raise_server_exceptions=False)
 
 

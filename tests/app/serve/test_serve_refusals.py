@@ -136,7 +136,6 @@ COMMANDS = {
     "predict {run} {photos} --out /proc/a.csv": "--out: /proc can't be created",
     "serve {run} --port 70000": "--port must be from 0 to 65535; got 70000",
     "serve {run} --port 0 --top 0": "--top must be a whole number",
-    "serve {run} --port 0 --max-mb 0": "--max-mb must be more than 0",
     "serve {run} --port 0 --threshold 2": "--threshold must be a number from 0 to 1",
     "serve {run} --port 0 --host 192.0.2.1": "--host: can't listen at 192.0.2.1",
 }
