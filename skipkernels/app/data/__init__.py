@@ -8,16 +8,18 @@ from ..._lazy import lazy_names
 from .base import InputError
 
 if TYPE_CHECKING:
+    from .choice import TaskOptions
     from .registry import open_source
     from .shots import few_shot
     from .source import Source, from_datasets
-    from .tasks import Task, TaskOptions, TestSet, load_task
+    from .tasks import Task, TestSet, load_task
 
 _NAMES = {
+    "choice": ("TaskOptions",),
     "registry": ("open_source",),
     "shots": ("few_shot",),
     "source": ("Source", "from_datasets"),
-    "tasks": ("Task", "TaskOptions", "TestSet", "load_task"),
+    "tasks": ("Task", "TestSet", "load_task"),
 }
 __all__ = [
     "InputError",

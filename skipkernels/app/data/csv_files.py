@@ -6,8 +6,8 @@ Columns are found by their names, in upper or lower case and in any order: the p
 (`split`, `set`, `subset`: train, val or test). Other columns are ignored. Columns are separated by commas, tabs or
 semicolons.
 
-Paths are relative to `root`, by default the folder of the table, and may not lead out of it. A path with two classes or
-in two splits is refused; a repeated line is skipped. Of a cell that begins with an apostrophe and =, +, - or @, as
+Paths are relative to `root`, by default the folder of the table, and may not lead out of it. Each is listed once. Of a
+cell that begins with an apostrophe and =, +, - or @, as
 `skipkernels predict` writes it for spreadsheets, the apostrophe is removed.
 """
 
@@ -26,10 +26,11 @@ from .class_names import labels_by_name
 from .files import absolute_path, format_names, path_inside, read_text
 from .images import Images
 from .source import Source, Split
-from .splits import LABEL_NAMES, SPLIT_NAMES, listed_source
+from .splits import SPLIT_NAMES, listed_source
 from .templates import Templates
 
 _PATH_NAMES = ("path", "filepath", "file_path", "filename", "file_name", "file", "image", "image_path", "img")
+_LABEL_NAMES = ("class_name", "classname", "label_name", "category", "class", "label", "target", "caption", "text")
 _SPLIT_COLUMNS = ("split", "set", "subset")
 _DELIMITERS = ",\t;"
 
@@ -42,9 +43,10 @@ def open_csv(path: str, root: str | Path | None = None, templates: Templates = N
     base = absolute_path(file.parent if root is None else root)
     columns, rows = _read(file)
     path_column = _column(file, columns, _PATH_NAMES, "path")
-    label_column = _column(file, columns, LABEL_NAMES, "label")
+    label_column = _column(file, columns, _LABEL_NAMES, "label")
     split_column = _column(file, columns, _SPLIT_COLUMNS, "split") if {*_SPLIT_COLUMNS} & {*columns} else None
-    images: dict[str, tuple[str, Split | None]] = {}
+    images: dict[str, str] = {}
+    splits: list[Split] = []
     for number, row in rows.items():
         where = f"{file}: row {number}"
         if not row[path_column] or not row[label_column]:
@@ -52,31 +54,26 @@ def open_csv(path: str, root: str | Path | None = None, templates: Templates = N
         image = path_inside(base, row[path_column])
         if image is None:
             raise InputError(f"{where}: {row[path_column]} is not in {base}. Name a folder of all as `root`.", "root")
-        split = None if split_column is None else SPLIT_NAMES.get(row[split_column].lower())
-        if split_column is not None and split is None:
-            raise InputError(f"{where}: {split_column} must be train, val or test; got {row[split_column]!a:.80}.")
-        of_image = row[label_column], split
-        if images.setdefault(image, of_image) != of_image:
-            raise InputError(f"{where}: {image} is listed before with another class or split. Remove one.")
+        if image in images:
+            raise InputError(f"{where}: {image} is listed before. Remove one row.")
+        images[image] = row[label_column]
+        splits += [_split(where, split_column, row[split_column])] if split_column else []
     if not images:
         raise open_error(f"{name}: has no images. Add a line for each image.")
     if missing := [image for image in images if not os.path.isfile(base / image)]:
         problem = f"no file {format_names(missing)} in {base}"
         remedy = "Correct the paths, or name their folder as `root`."
         raise open_error(f"{name}: {problem}. {remedy}", "data" if root is None else "root")
-    of_images = [label for label, _ in images.values()]
-    labels, classes = labels_by_name(f"open_source: {name}", of_images, "name them in a column class_name")
-    splits = [split for _, split in images.values() if split is not None]
-    repeated = len(rows) - len(images)
-    return listed_source(
-        name,
-        Images.of_files(base, list(images), labels),
-        classes,
-        splits or None,
-        templates,
-        column=label_column,
-        notes=[f"{name}: skipped repeated lines: {repeated}."] if repeated else [],
-    )
+    labels, classes = labels_by_name(f"open_source: {name}", [*images.values()], "name them in a column class_name")
+    listed = Images.of_files(base, list(images), labels)
+    return listed_source(name, listed, classes, splits or None, templates, column=label_column)
+
+
+def _split(where: str, column: str, name: str) -> Split:
+    """Return a split by the name in its column."""
+    if name.lower() not in SPLIT_NAMES:
+        raise InputError(f"{where}: {column} must be train, val or test; got {name!a:.80}.")
+    return SPLIT_NAMES[name.lower()]
 
 
 def _read(file: Path) -> tuple[list[str], dict[int, dict[str, str]]]:

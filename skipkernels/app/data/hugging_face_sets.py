@@ -1,9 +1,9 @@
 """Datasets that the package `datasets` of Hugging Face reads; it runs no code of a dataset.
 
 `hf:PATH` is a folder that `save_to_disk` wrote, and `hf:NAME` a dataset of the hub, which is downloaded. The column
-with the images is the one of the type Image; the one with the classes has the type ClassLabel, or a name such as
-`label` or `class_name`. Where there are several, or none, they are named: `hf:food101?image=image&label=label`. Also
-after the "?": `config=NAME` and `revision=TAG` of a dataset by name.
+with the images is the only one of the type Image, and the one with the classes the only one of the type ClassLabel.
+Where there are several or none, a column is named, `hf:food101?image=image&label=label`; that of the classes may have
+text. Also after the "?": `config=NAME` and `revision=TAG` of a dataset by name.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from .files import absolute_path, format_names
 from .images import Images
 from .reading import decode, read_image
 from .source import Source, Split
-from .splits import LABEL_NAMES, SPLIT_NAMES, listed_source
+from .splits import SPLIT_NAMES, listed_source
 from .templates import Templates
 
 _OPTIONS = ("image", "label", "config", "revision")
+_TYPES = {"image": "Image", "label": "ClassLabel"}  # of the columns, by their option
 _ON_DISK = ("dataset_dict.json", "dataset_info.json", "state.json")  # files of `save_to_disk`
 
 
@@ -62,39 +63,15 @@ def open_hugging_face(spec: str, templates: Templates = None) -> Source:
         raise open_error(f"hf:{spec}: options must be {', '.join(f'{each}=…' for each in _OPTIONS)}, joined by &.")
     loaded = _load(name, where, options)
     features = next(iter(loaded.values())).features
-    of_images, of_classes = (
-        [column for column in features if type(features[column]).__name__ == kind] for kind in ("Image", "ClassLabel")
-    )
-    image_column = _column(name, features, "image", of_images, options.get("image"))
-    others = {column.lower(): column for column in features if column != image_column}
-    named = [others[label] for label in LABEL_NAMES if label in others]
-    label_column = _column(name, features, "label", of_classes or named[:1], options.get("label"))
+    image_column, label_column = (_column(name, features, option, options.get(option)) for option in _TYPES)
     parts, notes = _used_splits(name, loaded, label_column)
+    splits: list[Split] = [split for split, part in parts.items() for _ in range(len(part))]
     names = [f"{split}/{index}" for split, part in parts.items() for index in range(len(part))]
     values = [value for part in parts.values() for value in part[label_column]]
-    for value, of_row in zip(values, names, strict=True):
-        if type(value) not in (int, str) or value in ("", -1):
-            raise open_error(
-                f"{name}: {label_column} must be text or a whole number; got {value!a:.80} for {of_row}. Correct it, "
-                "or remove the sample."
-            )
-    location, remedy = f"open_source: {name}", "use another label=…"
-    if label_column in of_classes:
-        labels, classes = values, class_names(location, features[label_column].names, remedy)
-    else:
-        labels, classes = labels_by_name(location, list(map(str, values)), remedy)
-    try:
-        images = RowDataset(list(parts.values()), image_column, labels, [f"{name}: {of_row}" for of_row in names])
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise open_error(f"{name}: {image_column} must be a column of images ({error}). Use image=….") from error
+    labels, classes = _labels(name, label_column, features[label_column], dict(zip(names, values, strict=True)))
+    images = RowDataset(list(parts.values()), image_column, labels, [f"{name}: {of_row}" for of_row in names])
     return listed_source(
-        name,
-        Images(images, labels, names),
-        classes,
-        [split for split, part in parts.items() for _ in range(len(part))],
-        templates,
-        column=label_column,
-        notes=notes,
+        name, Images(images, labels, names), classes, splits, templates, column=label_column, notes=notes
     )
 
 
@@ -136,10 +113,25 @@ def _used_splits(name: str, loaded: Mapping[str, Any], label_column: str) -> tup
     return parts, notes
 
 
-def _column(name: str, features: Any, kind: str, candidates: list[str], given: str | None = None) -> str:
-    """Return the given column, or the only candidate."""
-    found = candidates if given is None else [given]
-    if len(found) == 1 and found[0] in features:
+def _column(name: str, features: Any, option: str, given: str | None) -> str:
+    """Return the given column, or the only one of the type; a column of images has this type in any case."""
+    of_type = [column for column in features if type(features[column]).__name__ == _TYPES[option]]
+    found = of_type if given is None else [given]
+    if len(found) == 1 and found[0] in (of_type if option == "image" else features):
         return found[0]
     got = f"{' and '.join(found) or 'none'} among {', '.join(features)}"
-    raise open_error(f"{name}: which column has the {kind}s? Got {got}. Name it by ?{kind}=NAME.")
+    raise open_error(f"{name}: which column has the {option}s? Got {got}. Name it by ?{option}=NAME.")
+
+
+def _labels(name: str, column: str, feature: Any, values: Mapping[str, Any]) -> tuple[list[int], tuple[str, ...]]:
+    """Return the labels and class names of a column of this type, of the values by the name of their row."""
+    for of_row, value in values.items():
+        if type(value) not in (int, str) or value in ("", -1):
+            raise open_error(
+                f"{name}: {column} must be text or a whole number; got {value!a:.80} for {of_row}. Correct it, "
+                "or remove the sample."
+            )
+    location, remedy = f"open_source: {name}", "use another label=…"
+    if hasattr(feature, "names"):
+        return list(values.values()), class_names(location, feature.names, remedy)
+    return labels_by_name(location, list(map(str, values.values())), remedy)

@@ -38,7 +38,7 @@ def few_shot(labels: Sequence[int], names: Sequence[str], shots: int, seed: int)
     Args:
         labels: Label of each image.
         names: Name of each image, such as its path from the root.
-        shots: Images of each class, at least 1; all images of a class that has fewer (see `few_shot_note`).
+        shots: Images of each class, at least 1; all images of a class that has fewer (see `few_shot_notes`).
         seed: Seed of the choice.
 
     Returns:
@@ -76,20 +76,16 @@ def hold_out(
     return train, held
 
 
-def few_shot_note(labels: Sequence[int], classes: Sequence[str], shots: int) -> str | None:
-    """Return a note that lists the classes with fewer than `shots` images; None if there are none.
+def few_shot_notes(labels: Sequence[int], classes: Sequence[str], shots: int) -> list[str]:
+    """Return a note that lists the classes with fewer than `shots` images, if there are some.
 
-    >>> few_shot_note([0, 0, 1], ["cat", "dog"], shots=2)
-    '1 of 2 classes have fewer than 2 training images, all of which are used: dog (1).'
+    >>> few_shot_notes([0, 0, 1], ["cat", "dog"], shots=2)
+    ['1 of 2 classes have fewer than 2 training images, all of which are used: dog (1).']
     """
     counts = Counter(labels)
     short = [f"{name} ({counts[label]})" for label, name in enumerate(classes) if counts[label] < shots]
-    if not short:
-        return None
-    return (
-        f"{len(short)} of {len(classes)} classes have fewer than {shots} training images, all of which are used: "
-        f"{format_names(short)}."
-    )
+    few = f"{len(short)} of {len(classes)} classes have fewer than {shots} training images"
+    return [f"{few}, all of which are used: {format_names(short)}."] if short else []
 
 
 def class_sizes_note(images: Mapping[str, Sequence[str]]) -> str | None:

@@ -18,9 +18,7 @@ SPLIT_NAMES |= {"val": "val", "valid": "val", "validation": "val"}
 # Tenths of the images of a class, as in CoOp's splits; the rest are training images.
 _TEST_TENTHS, _VAL_TENTHS = 3, 2
 
-# Columns and fields with the class of an image, the best one first.
-LABEL_NAMES = ("class_name", "classname", "label_name", "category", "class", "label", "target", "caption", "text")
-_CAPTIONS = ("caption", "text")
+_CAPTIONS = ("caption", "text")  # columns with classes that are prompts
 
 
 def listed_source(

@@ -1,28 +1,24 @@
-"""The four protocols of CLIP fine-tuning: their training images and test sets."""
+"""Tasks: the training images and test sets of the four protocols of CLIP fine-tuning."""
 
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import get_args
 
 from ...formatting import escaped
-from ...options import Protocol, Shots, Test, Validation
-from .base import InputError, check_choice
+from ...options import Protocol, Test
+from .base import InputError
+from .choice import NOTHING, TaskOptions, choose_images
 from .files import format_names
 from .images import Images, joined
 from .registry import open_source
-from .shots import class_sizes_note, few_shot, few_shot_note, hold_out
-from .source import Source, Split
-from .templates import Templates, prompts
+from .shots import class_sizes_note
+from .source import Source
+from .templates import prompts
 
 VALIDATION = "validation"
 """Name of the validation images beside the names of the tests."""
-VALIDATION_SHARE = 0.2
-"""Share of the images of each class that are held out for validation by default."""
 
 
 @dataclass(frozen=True)
@@ -73,47 +69,6 @@ class Task:
     held_out: int = 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class TaskOptions:
-    """Options of `load_task`: settings of `TuneConfig`, with other defaults, and two more.
-
-    Attributes:
-        max_classes: See `TuneConfig`. They are evenly spaced.
-        train_on_validation: Append the validation images to the training images, as the last `held_out` ones.
-        templates: The setting `template`.
-        train: False: without training and validation images, to test a model on other data.
-    """
-
-    protocol: Protocol
-    shots: Shots
-    max_classes: int | None = None
-    seed: int = 0
-    validation: Validation = "none"
-    train_on_validation: bool = False
-    test: Test = "split"
-    root: str | Path | None = None
-    templates: Templates = None
-    train: bool = True
-
-    def check(self) -> None:
-        """Raise an InputError if a value can't be used."""
-        check_choice(self.protocol, Protocol, "protocol", "load_task")
-        check_choice(self.test, Test, "test", "load_task")
-        if isinstance(self.validation, str):
-            check_choice(self.validation, get_args(Validation)[0], "validation", "load_task")
-        elif not (isinstance(self.validation, float) and 0 < self.validation < 1):
-            raise InputError(
-                f"must be a share between 0 and 1, or a text; got {self.validation!r}.", "validation", "load_task"
-            )
-        for name, value, every, least in (("shots", self.shots, "all", 1), ("max_classes", self.max_classes, None, 2)):
-            if value != every and not (type(value) is int and value >= least):
-                raise InputError(f"must be a whole number, at least {least}; got {value!r}.", name, "load_task")
-        if self.test == "none" and self.protocol != "few-shot":
-            raise InputError(
-                f"none needs `protocol=few-shot`; {self.protocol} is a comparison of tests.", "test", "load_task"
-            )
-
-
 def summarise(protocol: Protocol, accuracies: Mapping[str, float]) -> dict[str, float]:
     """Add the summary of a protocol to the accuracies of its test sets.
 
@@ -162,24 +117,32 @@ def load_task(
     """
     options.check()
     source = data if isinstance(data, Source) else open_source(data, options.root, options.templates)
-    notes: list[str] = []
-    count, limit = len(source.classes), options.max_classes
-    if count < 2:
-        raise InputError(f"{source.name} has fewer than two classes. Add some.", "data", "load_task")
-    if limit is not None and limit < count:
-        source = source.subset_classes([position * count // limit for position in range(limit)])
-        notes.append(f"{limit} of {count} classes, evenly spaced.")
+    source, notes = _limited(source, options.max_classes)
     parts = _parts(source, options.protocol)
     tests = tuple(_test_set(name, part, transform, options.test) for name, part in parts.items())
-    task = Task(source.name, options.protocol, Images([]), tests)
-    if options.train:
-        trained = next(iter(parts.values()))
-        task = _with_training_images(task, trained, options, notes, transform, train_transform or transform)
-    for test in tests:
-        if len(test.classes) == 1:
-            notes.append(f"{test.name} has only the class {test.classes[0]}, so all of its images count as correct.")
+    chosen = choose_images(next(iter(parts.values())), options) if options.train else NOTHING
+    train = chosen.train.with_transform(train_transform or transform)
+    held_out = chosen.held_out.with_transform(transform)
+    validation, appended = None, 0
+    if len(held_out) and options.train_on_validation:
+        train, appended = joined([train, held_out]), len(held_out)
+    elif len(held_out):
+        validation = replace(tests[0], name=VALIDATION, images=held_out)
+    notes += [*chosen.notes, *_class_sizes(train, tests[0]), *_single_classes(tests)]
     shown = (*source.notes, *(f"{source.name}: {note}" for note in notes))
-    return replace(task, notes=tuple(dict.fromkeys(map(escaped, shown))))
+    unique = tuple(dict.fromkeys(map(escaped, shown)))
+    return Task(source.name, options.protocol, train, tests, validation, notes=unique, held_out=appended)
+
+
+def _limited(source: Source, limit: int | None) -> tuple[Source, list[str]]:
+    """Return a source with at most `limit` classes, evenly spaced, and a note."""
+    count = len(source.classes)
+    if count < 2:
+        raise InputError(f"{source.name} has fewer than two classes. Add some.", "data", "load_task")
+    if limit is None or limit >= count:
+        return source, []
+    limited = source.subset_classes([position * count // limit for position in range(limit)])
+    return limited, [f"{limit} of {count} classes, evenly spaced."]
 
 
 def _parts(source: Source, protocol: Protocol) -> dict[str, Source]:
@@ -198,61 +161,19 @@ def _test_set(name: str, source: Source, transform: Callable | None, test: Test)
     return TestSet(name, list(source.classes), source.templates, images)
 
 
-def _with_training_images(
-    task: Task,
-    source: Source,
-    options: TaskOptions,
-    notes: list[str],
-    transform: Callable | None,
-    train_transform: Callable | None,
-) -> Task:
-    """Return a task with the training images of a source, and with validation images or those appended; add notes."""
-    train, held_out = _train_and_held_out(source, options, notes)
-    train, held_out = train.with_transform(train_transform), held_out.with_transform(transform)
-    validation, appended = None, 0
-    if len(held_out) and options.train_on_validation:
-        train, appended = joined([train, held_out]), len(held_out)
-    elif len(held_out):
-        validation = TestSet(VALIDATION, list(source.classes), source.templates, held_out)
-    kinds = {"training": train, "test": task.tests[0].images}
-    sizes = class_sizes_note({kind: [source.classes[label] for label in part.labels] for kind, part in kinds.items()})
-    if sizes is not None:
-        notes.append(f"{sizes} Read the balanced accuracy; --class-weight balanced lets each class count the same.")
-    return replace(task, train=train, validation=validation, held_out=appended)
+def _class_sizes(train: Images, test: TestSet) -> list[str]:
+    """Return a note if the classes of the training or test images differ in size."""
+    kinds = {"training": train, "test": test.images} if len(train) else {}
+    sizes = class_sizes_note({kind: [test.classes[label] for label in of.labels] for kind, of in kinds.items()})
+    if sizes is None:
+        return []
+    return [f"{sizes} Read the balanced accuracy; --class-weight balanced lets each class count the same."]
 
 
-def _train_and_held_out(source: Source, options: TaskOptions, notes: list[str]) -> tuple[Images, Images]:
-    """Choose the training images, and the images that are held out for validation; add notes on the choice."""
-    validation = options.validation
-    on_split = validation == "split" or (validation == "auto" and source.has_split("val"))
-    used: dict[Split, bool] = {"val": on_split, "test": options.test == "split"}
-    unused = [split for split in used if source.has_split(split) and not used[split]]
-    if unused and (source.hashed or options.test == "none"):
-        counts = " and ".join(f"{len(source.images(split))} {split}" for split in unused)
-        notes.append(f"the {counts} images train too, as they are not used otherwise.")
-        source = source.train_on(unused)
-
-    images = source.images("train")
-    sizes = Counter(images.labels)
-    without = [name for label, name in enumerate(source.classes) if not sizes[label]]
-    if without:
-        raise InputError(f"{source.name} has no training images of {format_names(without)}. Add some.", "data")
-    if options.shots != "all":
-        notes += filter(None, [few_shot_note(images.labels, source.classes, options.shots)])
-
-    shots = max(sizes.values()) if options.shots == "all" else options.shots
-    if validation == "none" or on_split:
-        train = images.subset(few_shot(images.labels, images.names, shots, options.seed))
-        held_out = source.images("val") if on_split else Images([])
-        where = "of its val split."
-        if on_split and not len(held_out):
-            raise InputError(f"{source.name} has no val images. Use `validation=auto`, or add some.", "validation")
-    else:
-        share = VALIDATION_SHARE if isinstance(validation, str) else validation
-        train, held_out = map(images.subset, hold_out(images.labels, images.names, shots, options.seed, share))
-        where = "of its train split, which don't train."
-        if not len(held_out):
-            notes.append("no validation: no class has a second training image.")
-    if len(held_out) and not options.train_on_validation:
-        notes.append(f"validation on {len(held_out)} images {where}")
-    return train, held_out
+def _single_classes(tests: Sequence[TestSet]) -> list[str]:
+    """Return a note for each test with one class."""
+    return [
+        f"{test.name} has only the class {test.classes[0]}, so all of its images count as correct."
+        for test in tests
+        if len(test.classes) == 1
+    ]

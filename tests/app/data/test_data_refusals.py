@@ -96,7 +96,7 @@ OPENED: list[tuple[str, Tree, Any, list[str]]] = [
     ("csv:{}/table.csv", table("path,label", "images/0.png, "), ..., ["row 2 needs a path and a label"]),
     ("csv:{}/table.csv", table("path,label", "images/0.png"), ..., ["row 2 needs a path and a label"]),
     ("csv:{}/table.csv", table("path,label", "images/0.png,cat", "images/0.png,dog"), ...,
-     ["row 3: images/0.png is listed before with another"]),
+     ["row 3: images/0.png is listed before"]),
     ("csv:{}/table.csv", table("path,label,split", "images/0.png,cat,dev"), ...,
      ["split must be train, val or test; got 'dev'"]),
     ("csv:{}/table.csv", table("path,label", '"images/0.png,cat'), ..., ["not readable as CSV"]),

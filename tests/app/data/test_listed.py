@@ -72,15 +72,12 @@ def test_csv_with_splits(images, delimiter):
 
 
 def test_csv_of_captions_without_splits(images):
-    """Absolute paths; a repeated line; each caption is its own prompt."""
+    """Absolute paths; each caption is its own prompt."""
     data = table(images, "image,caption", lambda name, n: (f"{images}/images/{name}{n}.png", f'"a {name}, sitting"'))
-    with open(images / "table.csv", "a") as file:
-        file.write(f'{images}/images/cat0.png,"a cat, sitting"\n\n')
     source = open_source(data)
     assert source.prompts == (["a cat, sitting", "a dog, sitting", "a owl, sitting"],)
     assert [len(source.images(split)) for split in ("train", "val", "test")] == [15, 6, 9]
-    assert "skipped repeated lines: 1." in source.notes[0]
-    assert source.notes[1].endswith("by a hash of their names: 15 train, 6 val, 9 test.")
+    assert source.notes[0].endswith("by a hash of their names: 15 train, 6 val, 9 test.")
     elsewhere = images / "elsewhere"
     elsewhere.mkdir()
     os.rename(images / "table.csv", elsewhere / "table.csv")
@@ -138,12 +135,14 @@ def test_hf_folder(hub, tmp_path):
     assert "which column has the labels? Got other among image, label, row. Name it by ?label=NAME." in fails(
         f"hf:{tmp_path / 'set'}?label=other"
     )
+    assert "which column has the images? Got label among" in fails(f"hf:{tmp_path / 'set'}?image=label")
     assert "options must be image=…" in fails(f"hf:{tmp_path / 'set'}?column=label")
 
 
 def test_hf_single_dataset_with_text_labels(hub, tmp_path):
     rows(hub, 10, names=False).save_to_disk(tmp_path / "one")
     source = open_source(f"hf:{tmp_path / 'one'}?image=image&label=label")
+    assert "Got none among image, label. Name it by ?label=NAME." in fails(f"hf:{tmp_path / 'one'}")
     assert source.classes == tuple(CLASSES) and len(source.images("test")) == 9
     assert "no test images, so the images of each class are split by a hash" in source.notes[0]
 

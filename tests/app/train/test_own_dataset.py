@@ -157,7 +157,7 @@ def test_tune_without_test(tmp_path, capsys, count, validation, shown):
     assert metrics["zero_shot"] == metrics["tuned"] == {"all": None}
     assert (metrics["validation"] or {"images": 0})["images"] == held
     assert ("validation" in output.out) == (held > 0) and shown in (out / "README.md").read_text()
-    headline = "No images were kept for a test. On 3 validation images" if held else "there is no accuracy"
+    headline = "On the 3 validation images, the accuracy went from" if held else "there is no accuracy"
     assert headline in (out / "report.html").read_text()
     assert main(["predict", str(out), str(data), "--device", "cpu"]) == 0
     assert main(["blend", str(out), "--device", "cpu"]) == 0
