@@ -34,7 +34,7 @@ class EvalCommand:
         check_run(self.run, "eval", err)
         import_torch(err)
         from skipkernels.app.report.formats import number
-        from skipkernels.app.report.page import Table, row
+        from skipkernels.app.report.table import Table, row
         from skipkernels.app.train.evaluation import REPLACEABLE, evaluate_run
 
         settings = {name: getattr(self, name) for name in REPLACEABLE}

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from markupsafe import Markup
 
-from .page import part
+from .parts import part
 
 COLOURS = ("accent", "worse")
 """Colours of lines, variables of report.css."""

@@ -12,7 +12,8 @@ from ..results.predictions import TestPredictions, TopClasses
 from . import page
 from .formats import finite, number, percent, plural
 from .mistakes import most_frequent_errors, one_per_class
-from .page import Cell, Table, part, row
+from .parts import part
+from .table import Cell, Table, change_cell, row
 from .words import name_of_test
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def classes(test: TestPredictions) -> list[Markup]:
         change = None if tuned is None else tuned - was.recall
         other, errors = most.get(label, (None, 0))
         taken = "" if other is None else f"{test.classes[other]} ({errors})"
-        cells: list[str | Cell] = [f"{was.images:,}", *map(number, (was.recall, tuned)), page.change_cell(change)]
+        cells: list[str | Cell] = [f"{was.images:,}", *map(number, (was.recall, tuned)), change_cell(change)]
         cells += [number(now["precision"]), number(now["f1"]), Cell(taken, style="left", order=errors)]
         rows.append(row(was.name, *cells))
     text = (

@@ -18,7 +18,8 @@ from ..results.predictions import TestPredictions, load
 from . import page
 from .formats import finite, number, percent, plural
 from .mistakes import broken, fixed
-from .page import Section, Table, part, row
+from .page import Section
+from .parts import part
 from .plots import COLOURS, Line, plot
 from .predicted import classes, galleries
 from .summary import (
@@ -33,6 +34,7 @@ from .summary import (
     kept_epoch,
     title,
 )
+from .table import Table, row
 from .words import name_of_test
 
 _FEW = 100  # validation images, of which one is more than 1 %

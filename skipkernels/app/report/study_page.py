@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 from . import page
 from .formats import MISSING, joined, number, plural
 from .intervals import LEAST_RUNS, half_interval, range_text, wilson
-from .page import Cell, Section, Table, part, row
+from .page import Section
+from .parts import part
+from .table import Cell, Table, row
 from .words import name_of_method, name_of_test
 
 ACCURACY, COST = "accuracy, %", "cost"

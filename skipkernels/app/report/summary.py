@@ -9,7 +9,7 @@ from ..config import TuneConfig
 from ..data.tasks import VALIDATION
 from .formats import finite, number, percent, plural
 from .intervals import range_text, wilson
-from .page import Cell, Table, change_cell, facts, row
+from .table import Cell, Table, change_cell, facts, row
 from .words import name_of_test, title_of
 
 BEST = 5

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from ...options import Precision
@@ -61,7 +60,7 @@ def load_run(
     model, transform, tokenizer = load_run_model(folder, described, file, chosen, trust=trust)
     given = tuple(described.templates) if templates is None else resolve_templates(None, templates)
     test = TestSet(TEST, _classes(described, classes), given, _NO_IMAGES)
-    method = _method(described, model, tokenizer, test, file)
+    method = _method(described, model, tokenizer, test)
     load_run_method(method, described, file)
     method.train(False)
     same = set(test.classes) == set(described.classes) and list(test.templates) == described.templates
@@ -82,7 +81,7 @@ def _classes(described: Description, classes: Sequence[str] | None) -> list[str]
     return list(classes)
 
 
-def _method(described: Description, model: nn.Module, tokenizer: Any, test: TestSet, file: Path) -> Method:
+def _method(described: Description, model: nn.Module, tokenizer: Any, test: TestSet) -> Method:
     """Construct the method of a run; its weights are not loaded."""
     if described.method not in METHODS:
         known = f"{', '.join(METHODS)}; got {described.method!r}"
@@ -92,9 +91,6 @@ def _method(described: Description, model: nn.Module, tokenizer: Any, test: Test
     settings: dict[str, Any] = {str(name): value for name, value in described.settings.items()}
     if issubclass(kind, FrozenModel):  # the shapes of its weights may depend on the trained classes
         tests.insert(0, replace(test, name="trained", classes=described.classes))
-    if described.method == "coop":
-        with safe_open(file, "pt") as weights:
-            settings["vectors"] = weights.get_slice("context").get_shape()[0]
     task = Task(described.data, "few-shot", _NO_IMAGES, tuple(tests))  # classifies among all classes
     return kind(model, tokenizer, task, **settings)
 

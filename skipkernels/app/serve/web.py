@@ -27,7 +27,7 @@ import skipkernels
 from ...formatting import decimal, escaped
 from ..data import InputError
 from ..data.reading import TooLarge, UnknownFormat, decode
-from ..report.page import render
+from ..report.parts import render
 from ..train.description import CALIBRATED, NOT_CALIBRATED
 from .classifier import Classifier
 from .inputs import check_counts, check_threshold

@@ -42,7 +42,7 @@ class Description:
     pretrained: Text | None
     """Name of the model and of its weights before tuning."""
     method: Text
-    settings: dict[Literal["skip_layers"], int | float]
+    settings: dict[Literal["skip_layers", "vectors"], int | float]
     """Method, and the settings of its constructor that a file may give: others include paths."""
     data: Text
     classes: Annotated[list[Text], Field(min_length=1)]
@@ -99,7 +99,7 @@ def describe(setup: RunSetup) -> Description:
         model=config.model,
         pretrained=config.pretrained,
         method=config.method,
-        settings={"skip_layers": config.skip_layers} if config.method == "skip" else {},
+        settings=_settings(setup),
         data=task.name,
         classes=list(test.classes),
         templates=list(test.templates),
@@ -107,6 +107,13 @@ def describe(setup: RunSetup) -> Description:
         whole_model=config.method_class().trains_model,
         preprocessing=preprocessing(setup.model),
     )
+
+
+def _settings(setup: RunSetup) -> dict[Literal["skip_layers", "vectors"], int | float]:
+    """Return the settings of the method by which its weights are read."""
+    if setup.config.method == "coop":
+        return {"vectors": len(setup.method.state_dict()["context"])}  # fewer than given, if names are long
+    return {"skip_layers": setup.config.skip_layers} if setup.config.method == "skip" else {}
 
 
 def preprocessing(model: Any) -> dict[str, Any]:
