@@ -95,9 +95,8 @@ class PredictCommand:
 
     def _load(self) -> Classifier:
         from skipkernels.app.serve.classifier import Classifier
-        from skipkernels.app.serve.output import check_none
 
-        classifier = Classifier.load(
+        return Classifier.load(
             self.run,
             classes=None if self.classes is None else _names(self.classes),
             templates=self.template,
@@ -105,9 +104,6 @@ class PredictCommand:
             precision=self.precision,
             trust=self.trust,
         )
-        if self.threshold is not None:
-            check_none(classifier.classes)
-        return classifier
 
     def _write(self, rows: list[Row], embeddings: list[Tensor], out: Terminal) -> None:
         """Write or print the results."""

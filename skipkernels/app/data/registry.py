@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
 from pathlib import Path
@@ -85,6 +84,4 @@ def open_source(data: str, root: str | Path | None = None, templates: Templates 
     if os.path.exists(data):  # Path.exists raises an error for a name that is too long
         form = "imagefolder" if os.path.isdir(data) else "csv"
         raise open_error(f"no dataset {data!r}; did you mean {form}:{data}?")
-    close = difflib.get_close_matches(kind, KINDS, 1)
-    meant = f"did you mean {':'.join([close[0], *filter(None, [name])])}? Or " if close else ""
-    raise open_error(f"no dataset {data!r}; {meant}choose {', '.join(each.form for each in KINDS.values())}.")
+    raise open_error(f"no dataset {data!r}; choose {', '.join(each.form for each in KINDS.values())}.")

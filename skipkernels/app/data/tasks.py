@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from ...formatting import escaped
@@ -128,7 +128,7 @@ def load_task(
         train, appended = joined([train, held_out]), len(held_out)
     elif len(held_out):
         validation = replace(tests[0], name=VALIDATION, images=held_out)
-    notes += [*chosen.notes, *_class_sizes(train, tests[0]), *_single_classes(tests)]
+    notes += [*chosen.notes, *_class_sizes(train, tests[0])]
     shown = (*source.notes, *(f"{source.name}: {note}" for note in notes))
     unique = tuple(dict.fromkeys(map(escaped, shown)))
     return Task(source.name, options.protocol, train, tests, validation, notes=unique, held_out=appended)
@@ -168,12 +168,3 @@ def _class_sizes(train: Images, test: TestSet) -> list[str]:
     if sizes is None:
         return []
     return [f"{sizes} Read the balanced accuracy; --class-weight balanced lets each class count the same."]
-
-
-def _single_classes(tests: Sequence[TestSet]) -> list[str]:
-    """Return a note for each test with one class."""
-    return [
-        f"{test.name} has only the class {test.classes[0]}, so all of its images count as correct."
-        for test in tests
-        if len(test.classes) == 1
-    ]

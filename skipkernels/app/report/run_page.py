@@ -16,7 +16,7 @@ from ..results.files import METRICS, PREDICTIONS, read_epochs, read_metrics
 from ..results.notes import demonstration_note
 from ..results.predictions import TestPredictions, load
 from . import page
-from .formats import finite, number, percent, plural
+from .formats import finite, number, plural
 from .mistakes import broken, fixed
 from .page import Section
 from .parts import part
@@ -37,7 +37,6 @@ from .summary import (
 from .table import Table, row
 from .words import name_of_test
 
-_FEW = 100  # validation images, of which one is more than 1 %
 _INTERVALS = (
     "In brackets: 95 % intervals over the images (Wilson). Both models have the same images, so a change may be "
     "certain although intervals overlap."
@@ -107,16 +106,9 @@ def _candidates(metrics: Metrics) -> list[Markup]:
 
 
 def _thresholds(validation: Mapping[str, Any] | None) -> list[Markup]:
-    """Table of thresholds on the validation images, with a sentence for the first that leaves images out."""
+    """Table of thresholds on the validation images."""
     if validation is None or not validation["thresholds"]:
         return []
-    found, count = validation["thresholds"], validation["images"]
-    text = "These thresholds keep all validation images."
-    first = next((each for each in found if finite(each["threshold"]) and each["coverage"] < 100), None)
-    if first is not None:
-        kept, right = (number(first[name], ".0f", " %") for name in ("coverage", "accuracy"))
-        text = f"At {first['threshold']:.2f}, {kept} of the validation images are kept, of which {right} are right."
-    few = f"; they are few, one is {percent(100 / count)}" if count < _FEW else ""
     rows = [
         row(
             f"{number(each['target'], '.0f')} % {'right' if each['wanted'] == 'accuracy' else 'kept'}",
@@ -124,14 +116,11 @@ def _thresholds(validation: Mapping[str, Any] | None) -> list[Markup]:
             number(each["coverage"]),
             number(each["accuracy"]),
         )
-        for each in found
+        for each in validation["thresholds"]
     ]
     use = "With skipkernels predict --threshold, an image with a smaller probability gets the label “none of these”."
-    return [
-        part("text", f"{text} Measured on {plural(count, 'validation image')}{few}.", ""),
-        part("text", use),
-        Table("wanted", ["threshold", "kept, %", "right, %"], rows).html,
-    ]
+    measured = f"Measured on {plural(validation['images'], 'validation image')}. {use}"
+    return [part("text", measured), Table("wanted", ["threshold", "kept, %", "right, %"], rows).html]
 
 
 def _curves(metrics: Metrics, rows: list[dict[str, Any]]) -> list[Markup]:

@@ -36,17 +36,6 @@ def check_file(path: Path, command: str, argument: str = "out", suffix: str = ".
     check_writable(parent, argument, command)
 
 
-def check_none(classes: Sequence[str]) -> None:
-    """Raise an InputError if a class has the label of images without a class."""
-    if any(name.strip().casefold() == NONE for name in classes):
-        raise InputError(
-            f"must be left out: it labels images {NONE!r}, which is also a class of the run. Use Classifier.predict in "
-            "Python, where `known` of the result marks such images.",
-            "threshold",
-            "predict",
-        )
-
-
 def labelled(found: Predictions) -> Iterator[Row]:
     """Yield the rows of predictions; of an image without a class, `NONE` without a probability comes first."""
     for (name, labels), known in zip(found, found.known.tolist(), strict=True):

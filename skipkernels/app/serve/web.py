@@ -31,7 +31,7 @@ from ..report.parts import render
 from ..train.description import CALIBRATED, NOT_CALIBRATED
 from .classifier import Classifier
 from .inputs import check_counts, check_threshold
-from .output import check_none, json_predictions, labelled
+from .output import json_predictions, labelled
 
 Upload = tuple[str, BinaryIO, int]
 """Name, contents and size in bytes of an uploaded image."""
@@ -54,8 +54,6 @@ class Service:
     def __init__(self, classifier: Classifier, title: str, *, top: int = 5, threshold: float | None = None):
         check_counts(top=top)
         check_threshold(threshold)
-        if threshold is not None:
-            check_none(classifier.classes)
         self.classifier, self.title, self.top, self.threshold = classifier, title, top, threshold
         self._busy = asyncio.Lock()
 

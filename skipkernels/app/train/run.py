@@ -17,8 +17,7 @@ from ...formatting import escaped
 from ...memory import PeakMemory
 from ..config import TuneConfig
 from ..console import print_plain
-from ..data import Source
-from ..data.unreadable import check_readable
+from ..data import InputError, Source
 from ..heads import Examples, choose_l2
 from ..methods.registry import PACKAGED
 from ..report.words import name_of_run, title_of
@@ -260,13 +259,14 @@ class Run:
 
     @contextlib.contextmanager
     def _errors_completed(self) -> Iterator[None]:
-        """Complete the errors of a run: name all images that can't be read, and how to resume."""
+        """Complete the errors of a run: say what to do about an image that can't be read, and how to resume."""
         try:
             yield
         except CacheError as error:
-            if error.item is not None:
-                check_readable(self.task, lambda reason: self._tell("unreadable", reason))
-            raise
+            if error.item is None:
+                raise
+            remedy = "`skipkernels check` lists all such images, and `unreadable=skip` leaves them out."
+            raise InputError(f"{error} {remedy}") from error
         except KeyboardInterrupt as error:
             folder = self.folder.path
             done = f"{len(self.rows)} of {self.config.epochs} epochs are" if self.rows else "no epoch is"

@@ -84,9 +84,8 @@ def test_check_findings(data, tmp_path, capsys):
 
 
 def test_check_names_the_kind_of_a_folder(data, capsys):
-    for given, meant in ((data, f"imagefolder:{data}"), (f"imagfolder:{data}", f"imagefolder:{data}")):
-        assert main(["check", str(given)]) == 2
-        assert capsys.readouterr().err.startswith(f"error no dataset '{given}'; did you mean {meant}?")
+    assert main(["check", str(data)]) == 2
+    assert capsys.readouterr().err.startswith(f"error no dataset '{data}'; did you mean imagefolder:{data}?")
 
 
 @pytest.mark.parametrize(
@@ -110,13 +109,13 @@ def test_check_says_what_tune_refuses(tmp_path, capsys, images, words):
         tune(TuneConfig(data=f"imagefolder:{tmp_path / 'data'}", out=tmp_path / "run", unreadable="skip", **SETTINGS))
 
 
-def test_tune_lists_all_unreadable_images(data, tmp_path):
+def test_tune_with_unreadable_images(data, tmp_path):
     bad = [data / split / "cat" / f"bad{number}.png" for number, split in enumerate(("train", "train", "test"))]
     for path in bad:
         path.write_text("no image")
     config = TuneConfig(data=f"imagefolder:{data}", out=tmp_path / "run", **SETTINGS)
     for workers in (0, 1):
-        message = "3 of the images can't be read: train/cat/bad0.png, train/cat/bad1.png, test/cat/bad2"
+        message = r"/cat/bad\d\.png: can't be read as an image .*`skipkernels check` lists all such images, and `unread"
         with pytest.raises(InputError, match=message):
             tune(config, workers=workers)
     metrics = tune(config, unreadable="skip", validation="none")
