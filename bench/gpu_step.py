@@ -55,7 +55,7 @@ class Graphed(NamedTuple):
 
 
 def graphed_step(case: Case, precision: str, *, blocks: int | None = None, captures: bool = True) -> Graphed:
-    """Make the step, of `blocks` in each tower if given; without `captures` its calls are eager, with the same K."""
+    """Make the step, of `blocks` in each tower if given; without `captures` its calls run the loop."""
     model, tokens, images, labels = inputs_of(case)
     skip: Any = case.skip_layers
     if blocks is not None:
@@ -64,7 +64,7 @@ def graphed_step(case: Case, precision: str, *, blocks: int | None = None, captu
     features, labels = clip.encode_lower(images), labels.contiguous()
     optimizer = sk.FusedSGD(clip.trainable_parameters(), lr=1e-5, momentum=0.9)
     with autocast(precision, features.device):
-        # Batches of another size than that of a graph run eagerly.
+        # Batches of another size than that of a graph run the loop.
         step = sk.graphed(clip, optimizer, batch_size=len(labels) if captures else len(labels) + 1)
 
     def run() -> sk.SkipOutput:
@@ -156,6 +156,7 @@ Trained = tuple[list[list[int]], list[Tensor]]
 
 def weights_after_steps(case: Case, precision: str, captures: bool) -> Trained:
     run, _, clip = graphed_step(case, precision, captures=captures)
+    clip.sampler.tail = "fixed"  # the K of a graph and of other steps are equal
     classes = [run().class_ids.tolist() for _ in range(WARMUP + 1 + _REPLAYS)]
     return classes, [weight.detach() for weight in clip.trainable_parameters()]
 

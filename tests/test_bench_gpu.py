@@ -179,7 +179,7 @@ def test_replays_are_compared_in_bits(monkeypatch, change, expected):
         classes, weights = weights_after_steps(case, precision, captures)
         if captures:
             weights[0].flatten()[0].add_(change or 0.0)
-        return classes[::-1] if captures and change is None else classes, weights
+        return [[], *classes[1:]] if captures and change is None else classes, weights
 
     monkeypatch.setattr(gpu_step, "weights_after_steps", changed)
     found = gpu_step.differences(inputs.Case("vit-tiny", 4, 20, measure.CPU, 3), "bf16")

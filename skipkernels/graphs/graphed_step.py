@@ -69,8 +69,7 @@ class GraphedStep:
     """A training step: forward, backward, `optimizer.step()` and `optimizer.zero_grad()`. Created by `graphed`.
 
     On a GPU the first three calls run eagerly on a side stream; the fourth captures a CUDA graph, and from then on a
-    call is one replay. Batches of another size than `batch_size` run eagerly, with the K classes of a graph. On other
-    devices every call runs the loop
+    call is one replay. Batches of another size than `batch_size`, and on other devices every call, run the loop
 
         out = clip(pixel_values, labels); out.loss.backward(); optimizer.step(); optimizer.zero_grad()
 
@@ -84,7 +83,7 @@ class GraphedStep:
     checkpoints and `load_state_dict` are possible between calls: each call compares the model, the optimizer and
     autocast with those captured, on the host. After a change that a graph would not follow (`requires_grad`, a moved
     tensor, an option of another optimizer, images of another size) the step is captured again. If a capture fails, or
-    would not run hooks that were added later, a warning gives the reason, and steps run eagerly until `reset`.
+    would not run hooks that were added later, a warning gives the reason, and each call runs the loop until `reset`.
     """
 
     def __init__(self, clip: SkipCLIP, optimizer: torch.optim.Optimizer, batch_size: int):
@@ -121,25 +120,24 @@ class GraphedStep:
         clip, device = self._clip, self._clip.prototypes.device
         check_mode(clip, labels)
         check_optimizer(clip, self._optimizer)
-        if not self._on_gpu():
-            return self._backward_and_update(clip(pixel_values, labels))
         pixel_values, labels = (
-            x.to(device, non_blocking=True) if isinstance(x, Tensor) else x  # for the error of `check_batch`
+            x.to(device, non_blocking=True) if isinstance(x, Tensor) else x  # for the error of a check
             for x in (pixel_values, labels)
         )
+        if not self._on_gpu():
+            return self._loop(pixel_values, labels)
         check_batch(clip, pixel_values, labels)
+        if len(pixel_values) != self._batch_size or self._why_eager is not None:
+            return self._loop(pixel_values, labels)
         with torch.cuda.device(device):
-            # 1. Draw the ranks: after all checks, so that a step that is refused leaves the generator as it was.
-            ranks = self._ranks.draw(device, clip.num_classes, len(pixel_values))
-            if len(pixel_values) != self._batch_size or self._why_eager is not None:
-                return self._step(pixel_values, labels, clip.texts)
-            # 2. Copy the batch and the options. A graph of other batches, or of another step, is dropped.
+            # 1. Copy the ranks, the batch and the options. A graph of other batches, or of another step, is dropped.
+            ranks = self._ranks.draw(device, clip.num_classes, self._batch_size)
             recording = self._recording_for(pixel_values, labels, ranks)
             recording.pixel_values.copy_(pixel_values, non_blocking=True)
             recording.labels.copy_(labels, non_blocking=True)
             if isinstance(self._optimizer, FusedSGD):
                 self._optimizer.copy_options()
-            # 3. Warm up, or capture and replay.
+            # 2. Warm up, or capture and replay.
             with recording.casts.used():
                 if recording.warm_up_steps < WARMUP:
                     return self._warm_up(recording)
@@ -147,7 +145,7 @@ class GraphedStep:
                     recording.graph = self._captured(recording)
                 if recording.graph is not None:
                     return self._replay(recording.graph)
-            return self._step(pixel_values, labels, clip.texts)
+            return self._step(recording, clip.texts)
 
     def _recording_for(self, pixel_values: Tensor, labels: Tensor, ranks: Tensor) -> _Recording:
         """Return the recording of the last call, or a new one if it is of other batches or of another step."""
@@ -166,14 +164,19 @@ class GraphedStep:
         """Weights that train and that the optimizer holds."""
         return [p for group in self._optimizer.param_groups for p in group["params"] if p.requires_grad]
 
-    # ---- one step, eager or captured ---------------------------------------------------------------------------------
+    # ---- one step ----------------------------------------------------------------------------------------------------
 
-    def _step(self, pixel_values: Tensor, labels: Tensor, texts: Texts) -> SkipOutput:
-        """Run a step with the ranks that were drawn for it."""
+    def _loop(self, pixel_values: Tensor, labels: Tensor) -> SkipOutput:
+        """Run a step as without a graph."""
+        return self._backward_and_update(self._clip(pixel_values, labels))
+
+    def _step(self, recording: _Recording, texts: Texts) -> SkipOutput:
+        """Run a step on the tensors of a recording, with the ranks that were drawn for it."""
         clip = self._clip
-        image = clip.images.encode(pixel_values)  # [B, D]
+        image = clip.images.encode(recording.pixel_values)  # [B, D]
         options = LossOptions(clip.label_smoothing, clip.class_weight)
-        return self._backward_and_update(step(image, labels, texts, self._ranks, clip.scale, options))
+        out = step(image, recording.labels, texts, self._ranks, clip.scale, options)
+        return self._backward_and_update(out)
 
     def _backward_and_update(self, out: SkipOutput) -> SkipOutput:
         device, dtype = out.loss.device, out.loss.dtype
@@ -191,15 +194,13 @@ class GraphedStep:
         stream, current = recording.streams.step, torch.cuda.current_stream()
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            out = self._step_of(recording)
+            out = self._step(recording, self._texts_on_stream(recording))
         current.wait_stream(stream)
         recording.warm_up_steps += 1
         return out
 
-    def _step_of(self, recording: _Recording) -> SkipOutput:
-        """Run a step on the tensors and streams of a recording."""
-        texts = TextsOnStream(self._clip.texts, recording.streams.texts)
-        return self._step(recording.pixel_values, recording.labels, texts)
+    def _texts_on_stream(self, recording: _Recording) -> Texts:
+        return TextsOnStream(self._clip.texts, recording.streams.texts)
 
     def _captured(self, recording: _Recording) -> _Graph | None:
         """Capture a step, or warn of the reason against it and forget what a failed capture left on the host.
@@ -221,10 +222,11 @@ class GraphedStep:
         return None
 
     def _capture(self, recording: _Recording) -> _Graph:
+        texts = self._texts_on_stream(recording)
         renew_accumulators(self._clip.trainable_parameters())
         torch.clear_autocast_cache()  # casts of the caller would be constants of the graph
         with tables_of_graph() as tables:
-            graph, out = record(lambda: self._step_of(recording), recording.streams.step)
+            graph, out = record(lambda: self._step(recording, texts), recording.streams.step)
         tables.upload()
         return _Graph(graph, out, tables, CapturedState(self._clip, self._optimizer))
 

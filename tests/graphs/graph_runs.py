@@ -13,7 +13,7 @@ from skipkernels.clip.step import LossOptions, step
 from skipkernels.graphs.parts import ReservedRanks
 from tests.models import tiny_batch, tiny_clip, tiny_tokens
 
-CLASSES = 30
+CLASSES, BATCH = 30, 4
 
 
 def skip_clip(dtype: torch.dtype = torch.float32, **options: Any) -> sk.SkipCLIP:
@@ -60,14 +60,14 @@ def optimizer_of(kind: str, clip: sk.SkipCLIP) -> torch.optim.Optimizer:
 class Run:
     """SkipCLIP, optimizer and schedule, trained by `graphed` or in a plain loop."""
 
-    captures = False  # True where graphs are captured: K is the same in every step
+    captures = False  # True where graphs are captured: K is the same in every step on a batch of this size
 
     def __init__(self, kind: str, *, by_graph: bool):
         self.clip = skip_clip(torch.bfloat16 if kind == "stochastic" else torch.float32)
         self.optimizer = optimizer_of(kind, self.clip)
         self.schedule = torch.optim.lr_scheduler.ExponentialLR(self.optimizer, 0.8)
         self.ranks = ReservedRanks(self.clip)
-        self.step = sk.graphed(self.clip, self.optimizer, batch_size=4) if by_graph else self.plain
+        self.step = sk.graphed(self.clip, self.optimizer, batch_size=BATCH) if by_graph else self.plain
 
     def plain(self, x: Tensor, labels: Tensor) -> sk.SkipOutput:
         out = self.forward(x, labels)
@@ -77,7 +77,7 @@ class Run:
         return out
 
     def forward(self, x: Tensor, labels: Tensor) -> sk.SkipOutput:
-        if not (self.captures or x.is_cuda):
+        if not (self.captures or x.is_cuda) or len(x) != BATCH:
             return self.clip(x, labels)
         self.ranks.draw(x.device, len(self.clip.prototypes), len(x))
         image = self.clip.images.encode(x)
