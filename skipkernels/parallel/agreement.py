@@ -8,35 +8,14 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from .gathers import all_gather
 
-_BACKENDS = ("gloo", "nccl")
 _ERROR = -1  # in place of a number of images
-
-
-def check_group(group: Any, model: Any) -> None:
-    """Raise unless a process group can send tensors on the device of a model."""
-    if not isinstance(group, dist.ProcessGroup):
-        raise TypeError(
-            "ShardedSkipCLIP: process_group must be a torch.distributed.ProcessGroup that contains this process, "
-            f"such as torch.distributed.group.WORLD after init_process_group; got {type(group).__name__}."
-        )
-    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-    if parameter is None:
-        return  # SkipCLIP refuses such a model
-    kind = parameter.device.type
-    backend = dict(part.split(":") for part in str(dist.get_backend_config(group)).split(",")).get(kind)
-    if backend not in _BACKENDS:
-        raise ValueError(
-            f"ShardedSkipCLIP: process_group must have gloo or NCCL for tensors on {kind}, where the model is; got "
-            f"{backend}. Move the model to its device first, or pass another group."
-        )
 
 
 def check_equal(digests: Mapping[str, str], group: dist.ProcessGroup, device: torch.device) -> None:

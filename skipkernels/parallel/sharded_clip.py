@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..clip import SkipCLIP, SkipOutput
 from ..clip.checks import as_class_weight, as_tokens, check_image_embeddings, check_labels, check_vocabulary
@@ -23,8 +22,8 @@ from ..clip.step import LossOptions, compare_with_all
 from ..digests import digest_json, digest_tensors, digests
 from ..dtypes import without_autocast
 from ..retrieval import check_k
-from ..towers.base import Tower, UnsupportedModel
 from . import agreement
+from .checks import check_group, refuse_batch_norms, refuse_soft_labels
 from .class_shards import ClassShards
 from .evaluation import sharded_logits, sharded_top_k
 from .gathers import filled, gather_rows, own_rows
@@ -65,7 +64,7 @@ class ShardedSkipCLIP(SkipCLIP):
         **options: Any,
     ):
         tokens = as_tokens(tokens)
-        agreement.check_group(process_group, model)
+        check_group(process_group, model)
         self.shards = shards = ClassShards(process_group, len(tokens))
         self._digest = digest_tensors([("tokens", tokens)])
         self._gathered: tuple[Tensor, Tensor] | None = None  # embeddings of own classes, and of all
@@ -95,7 +94,7 @@ class ShardedSkipCLIP(SkipCLIP):
             check_labels(labels, pixel_values, self.num_classes)
             return self._compare_with_all(self.images.encode(pixel_values), labels, text)
         with self.announced_errors():
-            _refuse_soft_labels(labels, return_logits)
+            refuse_soft_labels(labels, return_logits)
             x, y = filled(pixel_values, labels)
             self.check_inputs(x)
             check_labels(y, x, self.num_classes)
@@ -111,7 +110,7 @@ class ShardedSkipCLIP(SkipCLIP):
             self._check_embeddings(image, labels)
             return self._compare_with_all(image, labels, text).loss
         with self.announced_errors():
-            _refuse_soft_labels(labels)
+            refuse_soft_labels(labels)
             self._check_embeddings(*filled(image, labels))
         sizes = self.gather_sizes("a training step", len(image), draws=True)
         return self._step(image, labels, sizes).loss
@@ -263,8 +262,7 @@ class ShardedSkipCLIP(SkipCLIP):
         """Raise an error on every process for batch norms, or unless all have the same inputs and weights."""
         model = self.model
         if shards.size > 1:
-            _refuse_batch_norms(self.images.tower)
-            _refuse_batch_norms(self.texts.tower)
+            refuse_batch_norms(self.images.tower, self.texts.tower)
         trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         weights = [] if class_weight is None else [("class_weight", class_weight)]
         tensors = [x.detach() for x in (*model.parameters(), *model.buffers())]
@@ -283,23 +281,3 @@ def check_sharded(function: str, clip: object) -> None:
     """Raise a TypeError unless clip is a ShardedSkipCLIP."""
     if not isinstance(clip, ShardedSkipCLIP):
         raise TypeError(f"parallel.{function}: clip must be a ShardedSkipCLIP; got {type(clip).__name__}.")
-
-
-def _refuse_soft_labels(labels: Any, return_logits: bool = False) -> None:
-    if return_logits or (isinstance(labels, Tensor) and labels.ndim == 2):
-        raise ValueError(
-            "ShardedSkipCLIP: labels must be class ids [B] and return_logits False, since no process has the "
-            "embeddings of all selected classes. Use clip.eval(), or SkipCLIP on one process."
-        )
-
-
-def _refuse_batch_norms(tower: Tower) -> None:
-    """Raise if a module above the cut is a batch norm other than `SyncBatchNorm`."""
-    for part in tower.upper_parts():
-        for module in part.modules() if isinstance(part, nn.Module) else ():
-            if isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm):
-                raise UnsupportedModel(
-                    "ShardedSkipCLIP: batch norms above the cut must use the images of all processes; got "
-                    f"{type(module).__name__}. Convert the model with "
-                    "torch.nn.SyncBatchNorm.convert_sync_batchnorm, on a GPU, or raise skip_layers."
-                )
