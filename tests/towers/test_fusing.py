@@ -22,15 +22,14 @@ from skipkernels.testing import SLACK, relative_error
 from skipkernels.towers.base import UnsupportedModel
 from skipkernels.towers.block import FusedBlock
 from skipkernels.towers.registry import build_towers
-from tests.models import random_weights, tiny_batch, tiny_clip, tiny_tokens
+from tests.models import tiny_batch, tiny_clip, tiny_tokens
 from tests.reference_step import assert_close_by_name
+from tests.timm_models import vit
 from tests.towers.families import FAMILIES
 
 
-def timm_vit(**options) -> nn.Module:
-    torch.manual_seed(0)
-    size = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 12}
-    return random_weights(timm.models.VisionTransformer(**size, **options))
+def timm_vit() -> nn.Module:
+    return vit().visual.trunk
 
 
 def loss_of(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
