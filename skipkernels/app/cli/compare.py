@@ -39,7 +39,7 @@ class CompareCommand(Settings):
         from skipkernels.app.data import InputError
         from skipkernels.app.data.files import file_name
         from skipkernels.app.methods.registry import METHODS
-        from skipkernels.app.train.writing import check_writable
+        from skipkernels.app.results.files import check_writable
 
         config = tune_config(self, out=None, overwrite=False)
         if not 1 <= self.seeds <= 1000:

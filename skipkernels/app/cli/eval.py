@@ -35,7 +35,7 @@ class EvalCommand:
         import_torch(err)
         from skipkernels.app.report.formats import number
         from skipkernels.app.report.table import Table, row
-        from skipkernels.app.train.evaluation import REPLACEABLE, evaluate_run
+        from skipkernels.app.train.run_evaluation import REPLACEABLE, evaluate_run
 
         settings = {name: getattr(self, name) for name in REPLACEABLE}
         accuracies = evaluate_run(self.run, **settings, trust=self.trust, console=err)

@@ -1,9 +1,11 @@
-"""Names of the files of a run, reading of those with its results, and the error for one that can't be written."""
+"""Names of the files of a run, reading of those with its results, and errors for those that can't be written."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,22 @@ def read_epochs(folder: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: damaged ({error}).") from error
+
+
+def check_writable(folder: Path, argument: str = "out", function: str = "tune") -> None:
+    """Check that a folder can be created and written."""
+    if os.path.exists(folder) and not folder.is_dir():
+        raise InputError(f"{folder} is a file; choose a folder.", argument, function)
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    try:
+        with tempfile.TemporaryDirectory(prefix=".skipkernels-", dir=existing):  # os.access is wrong about /proc
+            pass
+    except OSError as error:
+        raise InputError(
+            f"{folder} can't be created: {existing} is not a writable folder; choose another.",
+            argument,
+            function,
+        ) from error
 
 
 @contextlib.contextmanager

@@ -17,13 +17,12 @@ from ..data import InputError
 from ..data.base import check_choice
 from ..data.registry import IN_PYTHON, KINDS
 from ..methods import METHODS
-from ..results.files import CARD, HEAD, METRICS, existing_run, read_metrics, writing
+from ..results.files import CARD, HEAD, METRICS, check_writable, existing_run, read_metrics, writing
 from ..train.checkpoint import FOLDER as CHECKPOINT
 from ..train.description import Description, write_open_clip_config
 from ..train.model import RANDOM
 from ..train.model_card import model_card
 from ..train.reading import has_run
-from ..train.writing import check_writable
 from ..untrusted import read_object
 from . import to_hugging_face, to_onnx
 from .loading import TunedRun, load_plain

@@ -12,7 +12,7 @@ import numpy as np
 from ...folders import replaced_file
 from ...formatting import csv_line
 from ..data import InputError
-from ..train.writing import check_writable
+from ..results.files import check_writable
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -23,7 +23,7 @@ from ..data.files import file_name
 from ..results.files import METRICS, read_metrics
 from ..train import tune
 from ..train.choice import Choice
-from ..train.writing import check_settings
+from ..train.reading import check_settings
 
 RUNS = "runs"
 

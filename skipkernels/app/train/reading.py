@@ -1,10 +1,11 @@
-"""Reading of a run folder: its model, which may be that of the last epoch of a run in progress."""
+"""Reading of a run folder: its settings, and its model, which may be that of the last epoch of a run in progress."""
 
 from __future__ import annotations
 
 import contextlib
 import shlex
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -27,6 +28,17 @@ def has_run(folder: Path) -> bool:
     except (OSError, ValueError, yaml.YAMLError):
         return False
     return isinstance(settings, dict) and settings.keys() >= _SETTINGS
+
+
+def check_settings(folder: Path, config: TuneConfig, before: dict[str, Any]) -> None:
+    """Check that a run in a folder, with the settings `before`, has those of a configuration that change results."""
+    for name, value in config.identity().items():
+        if before.get(name) != value:
+            raise InputError(
+                f"{name} is {before.get(name)!r} in the run in {folder}, and {value!r} here; pass the same, or choose "
+                "another folder.",
+                function="tune",
+            )
 
 
 def read_model(run: Path) -> tuple[Description, Path]:

@@ -10,8 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +31,7 @@ from ..results.files import (
     PREDICTIONS_CSV,
     REPORT,
     RUN_FILES,
+    check_writable,
     read_metrics,
     writing,
 )
@@ -42,7 +41,7 @@ from . import checkpoint
 from .choice import Choice
 from .description import Description, describe
 from .model_card import model_card
-from .reading import has_run
+from .reading import check_settings, has_run
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,22 +53,6 @@ _BEFORE_EPOCHS = {CONFIG, OPEN_CLIP, CANDIDATES}  # files of a run without resul
 
 
 # ---- checks of a folder to write -------------------------------------------------------------------------------------
-
-
-def check_writable(folder: Path, argument: str = "out", function: str = "tune") -> None:
-    """Check that a folder can be created and written."""
-    if os.path.exists(folder) and not folder.is_dir():
-        raise InputError(f"{folder} is a file; choose a folder.", argument, function)
-    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
-    try:
-        with tempfile.TemporaryDirectory(prefix=".skipkernels-", dir=existing):  # os.access is wrong about /proc
-            pass
-    except OSError as error:
-        raise InputError(
-            f"{folder} can't be created: {existing} is not a writable folder; choose another.",
-            argument,
-            function,
-        ) from error
 
 
 def _check_run_folder(path: Path, *, resume: bool, overwrite: bool) -> None:
@@ -110,17 +93,6 @@ def _check_apart(argument: str, folder: Path, config: TuneConfig) -> None:
             argument,
             "tune",
         )
-
-
-def check_settings(folder: Path, config: TuneConfig, before: dict[str, Any]) -> None:
-    """Check that a run in a folder, with the settings `before`, has those of a configuration that change results."""
-    for name, value in config.identity().items():
-        if before.get(name) != value:
-            raise InputError(
-                f"{name} is {before.get(name)!r} in the run in {folder}, and {value!r} here; pass the same, or choose "
-                "another folder.",
-                function="tune",
-            )
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
