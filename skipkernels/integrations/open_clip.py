@@ -84,19 +84,23 @@ class ClassModel(nn.Module):
                 f"{type(text).__name__}. Tokenize strings with open_clip's tokenizer."
             )
         scale = self.clip.model.logit_scale.exp()
-        if not self.training:
-            return {
-                "image_features": None if image is None else self.encode_image(image, normalize=True),
-                "text_features": None if text is None else self.encode_text(text, normalize=True),
-                "logit_scale": scale,
-            }
-        self._check_rates()
+        if self.training:
+            return {"class_loss": self._class_loss(image, text), "logit_scale": scale}
+        return {
+            "image_features": None if image is None else self.encode_image(image, normalize=True),
+            "text_features": None if text is None else self.encode_text(text, normalize=True),
+            "logit_scale": scale,
+        }
+
+    def _class_loss(self, image: Tensor | None, text: Tensor | None) -> Tensor:
+        """Loss [1] of a training step."""
         if image is None or text is None:
             raise TypeError("ClassModel: in training mode both images and captions are needed; got only one of them.")
+        self._check_rates()
         if not torch.is_grad_enabled():  # the first pass of accumulation, for features of negatives
-            return {"class_loss": scale.new_zeros(1, dtype=torch.float32), "logit_scale": scale}
+            return torch.zeros(1, device=image.device)
         labels = text if text.ndim == 1 else self.class_ids(text)
-        return {"class_loss": self.clip(image, labels).loss.reshape(1), "logit_scale": scale}
+        return self.clip(image, labels).loss.reshape(1)
 
     def _check_rates(self) -> None:
         """Warn in the first training step if the schedule gave groups of different `lr_scale` the same rate."""
