@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..casts import Casts
 from ..clip import SkipCLIP, SkipOutput, check_clip
-from ..clip.step import LossOptions, Texts, step
+from ..clip.step import LossOptions, step
 from ..dtypes import autocast_dtype, without_autocast
 from ..formatting import first_line
 from ..ops.sgd_momentum import GraphTables, tables_of_graph
@@ -124,11 +124,10 @@ class GraphedStep:
             x.to(device, non_blocking=True) if isinstance(x, Tensor) else x  # for the error of a check
             for x in (pixel_values, labels)
         )
-        if not self._on_gpu():
-            return self._loop(pixel_values, labels)
-        check_batch(clip, pixel_values, labels)
-        if len(pixel_values) != self._batch_size or self._why_eager is not None:
-            return self._loop(pixel_values, labels)
+        if self._on_gpu():
+            check_batch(clip, pixel_values, labels)
+        if not self._on_gpu() or len(pixel_values) != self._batch_size or self._why_eager is not None:
+            return self._backward_and_update(clip(pixel_values, labels))
         with torch.cuda.device(device):
             # 1. Copy the ranks, the batch and the options. A graph of other batches, or of another step, is dropped.
             ranks = self._ranks.draw(device, clip.num_classes, self._batch_size)
@@ -137,15 +136,11 @@ class GraphedStep:
             recording.labels.copy_(labels, non_blocking=True)
             if isinstance(self._optimizer, FusedSGD):
                 self._optimizer.copy_options()
-            # 2. Warm up, or capture and replay.
+            # 2. Replay; before that warm up, and capture once.
             with recording.casts.used():
-                if recording.warm_up_steps < WARMUP:
-                    return self._warm_up(recording)
-                if recording.graph is None:
+                if recording.graph is None and recording.warm_up_steps == WARMUP:
                     recording.graph = self._captured(recording)
-                if recording.graph is not None:
-                    return self._replay(recording.graph)
-            return self._step(recording, clip.texts)
+                return self._warm_up(recording) if recording.graph is None else self._replay(recording.graph)
 
     def _recording_for(self, pixel_values: Tensor, labels: Tensor, ranks: Tensor) -> _Recording:
         """Return the recording of the last call, or a new one if it is of other batches or of another step."""
@@ -166,13 +161,10 @@ class GraphedStep:
 
     # ---- one step ----------------------------------------------------------------------------------------------------
 
-    def _loop(self, pixel_values: Tensor, labels: Tensor) -> SkipOutput:
-        """Run a step as without a graph."""
-        return self._backward_and_update(self._clip(pixel_values, labels))
-
-    def _step(self, recording: _Recording, texts: Texts) -> SkipOutput:
-        """Run a step on the tensors of a recording, with the ranks that were drawn for it."""
+    def _step(self, recording: _Recording) -> SkipOutput:
+        """Run a step on the tensors and streams of a recording, with the ranks that were drawn for it."""
         clip = self._clip
+        texts = TextsOnStream(clip.texts, recording.streams.texts)
         image = clip.images.encode(recording.pixel_values)  # [B, D]
         options = LossOptions(clip.label_smoothing, clip.class_weight)
         out = step(image, recording.labels, texts, self._ranks, clip.scale, options)
@@ -194,13 +186,10 @@ class GraphedStep:
         stream, current = recording.streams.step, torch.cuda.current_stream()
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            out = self._step(recording, self._texts_on_stream(recording))
+            out = self._step(recording)
         current.wait_stream(stream)
         recording.warm_up_steps += 1
         return out
-
-    def _texts_on_stream(self, recording: _Recording) -> Texts:
-        return TextsOnStream(self._clip.texts, recording.streams.texts)
 
     def _captured(self, recording: _Recording) -> _Graph | None:
         """Capture a step, or warn of the reason against it and forget what a failed capture left on the host.
@@ -222,11 +211,10 @@ class GraphedStep:
         return None
 
     def _capture(self, recording: _Recording) -> _Graph:
-        texts = self._texts_on_stream(recording)
         renew_accumulators(self._clip.trainable_parameters())
         torch.clear_autocast_cache()  # casts of the caller would be constants of the graph
         with tables_of_graph() as tables:
-            graph, out = record(lambda: self._step(recording, texts), recording.streams.step)
+            graph, out = record(lambda: self._step(recording), recording.streams.step)
         tables.upload()
         return _Graph(graph, out, tables, CapturedState(self._clip, self._optimizer))
 

@@ -374,11 +374,6 @@ class Gpu(TorchDispatchMode):
             with self.stream(stream):
                 out = run()
             return graph, out
-        except BaseException:
-            for memory in self._memory.values():  # nothing was launched, and no stream waits for others
-                for use in memory.used.values():
-                    self.current_stream().merge(use.clock)
-            raise
         finally:
             self._graph = None
             with _disable_current_modes():
