@@ -47,8 +47,13 @@ def build(
 ) -> tuple[ImageEncoder, ClassTexts, Containers]:
     """Read a model, fuse its blocks in place, freeze what is below the cut, and compare the result with the model.
 
-    `cut` is that of both towers, at block 0; prototypes are computed unless given. The lower parts move to their device
-    at the end, since the model itself runs on one.
+    The lower parts move to their device at the end, since the model itself runs on one.
+
+    Args:
+        model, tokens, skip_layers, folder: As for SkipCLIP; `folder` is its `text_cache`.
+        cut: Settings of the cuts of both towers; `skip_layers` says where they are.
+        options: Which parameters train.
+        prototypes: [C, D], if the classes have them already; by default they are computed.
     """
     # 1. Towers
     image, text = _cut_towers(model, tokens, skip_layers, cut, options)

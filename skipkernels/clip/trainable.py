@@ -40,8 +40,8 @@ def set_trainable(model: Any, image: ImageTower, text: TextTower, options: Train
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in upper and (options.trainable == "upper" or parameter.requires_grad))
     model.logit_scale.requires_grad_(options.train_logit_scale)
-    trains = options.train_logit_scale or any(p.requires_grad for p in upper.values())
-    if upper and not trains:  # with nothing above the cut there is nothing to warn of
+    # With nothing above the cut there is nothing to warn of.
+    if upper and not any(parameter.requires_grad for parameter in model.parameters()):
         warn_caller("SkipCLIP: nothing trains: every parameter above the cut is frozen.")
 
 
@@ -95,11 +95,8 @@ def trained_parameters(
 ) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Return the parameters of the text side and of the image side that train; see `check_trained`."""
     check_trained(image, text, options)
-    text_side = list(text.upper_parameters()) if options.train_text else []
-    image_side = list(image.upper_parameters())
-    if options.trainable == "as_is":
-        text_side, image_side = ([p for p in side if p.requires_grad] for side in (text_side, image_side))
-    return [*text_side, *([model.logit_scale] if model.logit_scale.requires_grad else [])], image_side
+    text_side, image_side = [*text.upper_parameters(), model.logit_scale], image.upper_parameters()
+    return [p for p in text_side if p.requires_grad], [p for p in image_side if p.requires_grad]
 
 
 def check_trained(image: ImageTower, text: TextTower, options: TrainOptions) -> None:
