@@ -49,11 +49,8 @@ def build(
 
     The lower parts move to their device at the end, since the model itself runs on one.
 
-    Args:
-        model, tokens, skip_layers, folder: As for SkipCLIP; `folder` is its `text_cache`.
-        cut: Settings of the cuts of both towers; `skip_layers` says where they are.
-        options: Which parameters train.
-        prototypes: [C, D], if the classes have them already; by default they are computed.
+    `cut` has the settings of the cuts of both towers, and `skip_layers` says where they are. Prototypes are computed
+    unless the classes have them already.
     """
     # 1. Towers
     image, text = _cut_towers(model, tokens, skip_layers, cut, options)
