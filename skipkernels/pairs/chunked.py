@@ -57,8 +57,8 @@ def encoded_loss(
     trained_numbers = [x for x in numbers if isinstance(x, Tensor) and x.requires_grad]
     trained = [x for x in parameters if x.requires_grad and not any(x is number for number in trained_numbers)]
     gradients = torch.autograd.grad(loss, [*leaves, *trained_numbers], materialize_grads=True)
-    second = _SecondPass(encoders, trained, [x._version for x in trained])
-    return _Chunked.apply(second, loss.detach(), [part.batch for part in parts], gradients, *trained_numbers, *trained)
+    batches = [part.batch for part in parts]
+    return _Chunked.apply(encoders, trained, loss.detach(), batches, gradients, *trained_numbers, *trained)
 
 
 class _Encoder:
@@ -96,30 +96,30 @@ class _Encoder:
         return torch.autocast(self.device.type, self.dtype, self.casts, cache_enabled=False)
 
 
-class _SecondPass(NamedTuple):
-    encoders: list[_Encoder]
-    trained: list[Tensor]
-    versions: list[int]  # of the trained parameters
-
-
 class _Chunked(torch.autograd.Function):
     """A loss with known gradients of embeddings and numbers, as a function of numbers and trained parameters."""
 
     @staticmethod
     def forward(
-        ctx: Any, second: _SecondPass, loss: Tensor, batches: list[Tensor], gradients: list[Tensor], *inputs: Tensor
+        ctx: Any,
+        encoders: list[_Encoder],
+        trained: list[Tensor],
+        loss: Tensor,
+        batches: list[Tensor],
+        gradients: list[Tensor],
+        *inputs: Tensor,
     ) -> Tensor:
-        ctx.second = second
+        ctx.encoders, ctx.trained, ctx.versions = encoders, trained, [x._version for x in trained]
         ctx.save_for_backward(*batches, *gradients)
         return loss.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        encoders, trained, versions = ctx.second
+        encoders, trained = ctx.encoders, ctx.trained
         saved, count = ctx.saved_tensors, len(encoders)
         batches, d_embeddings, d_numbers = saved[:count], saved[count : 2 * count], saved[2 * count :]
-        if versions != [x._version for x in trained]:
+        if ctx.versions != [x._version for x in trained]:
             raise RuntimeError(
                 "pair_loss: weights changed between the loss with chunk and its backward, which encodes the "
                 "batch again. Call backward before the optimizer's step."
@@ -127,7 +127,7 @@ class _Chunked(torch.autograd.Function):
         sums: list[Tensor | None] = [None] * len(trained)
         for encoder, batch, d_embedding in zip(encoders, batches, d_embeddings, strict=True):
             sums = _add(sums, encoder.second_pass(batch, d_loss * d_embedding, trained))
-        return None, None, None, None, *(d_loss * x for x in d_numbers), *sums
+        return None, None, None, None, None, *(d_loss * x for x in d_numbers), *sums
 
 
 def _add(sums: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
