@@ -256,7 +256,6 @@ class FeatureCache(Dataset):
         generator: torch.Generator | None = None,
         rank: int = 0,
         world_size: int = 1,
-        dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         prefetch: int | None = None,
     ) -> FeatureLoader:
@@ -270,7 +269,6 @@ class FeatureCache(Dataset):
             rank: Index of this process in `world_size`; a process gets its part of every global batch. Lists of image
                 numbers are not divided.
             world_size: Number of processes that train together.
-            dtype: Dtype of the features; default: the dtype in which they were computed.
             device: Device of the batches; default: that of the features. Batches are copied to a GPU from pinned memory
                 on a separate stream.
             prefetch: Number of batches read ahead; default: two from the disk, none from memory.
@@ -278,8 +276,6 @@ class FeatureCache(Dataset):
         Returns:
             FeatureLoader: Save its `state_dict` in checkpoints.
         """
-        if dtype is not None and not isinstance(dtype, torch.dtype):
-            raise TypeError(f"FeatureCache.loader: dtype must be a torch.dtype, such as torch.bfloat16; got {dtype!r}.")
         if isinstance(sampler, str):
             sampler = BatchSampler(self.labels, batch_size, sampler, generator, rank=rank, world_size=world_size)
         elif (rank, world_size) != (0, 1):
@@ -292,7 +288,7 @@ class FeatureCache(Dataset):
         target = None if device is None else torch.device(device)
         if target is not None and target.type == "cuda" and target.index is None:
             target = torch.device("cuda", torch.cuda.current_device())  # the reading thread may have another
-        return FeatureLoader(self.load_epoch, self.labels, sampler, dtype=dtype, device=target, prefetch=prefetch)
+        return FeatureLoader(self.load_epoch, self.labels, sampler, device=target, prefetch=prefetch)
 
     def load_epoch(self, epoch: int) -> FeatureTable:
         """Return the features of an epoch; computed if each has its own, and it is not the current one."""

@@ -37,11 +37,10 @@ class FeatureLoader:
         labels: Tensor,
         sampler: Iterable[list[int]],
         *,
-        dtype: torch.dtype | None,
         device: torch.device | None,
         prefetch: int,
     ):
-        self.sampler, self.prefetch, self.dtype, self.device = sampler, prefetch, dtype, device
+        self.sampler, self.prefetch, self.device = sampler, prefetch, device
         self.epoch, self.seconds_waited = 0, 0.0
         self._load_epoch, self._labels = load_epoch, labels
         self._state: dict[str, Any] | None = None  # of the sampler after the last batch; None at the end of an epoch
@@ -99,35 +98,32 @@ class FeatureLoader:
         if self.device is not None and self.device.type == "cuda":
             stream = torch.cuda.Stream(self.device)
         for numbers in self.sampler:
-            if any(not 0 <= number < len(self._labels) for number in numbers):
-                raise IndexError(
-                    f"FeatureLoader: images are numbered from 0 to {len(self._labels) - 1}; got {numbers}."
-                )
-            ids = torch.as_tensor(numbers, dtype=torch.int64)
-            rows = table.rows(ids)
-            pair = rows.to(self.dtype or rows.dtype), self._labels[ids].to(rows.device)
-            del rows
-            copied = None
-            if stream is not None:
-                pair, copied = _copied(pair, stream)
-            elif self.device is not None:
-                pair = pair[0].to(self.device), pair[1].to(self.device)
-            batch = _Batch(*pair, copied, self._sampler_state())
-            del pair
-            yield batch
-            del batch
+            yield self._batch(table, numbers, stream)  # which lives as long as the caller holds it
+
+    def _batch(self, table: FeatureTable, numbers: list[int], stream: torch.cuda.Stream | None) -> _Batch:
+        if any(not 0 <= number < len(self._labels) for number in numbers):
+            raise IndexError(f"FeatureLoader: images are numbered from 0 to {len(self._labels) - 1}; got {numbers}.")
+        ids = torch.as_tensor(numbers, dtype=torch.int64)
+        features = table.rows(ids)
+        labels, state = self._labels[ids].to(features.device), self._sampler_state()
+        if stream is not None:
+            return _Batch(*_copied(features, labels, stream), state)
+        if self.device is not None:
+            features, labels = features.to(self.device), labels.to(self.device)
+        return _Batch(features, labels, None, state)
 
 
-def _copied(pair: tuple[Tensor, Tensor], stream: torch.cuda.Stream) -> tuple[tuple[Tensor, Tensor], torch.cuda.Event]:
+def _copied(features: Tensor, labels: Tensor, stream: torch.cuda.Stream) -> tuple[Tensor, Tensor, torch.cuda.Event]:
     """Copy features and labels to the GPU of a stream; return also the event at the end of the copy."""
-    if pair[0].is_cuda:  # gathered on the current stream
+    if features.is_cuda:  # gathered on the current stream
         stream.wait_stream(torch.cuda.current_stream(stream.device))
     with torch.cuda.stream(stream):
         # PyTorch reuses pinned memory after the copy to the GPU.
         features, labels = (
-            (part if part.is_cuda else part.pin_memory()).to(stream.device, non_blocking=True) for part in pair
+            (part if part.is_cuda else part.pin_memory()).to(stream.device, non_blocking=True)
+            for part in (features, labels)
         )
-    return (features, labels), stream.record_event()
+    return features, labels, stream.record_event()
 
 
 def _read_in_thread(batches: Iterator[Any], depth: int) -> Generator[Any, None, None]:

@@ -70,14 +70,6 @@ def test_processes_divide_batches(cache, rows):
     )
 
 
-@pytest.mark.parametrize("where", ["disk", "memory"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_dtype_argument(cache, rows, where, dtype):
-    cache = cache if where == "disk" else in_memory(rows)
-    for features, labels in cache.loader(COUNT, "sequential", dtype=dtype):
-        assert features.equal(rows.to(dtype)) and labels.dtype == torch.int64
-
-
 def test_lists_of_numbers_as_sampler(cache, rows):
     batches = [[3, 1], [], [22, 0, 3]]
     loader = cache.loader(sampler=batches)
