@@ -46,7 +46,7 @@ def _tune_and_break_off_predictions(folder):
         tune(small(folder / "run", epochs=1, cache=folder / "cache"))
     for number in range(20):
         Image.new("RGB", (32, 32)).save(folder / f"{number}.png")
-    next(sk.Classifier.load(folder / "run").predict_batches(folder, batch_size=2, workers=2))
+    next(sk.Classifier.load(folder / "run").predict_batches(folder, batch_size=2))
 
 
 @pytest.mark.parametrize(
