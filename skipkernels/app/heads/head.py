@@ -15,20 +15,22 @@ from ...dtypes import widened
 
 @dataclass(frozen=True)
 class Head:
-    """Affine classifier of unit-norm embeddings.
+    """Affine classifier of embeddings.
 
-        z_bc = ⟨weight_c, x_b/|x_b|⟩ + bias_c
+        z_bc = ⟨weight_c, x_b/|x_b|⟩ + bias_c,   or ⟨weight_c, x_b⟩ + bias_c if not `normalized`
 
     Attributes:
         weight: [C, D].
         bias: [C]; −inf for a class that is never predicted.
         scale: [], the factor of text embeddings that become rows of `weight`. None: the head uses no texts, so that it
             has no logits for classes without images.
+        normalized: It was fitted to embeddings of unit norm.
     """
 
     weight: Tensor
     bias: Tensor
     scale: Tensor | None = None
+    normalized: bool = True
 
     @classmethod
     def of_text(cls, text: Tensor, scale: float | Tensor) -> Head:
@@ -38,7 +40,14 @@ class Head:
     def logits(self, image: Tensor) -> Tensor:
         """Logits [B, C] of embeddings [B, D] of any norm."""
         with torch.autocast(image.device.type, enabled=False):  # bf16 logits at a scale of 100 are half a unit apart
-            return F.normalize(image.to(self.weight.dtype), dim=-1) @ self.weight.T + self.bias
+            image = image.to(self.weight.dtype)
+            return (F.normalize(image, dim=-1) if self.normalized else image) @ self.weight.T + self.bias
+
+    @property
+    def code(self) -> str:
+        """Code that computes `logits` with the tensors `head` of the head, for a model card."""
+        image = "F.normalize(image, dim=-1)" if self.normalized else "image"
+        return f'logits = {image} @ head["weight"].T + head["bias"]'
 
     def with_new_classes(self, text: Tensor) -> Head:
         """Append classes with the unit-norm text embeddings [C', D]: their logits are the zero-shot ones."""
@@ -51,29 +60,30 @@ class Head:
     def tensors(self) -> dict[str, Tensor]:
         """Tensors by name, as for safetensors."""
         tensors = {"weight": self.weight, "bias": self.bias, "scale": self.scale}
+        tensors |= {} if self.normalized else {"normalized": torch.tensor(False)}
         return {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Head:
         """Make a head of what `tensors` returned."""
-        return cls(tensors["weight"], tensors["bias"], tensors.get("scale"))
+        normalized = bool(tensors.get("normalized", True))
+        return cls(tensors["weight"], tensors["bias"], tensors.get("scale"), normalized)
 
 
 class AffineHead(nn.Module):
     """A head as a module of an export: embeddings x [B, D] of any norm → logits [B, C] of `Head`, and x/|x|, [B, D]."""
 
-    CODE = 'logits = F.normalize(image, dim=-1) @ head["weight"].T + head["bias"]'
-    """Code that does the same with the state dict `head` of the module, for a model card."""
-
     def __init__(self, head: Head):
         super().__init__()
+        self.normalized = head.normalized
         self.register_buffer("weight", head.weight.float())
         self.register_buffer("bias", head.bias.float())
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the logits and the embeddings."""
         embedding = F.normalize(image, dim=-1)
-        return F.linear(embedding, self.weight, self.bias), embedding  # type: ignore[arg-type]
+        logits = F.linear(embedding if self.normalized else image, self.weight, self.bias)  # type: ignore[arg-type]
+        return logits, embedding
 
 
 def balanced(head: Head, labels: Tensor) -> Head:

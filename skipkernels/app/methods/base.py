@@ -65,8 +65,7 @@ class Method:
         takes_head: A head can classify its embeddings; False for a method that is a head itself, or adapts them.
         trains_model: It trains weights of the model itself, so that its state is a whole model, which can be blended
             with the model before.
-        head_code: Python that computes `logits` from `image`, the embeddings of `model`, and `head`, the state dict of
-            `head()`, for the model card; empty if the model itself has all that classifies.
+        texts_classify: Without a head, the texts of the plain model classify its embeddings.
         class_sampler: Sampler of the classes of a step, of which the state is part of a checkpoint; None: all classes.
         caches: SkipCLIP of which the features at the cut can be cached on disk; None: they cannot.
         fitted: Head that classifies instead of the texts, set by `use_head`; None: the texts.
@@ -88,7 +87,7 @@ class Method:
     settings: ClassVar[tuple[str, ...]] = ()
     takes_head: ClassVar[bool] = True
     trains_model: ClassVar[bool] = False
-    head_code: str = ""
+    texts_classify: ClassVar[bool] = True
     class_sampler: RankSampler | None = None
     caches: SkipCLIP | None = None
     fitted: Head | None = None
@@ -141,7 +140,7 @@ class Method:
         return None
 
     def fit(self, inputs: Tensor, labels: Tensor) -> None:
-        """Train a method without steps on all images at once, `encode_frozen` of n images, and their classes [n]."""
+        """Fit a head, in a method without steps, to `encode_frozen` of all training images, and their classes [n]."""
 
     def embed(self, inputs: Tensor) -> Tensor:
         """Image embeddings [B, D] of any norm, from `inputs` of `encode_frozen`."""
@@ -154,6 +153,14 @@ class Method:
     def head(self) -> nn.Module:
         """Return the module for exports: embeddings of the plain model → logits of the trained classes, embeddings."""
         return AffineHead(self._trained_head())
+
+    @property
+    def head_code(self) -> str:
+        """Python that computes `logits` from `image`, the embeddings of `model`, and `head`, the state of `head()`.
+
+        It is for the model card; empty if the model itself has all that classifies.
+        """
+        return "" if self.texts_classify and self.fitted is None else self._trained_head().code
 
     def merge(self) -> None:
         """Make the model a plain CLIP, with all that the method trained in it. By default it is one."""
@@ -206,7 +213,6 @@ class Method:
         Classes of a test that are not among `classes` are classified by their texts, if the head uses texts.
         """
         self.fitted, self._head_classes = head, list(classes)
-        self.head_code = type(self).head_code if head is None else AffineHead.CODE
 
     def _trained_head(self) -> Head:
         """Return `fitted`, or the head that classifies by the texts, for the trained classes."""

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...dtypes import wide_dtype
 from ..data import Task
 from ..heads import AffineHead, Head
 from .base import StepOutput, Tokenizer
@@ -53,13 +54,13 @@ class CLIPAdapter(FrozenModel):
 
     name = "clip-adapter"
     takes_head = False  # the exports of heads classify the embeddings of the model, without the adapter
-    head_code = f"""hidden = F.relu(image @ head["down"].T)
-image = {_RATIO} * F.relu(hidden @ head["up"].T) + {1 - _RATIO} * image
-{AffineHead.CODE}"""
+    texts_classify = False
 
     def __init__(self, model: nn.Module, tokenizer: Tokenizer, task: Task, *, generator: torch.Generator | None = None):
         super().__init__(model, tokenizer, task, generator=generator)
-        embedding = self._empty_embedding()
+        with torch.no_grad():
+            first = self.model.encode_text(self._tokens[self._train_test][0][:1], normalize=False)
+        embedding = first[0].to(wide_dtype(first.dtype))
         width = len(embedding)
         self.down = self._initial(embedding, width // _REDUCTION, width)
         self.up = self._initial(embedding, width, width // _REDUCTION)
@@ -89,6 +90,12 @@ image = {_RATIO} * F.relu(hidden @ head["up"].T) + {1 - _RATIO} * image
 
     def head(self) -> nn.Module:  # noqa: D102
         return AdapterHead(self._trained_head(), self.down, self.up)
+
+    @property
+    def head_code(self) -> str:  # noqa: D102
+        return f"""hidden = F.relu(image @ head["down"].T)
+image = {_RATIO} * F.relu(hidden @ head["up"].T) + {1 - _RATIO} * image
+{super().head_code}"""
 
     def parameter_groups(self, *, text_lr: float, image_lr: float) -> list[dict[str, Any]]:
         """Return the adapter, with `image_lr`."""

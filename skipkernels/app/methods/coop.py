@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from ...dtypes import wide_dtype
 from ..data import InputError, Task
-from ..heads import AffineHead
 from .base import Tokenizer
 from .frozen import FrozenModel
 from .recipe import Recipe, TrainingData
@@ -40,7 +39,7 @@ class CoOp(FrozenModel):
     """
 
     name = "coop"
-    head_code = AffineHead.CODE
+    texts_classify = False
 
     def __init__(
         self,

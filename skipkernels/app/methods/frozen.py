@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ...dtypes import wide_dtype
 from ..data import Task
 from .base import Method, Tokenizer, check_open_clip
 
@@ -28,9 +27,3 @@ class FrozenModel(Method):
 
     def train(self, training: bool) -> None:
         """Do nothing: the model stays in evaluation mode."""
-
-    def _empty_embedding(self) -> Tensor:
-        """Uninitialised tensor [D], on the device of the embeddings, in the dtype of the logits."""
-        with torch.no_grad():
-            first = self.model.encode_text(self._tokens[self._train_test][0][:1], normalize=False)
-        return torch.empty_like(first[0], dtype=wide_dtype(first.dtype))

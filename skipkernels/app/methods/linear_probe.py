@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from ...dtypes import widened
-from ..data import Task
+from ...dtypes import wide_dtype, widened
+from ..heads import Head
 from ..heads.logistic import logistic_regression
-from .base import Tokenizer, rows_of
 from .frozen import FrozenModel
 
 _TOLERANCE = 1e-6  # norm of the gradient for each image
@@ -17,19 +16,6 @@ _COARSE = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)  # decimal exponents of the pen
 _FINEST = 1 / 8  # last step of the search, in decades
 _WITHOUT_SWEEP = 1 / 0.316  # from the example in CLIP's repository; used if no image can be held out
 _HELD_OUT = 4  # one image in four is held out
-
-
-class LinearHead(nn.Module):
-    """Image embeddings x [B, D] of any norm → logits W x + b [B, C], and unit-norm embeddings [B, D]."""
-
-    def __init__(self, weight: Tensor, bias: Tensor):
-        super().__init__()
-        self.register_buffer("weight", weight)
-        self.register_buffer("bias", bias)
-
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the logits and the embeddings."""
-        return F.linear(image, self.weight, self.bias), F.normalize(image, dim=-1)  # type: ignore[arg-type]
 
 
 class LinearProbe(FrozenModel):
@@ -43,46 +29,31 @@ class LinearProbe(FrozenModel):
     loss. The final fit uses all images. If no class has two images, l2 is 3.16.
 
     The probe uses no texts, so it has no logits for classes that it was not trained on. A test with trained class names
-    only, such as one of another domain, uses their logits. Before `fit` all logits are zero. The paper uses the
+    only, such as one of another domain, uses their logits. Before `fit` the texts classify. The paper uses the
     features before the projection; this class uses the embedding, as do the example in CLIP's repository and CoOp's
     comparison.
-
-    Attributes:
-        weight: Weight, [C, D].
-        bias: Bias, [C].
 
     Source: Radford et al., CLIP, ICML 2021, arXiv 2103.00020, appendix A.3.
     """
 
     name = "linear-probe"
     takes_head = False
-    head_code = 'logits = image @ head["weight"].T + head["bias"]'
-
-    def __init__(self, model: nn.Module, tokenizer: Tokenizer, task: Task, *, generator: torch.Generator | None = None):
-        super().__init__(model, tokenizer, task, generator=generator)
-        embedding, trained = self._empty_embedding(), task.tests[0].classes
-        self.weight, self.bias = embedding.new_zeros(len(trained), len(embedding)), embedding.new_zeros(len(trained))
-        self.l2 = embedding.new_tensor(_WITHOUT_SWEEP)  # Chosen penalty, []
-        self._rows = {test.name: rows_of(test.classes, trained) for test in task.tests}
 
     def fit(self, inputs: Tensor, labels: Tensor) -> None:
         """Choose l2 and fit, in fp64 if possible, to embeddings [n, D] of all training images with labels [n]."""
-        image, labels = widened(self.encode_frozen(inputs)), labels.to(self.weight.device)
+        embeddings, classes = self.encode_frozen(inputs), self.task.tests[0].classes
+        image, labels = widened(embeddings), labels.to(embeddings.device)
         held_out = self._held_out(labels)
         if held_out.any():
-            l2 = self._choose(image[~held_out], labels[~held_out], image[held_out], labels[held_out])
+            train = image[~held_out], labels[~held_out]
+            l2 = _choose(*train, image[held_out], labels[held_out], len(classes))
         else:
             l2 = _WITHOUT_SWEEP
             self.notes.append(
                 f"{self.name}: no class has two training images, so none is held out to choose l2; it is {l2:.2f}."
             )
-        weight, bias = _fit(image, labels, len(self.bias), l2)
-        self.weight.copy_(weight)
-        self.bias.copy_(bias)
-        self.l2.fill_(l2)
-
-    def head(self) -> nn.Module:  # noqa: D102
-        return LinearHead(self.weight, self.bias)
+        weight, bias = (part.to(wide_dtype(embeddings.dtype)) for part in _fit(image, labels, len(classes), l2))
+        self.use_head(Head(weight, bias, normalized=False), classes)
 
     def _held_out(self, labels: Tensor) -> Tensor:
         """Mask [n] of the held-out images."""
@@ -94,35 +65,25 @@ class LinearProbe(FrozenModel):
             held_out[images[order[:count].to(images.device)]] = True
         return held_out
 
-    def _choose(self, image: Tensor, labels: Tensor, held_out: Tensor, held_out_labels: Tensor) -> float:
-        tried: dict[float, tuple[float, float]] = {}
 
-        def best(exponents: tuple[float, ...]) -> float:
-            for exponent in exponents:
-                if exponent not in tried and _COARSE[0] <= exponent <= _COARSE[-1]:
-                    weight, bias = _fit(image, labels, len(self.bias), 10**exponent)
-                    logits = held_out @ weight.T + bias
-                    accuracy = widened(logits.argmax(dim=1) == held_out_labels).mean()
-                    tried[exponent] = accuracy.item(), -F.cross_entropy(logits, held_out_labels).item()
-            return max(tried, key=lambda exponent: tried[exponent])
+def _choose(image: Tensor, labels: Tensor, held_out: Tensor, held_out_labels: Tensor, classes: int) -> float:
+    """Choose l2 for images and labels by the accuracy on others; see `LinearProbe`."""
+    tried: dict[float, tuple[float, float]] = {}
 
-        around, width = best(_COARSE), _COARSE[1] - _COARSE[0]
-        while width > _FINEST:
-            width /= 2
-            around = best((around - width, around + width))
-        return 10**around
+    def best(exponents: tuple[float, ...]) -> float:
+        for exponent in exponents:
+            if exponent not in tried and _COARSE[0] <= exponent <= _COARSE[-1]:
+                weight, bias = _fit(image, labels, classes, 10**exponent)
+                logits = held_out @ weight.T + bias
+                accuracy = widened(logits.argmax(dim=1) == held_out_labels).mean()
+                tried[exponent] = accuracy.item(), -F.cross_entropy(logits, held_out_labels).item()
+        return max(tried, key=lambda exponent: tried[exponent])
 
-    @torch.no_grad()
-    def logits_of(self, test: str, image: Tensor) -> Tensor | None:
-        """Logits W x + b [B, C] over the classes of a test; None if some are not trained."""
-        rows = self._rows[test]
-        if None in rows:
-            return None
-        with torch.autocast(image.device.type, enabled=False):
-            return (image.to(self.weight.dtype) @ self.weight.T + self.bias)[:, rows]
-
-    def _tensors(self) -> dict[str, Tensor]:
-        return {"weight": self.weight, "bias": self.bias, "l2": self.l2}
+    around, width = best(_COARSE), _COARSE[1] - _COARSE[0]
+    while width > _FINEST:
+        width /= 2
+        around = best((around - width, around + width))
+    return 10**around
 
 
 def _fit(image: Tensor, labels: Tensor, classes: int, l2: float) -> tuple[Tensor, Tensor]:

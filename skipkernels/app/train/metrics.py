@@ -135,8 +135,6 @@ def _parameters(setup: RunSetup) -> dict[str, int]:
     weights = [] if method.fitted is None else [method.fitted.weight, method.fitted.bias]
     if setup.config.epochs:
         weights += setup.trained.values()
-    elif not setup.config.has_steps:
-        weights += [weight for weight in method.state_dict().values() if weight.ndim]  # without a penalty, []
     every = {*weights, *setup.model.parameters()}  # once each: LoRA's are in the model
     return {name: sum(weight.numel() for weight in each) for name, each in (("trained", weights), ("all", every))}
 

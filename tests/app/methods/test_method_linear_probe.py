@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from skipkernels.app.heads import Head
 from skipkernels.app.heads.logistic import logistic_regression
 from skipkernels.app.methods import linear_probe
 from tests.app.methods.method_tasks import BASE, made, stacked, tiny_model, tiny_task, trained
@@ -41,16 +42,18 @@ def test_linear_probe_finds_minimum(l2):
     assert bias.detach().abs().max() < 10 and weight.detach().abs().max() > 0
 
 
-def test_linear_probe_fit_and_logits():
+def test_linear_probe_fit_and_logits(monkeypatch):
+    chosen, choose = [], linear_probe._choose
+    monkeypatch.setattr(linear_probe, "_choose", lambda *given: chosen.append(choose(*given)) or chosen[0])
     method = made("linear-probe")
     embeddings = method.encode_frozen(stacked(method.task.train)[0])
     assert embeddings.shape == (20, 12)
     trained(method)
-    expected = fit(embeddings, stacked(method.task.train)[1], 5, method.l2.item())
-    assert method.weight.equal(expected[0]) and method.bias.equal(expected[1])
+    weight, bias = fit(embeddings, stacked(method.task.train)[1], 5, chosen[0])
+    assert method.fitted.weight.equal(weight) and method.fitted.bias.equal(bias)
     images = stacked(method.task.tests[0].images)[0]
     image = method.model.encode_image(images).detach()
-    torch.testing.assert_close(method.logits("base", image), image @ method.weight.T + method.bias)
+    torch.testing.assert_close(method.logits("base", image), image @ weight.T + bias)
     assert method.logits("base", images).equal(method.logits("base", method.encode_frozen(images)))
     right = (method.logits("base", image).argmax(dim=1) == stacked(method.task.tests[0].images)[1]).double().mean()
     assert right > 0.8
@@ -86,22 +89,24 @@ def test_linear_probe_sweep(monkeypatch):
     assert swept(monkeypatch, accurate)[-1] == 4, "accuracy precedes the loss"
 
 
-def test_linear_probe_fits_in_fp64():
+def test_linear_probe_fits_in_fp64(monkeypatch):
     """Also under autocast."""
+    monkeypatch.setattr(linear_probe, "_choose", lambda *_: 0.5)
     method = made("linear-probe", tiny_model(dtype=torch.float32))
     images, labels = stacked(method.task.train)
     embeddings = method.encode_frozen(images.float())
     with torch.autocast("cpu", torch.bfloat16):
         method.fit(embeddings, labels)
-    weight, _ = fit(embeddings.double(), labels, 5, 10 ** round(math.log10(method.l2.item()), 3))
-    assert method.weight.dtype == torch.float32 and method.weight.equal(weight.float())
+    weight, _ = fit(embeddings.double(), labels, 5, 0.5)
+    assert method.fitted.weight.dtype == torch.float32 and method.fitted.weight.equal(weight.float())
     assert F.cross_entropy(method.logits("base", embeddings), labels) < math.log(5) / 2
 
 
 def test_linear_probe_one_shot_has_no_sweep():
     method = made("linear-probe", task=tiny_task(shots=1))
     trained(method)
-    assert method.l2.item() == pytest.approx(1 / 0.316)
+    images, labels = stacked(method.task.train)
+    assert method.fitted.weight.equal(fit(method.encode_frozen(images), labels, 5, 1 / 0.316)[0])
     note = "linear-probe: no class has two training images, so none is held out to choose l2; it is 3.16."
     assert method.notes == [note]
 
@@ -111,9 +116,12 @@ def test_linear_probe_logits_of_known_classes():
     method = made("linear-probe", task=tiny_task(new=some))
     trained(method)
     images = stacked(method.task.train)[0]
-    assert method.logits("new", images).equal(method.logits("base", images)[:, [3, 0]])
-    assert made("linear-probe", task=tiny_task(new=[*some, "yew"])).logits("new", images) is None
+    expected = method.logits("base", images)[:, [3, 0]]
+    torch.testing.assert_close(method.logits("new", images), expected, rtol=1e-12, atol=1e-12)  # sums in another order
+    other = made("linear-probe", task=tiny_task(new=[*some, "yew"]))
+    other.use_head(method.fitted, BASE)
+    assert other.logits("new", images) is None
     twins = ["yew", "yew", "ash"]
     method = made("linear-probe", task=tiny_task(base=twins, new=twins))
-    method.bias.copy_(torch.tensor([1.0, 2.0, 3.0]))
+    method.use_head(Head(torch.zeros(3, 12, dtype=torch.float64), torch.tensor([1.0, 2.0, 3.0])), twins)
     assert method.logits("new", images)[0].tolist() == [1.0, 2.0, 3.0], "two classes with one name stay separate"
