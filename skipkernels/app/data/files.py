@@ -56,7 +56,7 @@ def subfolders(folder: Path) -> list[str]:
 
 
 def find_images(root: Path, folders: Mapping[str, Key]) -> tuple[list[tuple[str, Key]], Counter[str]]:
-    """Find the images of folders in `root` and of their subfolders; links are followed.
+    """Find the images of folders in `root` and of their subfolders; links are followed, to each folder once.
 
     Args:
         root: Folder that contains the others.
@@ -70,7 +70,13 @@ def find_images(root: Path, folders: Mapping[str, Key]) -> tuple[list[tuple[str,
     others: Counter[str] = Counter()
     top = os.path.join(root, "")
     for folder, key in folders.items():
-        for parent, _, names in os.walk(os.path.join(top, folder), followlinks=True):
+        seen = set(map(str, Path(os.path.realpath(os.path.join(top, folder))).parents))
+        for parent, inner, names in os.walk(os.path.join(top, folder), followlinks=True):
+            if (real := os.path.realpath(parent)) in seen:  # by a link, such as one to a folder that it is in
+                inner.clear()
+                continue
+            seen.add(real)
+            inner.sort()  # of two links to a folder, the first by name
             for name in names:
                 path = os.path.join(parent, name)[len(top) :].replace(os.sep, "/")
                 extension = os.path.splitext(name)[1].lower()

@@ -37,6 +37,11 @@ from .summary import (
 from .table import Table, row
 from .words import name_of_test
 
+_FIXED = (
+    "Test images that only the tuned model classifies correctly, with the three most probable classes by each model. "
+    "Probabilities are not calibrated."
+)
+_BROKEN = "Test images that only the zero-shot model classified correctly."
 _INTERVALS = (
     "In brackets: 95 % intervals over the images (Wilson). Both models have the same images, so a change may be "
     "certain although intervals overlap."
@@ -47,18 +52,14 @@ def report_html(
     config: TuneConfig, metrics: Metrics, rows: list[dict[str, Any]], tests: Sequence[TestPredictions]
 ) -> str:
     """Return the page, from metrics.json, metrics.jsonl and the predictions."""
-    only_tuned = "Test images that only the tuned model classifies correctly, with its three most probable classes."
-    if metrics["validation"] is not None:
-        only_tuned += " Probabilities are not calibrated; those of predict and of the thresholds are."
-    only_before = "Test images that only the zero-shot model classified correctly."
     return page.page_html(
         title(config, metrics),
         metrics["environment"]["finished"],
         headline(metrics),
         [*_notes(config, metrics), accuracy_table(metrics).html, part("text", _INTERVALS), *_candidates(metrics)],
         [
-            Section("fixed", "Fixed by tuning", galleries(tests, fixed, only_tuned, "better")),
-            Section("broken", "Broken by tuning", galleries(tests, broken, only_before, "worse")),
+            Section("fixed", "Fixed by tuning", galleries(tests, fixed, _FIXED, "better")),
+            Section("broken", "Broken by tuning", galleries(tests, broken, _BROKEN, "worse")),
             Section("classes", "Classes", page.groups({name_of_test(test.name): classes(test) for test in tests})),
             Section("thresholds", "Thresholds", _thresholds(metrics["validation"])),
             Section("training", "Training", _curves(metrics, rows)),

@@ -18,6 +18,14 @@ ACCURACY, COST = "accuracy, %", "cost"
 """Titles of tables."""
 _SUMMARY = "harmonic"  # the accuracy that base-to-new is judged by
 _WHOLE = ("peak, MiB", "parameters")  # columns without decimals
+_INTERVALS = (
+    f"± is the 95 % interval of the mean over seeds (Student's t), from {LEAST_RUNS} seeds on; in brackets is the 95 % "
+    "interval over the test images (Wilson)."
+)
+_BEST = (
+    " All methods have the same test images, so a difference may be certain although intervals overlap: one is best if "
+    "it is ahead of each other one in every seed, and by a permutation test of the two (5 % for all tests together)."
+)
 
 
 class MeanAndDeviation(NamedTuple):
@@ -103,18 +111,7 @@ def _with_interval(of: MeanAndDeviation | None, seeds: int) -> str:
 
 def explained(study: Study) -> str:
     """Return what the intervals in the tables are, and what "best" means."""
-    seeds = len(study.seeds)
-    text = f"Means of {seeds} seeds" if seeds > 1 else "One seed"
-    over_seeds = "; ±: 95 % interval of the mean over seeds (Student's t)"
-    text += over_seeds if seeds >= LEAST_RUNS else ", too few for an interval over seeds"
-    text += "; in brackets the 95 % interval over the test images (Wilson)"
-    if study.comparison:
-        text += (
-            ". All methods have the same test images, so a difference may be certain although intervals overlap: one "
-            "is best if it is ahead of each other one in every seed, and by a permutation test of the two (5 % for "
-            "all tests together)"
-        )
-    return f"{text}."
+    return f"{plural(len(study.seeds), 'seed')}. {_INTERVALS}{_BEST if study.comparison else ''}"
 
 
 def tables(study: Study) -> list[Table]:

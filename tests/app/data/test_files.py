@@ -17,6 +17,9 @@ def test_find_images_in_subfolders_counts_other_files(tmp_path):
         draw_image(tmp_path / "cat" / name)
     draw_image(tmp_path / "elsewhere" / "g.png")
     (tmp_path / "cat" / "link").symlink_to("../elsewhere")
+    (tmp_path / "cat" / "deep" / "loop").symlink_to("..")
+    (tmp_path / "cat" / "root").symlink_to("..")
+    (tmp_path / "cat" / "link again").symlink_to("../elsewhere")
     for name in ("notes.txt", "more.TXT", "README", "anim.mov"):
         (tmp_path / "cat" / name).write_text("x")
     images, others = find_images(tmp_path, {"elsewhere": 0, "cat": 1})

@@ -58,7 +58,7 @@ def test_best_is_certain(study):
     assert headline(found) == "good has the best accuracy, 90.0 % (2 seeds, 20 test images)."
     table, _ = tables(found)
     assert {row.name: [str(cell) for cell in row.cells] for row in table.rows}["good"] == ["90.0 (69.9–97.2)"]
-    assert "permutation test" in explained(found) and "too few for an interval over seeds" in explained(found)
+    assert "permutation test" in explained(found) and explained(found).startswith("2 seeds. ± is the 95 % interval")
 
 
 def test_best_is_within_noise(study):
