@@ -113,25 +113,29 @@ def _files(folder: Path) -> list[str]:
 
 def _write(run: TunedRun, source: Path, to: Target, folder: Path) -> list[str]:
     """Write the files of an export but `CLASSES`, and return its notes."""
-    notes: list[str] = []
-    if to == "open-clip":
-        if not write_open_clip_config(folder, run.model, run.tokenizer):
-            raise InputError(f"must have a model of open_clip; got {type(run.model).__name__}.", "run", "export")
-        replace_tensors(folder / OPEN_CLIP_WEIGHTS, run.model.state_dict())
-    elif to == "onnx":
-        to_onnx.write(run, folder)
-    else:
-        notes = to_hugging_face.write(run, folder)
+    notes = _write_model(run, to, folder)
     described, fitted = _shared(run), run.method.fitted
     head_code = "" if to == "onnx" else run.method.head_code  # the file for ONNX has the head
     if head_code:
-        tensors = run.method.head().state_dict() if fitted is None else fitted.tensors()
-        replace_tensors(folder / HEAD, tensors)
+        replace_tensors(folder / HEAD, run.method.head().state_dict() if fitted is None else fitted.tensors())
         described = replace(described, head_xxh3=digest_file(folder / HEAD))
     if to == "open-clip" and (fitted is not None or not head_code):  # `Classifier.load` can read it
         replace(described, weights_xxh3=digest_file(folder / OPEN_CLIP_WEIGHTS)).write(folder)
     _write_card(source, folder, described, to, head_code)
     return notes
+
+
+def _write_model(run: TunedRun, to: Target, folder: Path) -> list[str]:
+    """Write the model in the format of a target, and return notes on differences."""
+    if to == "hugging-face":
+        return to_hugging_face.write(run, folder)
+    if to == "onnx":
+        to_onnx.write(run, folder)
+        return []
+    if not write_open_clip_config(folder, run.model, run.tokenizer):
+        raise InputError(f"must have a model of open_clip; got {type(run.model).__name__}.", "run", "export")
+    replace_tensors(folder / OPEN_CLIP_WEIGHTS, run.model.state_dict())
+    return []
 
 
 def _shared(run: TunedRun) -> Description:
