@@ -85,7 +85,9 @@ def run_report(folder: Path) -> str:
 
 def _notes(config: TuneConfig, metrics: Metrics) -> list[Markup]:
     """The epoch that is kept, and notes."""
-    found = [part("text", text) for text in (kept_epoch(config, metrics),) if text is not None]
+    found = []
+    if (kept := kept_epoch(config, metrics)) is not None:
+        found.append(part("text", kept))
     if (demonstration := demonstration_note(config.model)) is not None:
         found.append(part("text", demonstration, "warning" if config.own_data else "quiet"))
     return found + [part("text", note, "warning") for note in metrics["notes"]]
