@@ -81,7 +81,6 @@ class FeatureCache(Dataset):
         seed: int = 0,
         identity: Any = None,
         resume: bool = False,
-        overwrite: bool = False,
         progress: Progress = True,
     ) -> FeatureCache:
         """Encode all images up to the cut and write the features to a folder; see docs/cache.md.
@@ -101,7 +100,6 @@ class FeatureCache(Dataset):
             identity: Text or JSON value that identifies the images and their transform; change it when they change.
                 Default: files, tensors, labels and transform of the dataset.
             resume: Complete and repair the cache in the folder, if its identity is the same.
-            overwrite: Replace the cache in the folder.
             progress: False for no progress bar, or a function called with the number of images of each batch.
 
         Raises:
@@ -112,8 +110,6 @@ class FeatureCache(Dataset):
         check_choice("FeatureCache.build", "dtype", dtype, CacheDtype)
         _check_clip("FeatureCache.build", clip)
         images = _checked_images("FeatureCache.build", dataset, batch_size, workers, seed)
-        if resume and overwrite:
-            raise ValueError("FeatureCache.build: resume continues a cache, and overwrite replaces it; pass only one.")
         options: dict[str, str | int] = {"seed": seed, "batch size": batch_size}
         of_dataset, encode = dataset_identity(dataset, identity), Encoder(clip)
         probe = encode.probe()
@@ -127,7 +123,7 @@ class FeatureCache(Dataset):
             probe=probe_of(probe),
         )
         with (
-            TableWriter(folder, layout, resume=resume, overwrite=overwrite) as writer,
+            TableWriter(folder, layout, resume=resume) as writer,
             _advancing(f"features → {folder}", len(images), progress) as advance,
         ):
             images.extract(encode, writer.write, advance, missing=writer.missing)

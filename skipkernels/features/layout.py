@@ -161,37 +161,23 @@ class Layout:
 
     @classmethod
     def read(cls, folder: Path) -> Layout:
-        """Read identity.json, which may be written by another program."""
-        values = read_identity(folder)
-        if (version := values.pop("format")) != _FORMAT:
-            raise CacheError(
-                f"{folder / IDENTITY}: of format {version}, and this version reads {_FORMAT}. Delete the folder, and "
-                "build the cache again."
-            )
+        """Read identity.json, which may be that of another program."""
+        path = folder / IDENTITY
+        if not path.is_file():
+            raise CacheError(f"{folder}: no {IDENTITY}: not a cache. Build it first.")
         try:
-            return cls(**values | {"shape": tuple(values["shape"]), "probe": tuple(values["probe"])})
-        except (TypeError, LookupError) as error:  # other entries
-            raise _damaged_identity(folder, error) from None
-
-
-def read_identity(folder: Path) -> dict[str, Any]:
-    """Read the values of identity.json of a cache of any format; a CacheError if it is not that of a cache."""
-    path = folder / IDENTITY
-    if not path.is_file():
-        raise CacheError(f"{folder}: no {IDENTITY}: not a cache. Build it first.")
-    try:
-        values = json.loads(path.read_bytes())
-        if not isinstance(values, dict) or "format" not in values:
-            raise ValueError("no format")
-        return values
-    except OSError as error:
-        raise CacheError(f"{path}: unreadable ({error.strerror}). Make it readable.") from None
-    except ValueError as error:
-        raise _damaged_identity(folder, error) from None
-
-
-def _damaged_identity(folder: Path, error: Exception) -> CacheError:
-    return CacheError(f"{folder / IDENTITY}: damaged ({error}). Delete the folder, and build the cache again.")
+            values = json.loads(path.read_bytes())
+            version = values.pop("format")
+            if version == _FORMAT:
+                return cls(**values | {"shape": tuple(values["shape"]), "probe": tuple(values["probe"])})
+        except OSError as error:
+            raise CacheError(f"{path}: unreadable ({error.strerror}). Make it readable.") from None
+        except (ValueError, AttributeError, TypeError, LookupError) as error:  # no JSON, or other entries
+            raise CacheError(f"{path}: damaged ({error}). Delete the folder, and build the cache again.") from None
+        raise CacheError(
+            f"{path}: of format {version}, and this version reads {_FORMAT}. Delete the folder, and build the cache "
+            "again."
+        )
 
 
 # ---- arrays ----------------------------------------------------------------------------------------------------------

@@ -25,11 +25,8 @@ from ..formatting import decimal
 from .folder_table import FolderTable
 from .layout import (
     CHECKSUMS,
-    FEATURES,
     HEADER,
     IDENTITY,
-    LABELS,
-    SCALES,
     STORED_DTYPES,
     CacheError,
     Layout,
@@ -37,7 +34,6 @@ from .layout import (
     file_size,
     header_of,
     quantise,
-    read_identity,
 )
 
 if TYPE_CHECKING:
@@ -56,7 +52,6 @@ class TableWriter:
         folder: Folder of the table; created if needed.
         layout: Layout of the table.
         resume: Keep the finished rows without damage, if the table has this layout.
-        overwrite: Replace any table in the folder.
         wait: Wait for another process that writes in the folder; by default, one is an error.
 
     Attributes:
@@ -67,12 +62,10 @@ class TableWriter:
             disk is too small.
     """
 
-    def __init__(
-        self, folder: Path, layout: Layout, *, resume: bool = False, overwrite: bool = False, wait: bool = False
-    ):
+    def __init__(self, folder: Path, layout: Layout, *, resume: bool = False, wait: bool = False):
         self.folder, self.layout = folder.absolute(), layout
         self.missing = np.zeros(layout.rows, dtype=bool)
-        self._resume, self._overwrite, self._wait = resume, overwrite, wait
+        self._resume, self._wait = resume, wait
         self._arrays = layout.arrays | {CHECKSUMS: layout.checksum_array}
         self._files: dict[str, BinaryIO] = {}
         # First row and checksums [n, arrays] of each write since the last flush
@@ -88,7 +81,7 @@ class TableWriter:
             held.enter_context(locked(self.folder, wait=self._wait))
             sweep(self.folder)
             if not self._check_folder():  # again: another process may have written before it released the lock
-                self._start()
+                replace_text(self.folder / IDENTITY, self.layout.to_json())  # from here on it can be resumed
             self._files = {name: held.enter_context(self._open_file(name)) for name in self._arrays}
             sync(self.folder)
             self._find_missing()
@@ -144,10 +137,10 @@ class TableWriter:
         self._written, self._bytes = [], 0
 
     def _check_folder(self) -> bool:
-        """Return True if the folder has a table to resume, and False for a new, empty or replaced one.
+        """Return True if the folder has a table to resume, and False for a new or empty one.
 
         Raises:
-            CacheError: If it has other files, or a table that is neither to be resumed nor to be replaced.
+            CacheError: If it has other files, or a table that is not to be resumed.
         """
         folder = self.folder
         if folder.exists() and not folder.is_dir():
@@ -157,15 +150,12 @@ class TableWriter:
             return False
         if IDENTITY not in files:
             raise CacheError(f"{folder}: holds other files ({files[0]}). Choose an empty folder.")
-        read_identity(folder)
-        if self._overwrite:
-            return False
+        layout = Layout.read(folder)
         if not self._resume:
             raise CacheError(
-                f"{folder}: holds a cache. Open it, continue or repair it with `resume=True`, or replace it with "
-                "`overwrite=True`."
+                f"{folder}: holds a cache. Open it, continue or repair it with `resume=True`, or delete the folder."
             )
-        Layout.read(folder).check_equal(self.layout, folder)
+        layout.check_equal(self.layout, folder)
         return True
 
     def _is_whole(self) -> bool:
@@ -175,12 +165,6 @@ class TableWriter:
             return True
         except CacheError:
             return False
-
-    def _start(self) -> None:
-        """Delete the arrays of another table, and write identity.json: from here on the folder can be resumed."""
-        for name in (CHECKSUMS, FEATURES, SCALES, LABELS):
-            (self.folder / name).unlink(missing_ok=True)
-        replace_text(self.folder / IDENTITY, self.layout.to_json())
 
     def _open_file(self, name: str) -> BinaryIO:
         """Open an array, with its header and size. Bytes that are there stay: checksums tell which rows are whole."""

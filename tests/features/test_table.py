@@ -358,23 +358,21 @@ WRONG: dict[str, Any] = {"format": 5, "more": 1}
 def test_identity_of_another_program_is_kept(folder, data):
     (folder / "identity.json").write_bytes(data)
     before = contents(folder)
-    for call in (FolderTable.open, partial(fill, resume=True), partial(fill, overwrite=True)):
+    for call in (FolderTable.open, partial(fill, resume=True), fill):
         with pytest.raises(CacheError, match=r"identity\.json: damaged \(.+\)\. Delete the folder"):
             call(folder)
     assert contents(folder) == before
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_identity_of_another_format_is_refused_or_replaced(folder, name):
-    sound, path = contents(folder), folder / "identity.json"
+def test_identity_of_another_format_is_refused(folder, name):
+    path = folder / "identity.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {name: WRONG[name]}))
     before = contents(folder)
     for call in (FolderTable.open, partial(fill, resume=True)):
         with pytest.raises(CacheError, match=rf"identity\.json: .*{name}.*\. Delete the folder"):
             call(folder)
     assert contents(folder) == before
-    fill(folder, overwrite=True)
-    assert contents(folder) == sound
 
 
 @pytest.mark.parametrize("changes", [{"rows": 2**70}, {"shape": [3, 2**70]}], ids=str)
@@ -411,22 +409,19 @@ def test_probe_tells_models_with_equal_weights_apart(folder):
     ],
     ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
 )
-def test_other_table_is_refused_and_kept(folder, tmp_path, changes, difference):
+def test_other_table_is_refused_and_kept(folder, changes, difference):
     before, other = contents(folder), layout_of(**changes)
     with pytest.raises(CacheError, match=f"holds a cache that differs in {difference}. Choose another folder, or"):
         fill(folder, other, resume=True)
     with pytest.raises(CacheError, match=r"holds a cache\. Open it, continue or repair it with `resume=True`"):
         fill(folder)
     assert contents(folder) == before
-    fill(folder, other, overwrite=True)
-    fill(tmp_path / "alone", other)
-    assert contents(folder) == contents(tmp_path / "alone")
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "features.npy", "00000.safetensors"])
 def test_folder_with_other_files_is_refused_and_kept(tmp_path, name):
     (tmp_path / name).write_text("mine")
-    for options in ({}, {"resume": True}, {"overwrite": True}):
+    for options in ({}, {"resume": True}):
         with pytest.raises(CacheError, match=rf"holds other files \({name}\)\. Choose an empty folder"):
             fill(tmp_path, **options)
     assert contents(tmp_path) == {name: b"mine"} and not (tmp_path / LOCK).exists()
