@@ -18,7 +18,7 @@ _DTYPES = (torch.bfloat16, torch.float16)
 class Casts:
     """Casts of weights, made when a step first asks for them. Weights have one if they are contiguous and in fp32."""
 
-    def __init__(self, weights: Iterable[Tensor] = ()):
+    def __init__(self, weights: Iterable[Tensor]):
         self._weights = {id(x): x for x in weights if x.dtype == torch.float32 and x.is_contiguous()}
         self._products: dict[tuple[int, ...], Tensor] = {}  # by the ids of their weights
         self._casts: dict[int, Tensor] = {}  # by the id of the weight: parts of the products
