@@ -243,7 +243,7 @@ def test_a_held_loss_keeps_no_node_of_an_earlier_step(gpu):
 
 
 @pytest.mark.parametrize(("kind", "error"), [("in_backward", RuntimeError), ("in_step", ValueError)])
-def test_steps_run_eagerly_after_a_failed_capture(gpu, kind, error):
+def test_steps_run_the_loop_after_a_failed_capture(gpu, kind, error):
     """Also when it fails within backward: weights, draws and the optimizer are those of the loop."""
     ours, theirs = Run(kind, by_graph=True), Run(kind, by_graph=False)
     for run in (ours, theirs):
