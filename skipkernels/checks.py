@@ -89,6 +89,59 @@ def check_device(function: str, argument: str, tensor: Tensor, like: tuple[str, 
         )
 
 
+def check_alike(
+    function: str, argument: str, tensor: Tensor, like: tuple[str, Tensor], *, narrower: bool = False
+) -> None:
+    """Raise unless two tensors have the same shape, device and dtype (see `check_one_dtype`)."""
+    name, other = like
+    if tensor.shape != other.shape:
+        raise ValueError(
+            f"{function}: {argument} must be {list(other.shape)}, the shape of {name}; got {list(tensor.shape)}."
+        )
+    check_one_dtype(function, argument, tensor, like, narrower=narrower)
+    check_device(function, argument, tensor, like)
+
+
+def check_features(
+    function: str, argument: str, tensor: Tensor, like: tuple[str, Tensor] | None = None, **sizes: int | None
+) -> None:
+    """Check the sizes of a floating-point tensor, and that it is on the device of `like`; it may have another dtype."""
+    check_shape(function, argument, tensor, like, **sizes)
+    check_dtype(function, argument, tensor, FEATURE_DTYPES, f"Use {argument}.float().")
+    if like is not None:
+        check_device(function, argument, tensor, like)
+
+
+def check_like(function: str, argument: str, tensor: Tensor, like: tuple[str, Tensor], **sizes: int | None) -> None:
+    """Check the sizes of a tensor, and that its dtype and device are those of `like`."""
+    check_shape(function, argument, tensor, like, **sizes)
+    check_one_dtype(function, argument, tensor, like)
+    check_device(function, argument, tensor, like)
+
+
+def check_ids(function: str, argument: str, ids: Tensor, like: tuple[str, Tensor], **size: int | None) -> None:
+    """Check the dtype of indices [n], that they are on the device of `like`, and their number, which it may give."""
+    check_dtype(function, argument, ids, [torch.int64], f"Use {argument}.long().")
+    check_shape(function, argument, ids, like if all(size.values()) else None, **size)
+    check_device(function, argument, ids, like)
+
+
+def as_scalar(
+    function: str, argument: str, value: Tensor | float, like: tuple[str, Tensor], dtype: torch.dtype
+) -> Tensor:
+    """Convert a number to a tensor [] of `dtype` without a host sync; check a tensor and return it unchanged."""
+    if not isinstance(value, Tensor):
+        if dtype.is_floating_point and not abs(value) <= torch.finfo(dtype).max:
+            raise ValueError(f"{function}: {argument} must be finite in {dtype}; got {value}.")
+        return torch.full((), value, dtype=dtype, device=like[1].device)
+    if value.numel() != 1 or value.dim() > 1:
+        raise ValueError(f"{function}: {argument} must be a number, [] or [1]; got {list(value.shape)}.")
+    allowed = FEATURE_DTYPES if dtype.is_floating_point else [dtype]
+    check_dtype(function, argument, value, allowed, f"Use {argument}.to({dtype}).")
+    check_device(function, argument, value, like)
+    return value
+
+
 def check_choice(function: str, argument: str, value: Any, literal: Any) -> None:
     """Raise a ValueError unless a value is one of a `Literal`."""
     if value not in (choices := get_args(literal)):
@@ -116,19 +169,6 @@ def check_values(function: str, argument: str, values: Tensor, valid: Tensor, ex
     raise ValueError(f"{message}; got {values[~valid][0]}. {remedy}".rstrip())
 
 
-def check_alike(
-    function: str, argument: str, tensor: Tensor, like: tuple[str, Tensor], *, narrower: bool = False
-) -> None:
-    """Raise unless two tensors have the same shape, device and dtype (see `check_one_dtype`)."""
-    name, other = like
-    if tensor.shape != other.shape:
-        raise ValueError(
-            f"{function}: {argument} must be {list(other.shape)}, the shape of {name}; got {list(tensor.shape)}."
-        )
-    check_one_dtype(function, argument, tensor, like, narrower=narrower)
-    check_device(function, argument, tensor, like)
-
-
 def warn_caller(message: str) -> None:
     """Issue a UserWarning at the line of the caller outside this package and PyTorch."""
     frame, level, inside = sys._getframe(), 1, ("skipkernels", "torch")
@@ -144,3 +184,74 @@ def raise_if_above(what: str, measure: str, value: float, allowed: float) -> Non
             f"{what}: {measure} {value:.2e}, allowed {allowed:.0e}. A part of the model (a hook, a changed forward, a "
             "mask or activation) is not what its type implies, so training would be silently wrong."
         )
+
+
+# ---- lists of `sgd_momentum_` ----------------------------------------------------------------------------------------
+
+
+def check_update(
+    function: str,
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    offsets: Sequence[int] | None,
+) -> None:
+    """Check the lists of weights of one dtype and device, of their gradients and buffers, and of their offsets."""
+    counts = len(weights), len(grads), len(momentum_buffers)
+    if len(set(counts)) > 1:
+        raise ValueError(
+            f"{function}: weight, grad and momentum_buffer must be lists of equal length; got {counts[0]}, {counts[1]} "
+            f"and {counts[2]}."
+        )
+    if offsets is not None and not (
+        len(offsets) == len(weights)
+        and all(0 <= first < 2**63 - x.numel() for first, x in zip(offsets, weights, strict=True))
+    ):
+        raise ValueError(
+            f"{function}: offsets must be an index ≥ 0 for each of {len(weights)} weights, and that of its last "
+            f"element an int64; got {offsets}."
+        )
+    if weights:
+        check_dtype(function, "weight", weights[0], FEATURE_DTYPES, "Only floating-point weights can be trained.")
+    for weight, grad, momentum_buffer in zip(weights, grads, momentum_buffers, strict=True):
+        first = weights[0]
+        # Compared before they are checked: a model has hundreds of tensors.
+        if weight.dtype != first.dtype or weight.device != first.device or weight.layout != torch.strided:
+            check_dtype(function, "weight", weight, [first.dtype], "Use one call per dtype.")
+            check_device(function, "weight", weight, ("the first weight", first))
+        for argument, x in (("grad", grad), ("momentum_buffer", momentum_buffer)):
+            if x.shape != weight.shape:
+                shape, got = list(weight.shape), list(x.shape)
+                raise ValueError(f"{function}: {argument} must be {shape} to match its weight; got {got}.")
+            if x.dtype != weight.dtype or x.device != weight.device or x.layout != torch.strided:
+                check_dtype(function, argument, x, FEATURE_DTYPES, f"Use {argument}.float().")
+                check_device(function, argument, x, ("weight", weight))
+        for argument, x in (("weight", weight), ("momentum_buffer", momentum_buffer)):
+            if not x.is_contiguous() and any(
+                size > 1 and step == 0 for size, step in zip(x.shape, x.stride(), strict=True)
+            ):
+                raise ValueError(f"{function}: {argument} must have memory for each element; got an expanded tensor.")
+
+
+def as_casts(function: str, weights: Sequence[Tensor], casts: Sequence[Tensor | None]) -> list[Tensor]:
+    """Check 16-bit copies of weights; return one for each weight, empty where there is none, or no list without any."""
+    first = next((x for x in casts if x is not None), None)
+    if len(casts) != len(weights):
+        raise ValueError(
+            f"{function}: casts must have a tensor or None for each of {len(weights)} weights; got {len(casts)}."
+        )
+    if first is None:
+        return []
+    check_dtype(function, "weight", weights[0], [torch.float32], "Leave out casts, which are for float32.")
+    check_dtype(function, "casts", first, [torch.bfloat16, torch.float16], "A copy has 16 bits.")
+    for weight, x in zip(weights, casts, strict=True):
+        if x is None:
+            continue
+        check_dtype(function, "casts", x, [first.dtype], "Use one dtype for all.")
+        check_device(function, "casts", x, ("weight", weight))
+        if x.shape != weight.shape or not (x.is_contiguous() and weight.is_contiguous()):
+            raise ValueError(
+                f"{function}: casts must be contiguous copies of contiguous weights; got {list(x.shape)} for a weight "
+                f"{list(weight.shape)}."
+            )
+    return [first.new_empty(0) if x is None else x for x in casts]

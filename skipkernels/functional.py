@@ -23,11 +23,16 @@ from torch.utils.checkpoint import checkpoint
 from . import dtypes, reference
 from .checks import (
     FEATURE_DTYPES,
+    as_casts,
+    as_scalar,
     check_alike,
     check_device,
     check_dtype,
-    check_one_dtype,
+    check_features,
+    check_ids,
+    check_like,
     check_shape,
+    check_update,
     check_values,
 )
 from .ops.add_layer_norm import add_layer_norm as _add_layer_norm
@@ -114,12 +119,13 @@ def class_sampled_ce(
         0.000045
     """
     name = "class_sampled_ce"
-    _check_features(name, image, "text", text)
-    _check_ids(name, "labels", labels, image, B=image.shape[0])
+    check_features(name, "image", image, B=None, D=None)
+    check_like(name, "text", text, ("image", image), C=None, D=image.shape[1])
+    check_ids(name, "labels", labels, ("image", image), B=image.shape[0])
     if class_ids is not None:
-        _check_ids(name, "class_ids", class_ids, image, K=None)
+        check_ids(name, "class_ids", class_ids, ("image", image), K=None)
     if class_weight is not None:
-        _check_vector(name, "class_weight", class_weight, ("text", text), C=text.shape[0])
+        check_features(name, "class_weight", class_weight, ("text", text), C=text.shape[0])
         if class_weight.requires_grad:
             raise ValueError(
                 f"{name}: class_weight is a constant; got one that requires grad. Use class_weight.detach()."
@@ -128,7 +134,7 @@ def class_sampled_ce(
         raise ValueError(f"{name}: label_smoothing must be in [0, 1]; got {label_smoothing}.")
     if reduction not in REDUCTIONS:
         raise ValueError(f'{name}: reduction must be "mean", "sum" or "none"; got {reduction!r}.')
-    scale = _number_of_logits(name, "logit_scale", logit_scale, image)
+    scale = as_scalar(name, "logit_scale", logit_scale, ("image", image), dtypes.wide_dtype(image.dtype))
     # On the CPU, gradients cost less if forward computes them with the loss. Those of "none" depend on d_loss [B].
     in_forward = image.device.type == "cpu" and reduction != "none" and torch.is_grad_enabled()
     return call_and_explain(
@@ -170,10 +176,11 @@ def class_sampled_logits(
                 [ 0.0000,  7.0711]])
     """
     name = "class_sampled_logits"
-    _check_features(name, image, "text", text)
+    check_features(name, "image", image, B=None, D=None)
+    check_like(name, "text", text, ("image", image), C=None, D=image.shape[1])
     if class_ids is not None:
-        _check_ids(name, "class_ids", class_ids, image, K=None)
-    scale = _number_of_logits(name, "logit_scale", logit_scale, image)
+        check_ids(name, "class_ids", class_ids, ("image", image), K=None)
+    scale = as_scalar(name, "logit_scale", logit_scale, ("image", image), dtypes.wide_dtype(image.dtype))
     return call_and_explain(_class_sampled_logits, image, text, scale, class_ids)[0]
 
 
@@ -201,9 +208,10 @@ def class_scores(image: Tensor, prototypes: Tensor, labels: Tensor | None = None
         tensor([    inf,  0.8000, -0.6000])
     """
     name = "class_scores"
-    _check_features(name, image, "prototypes", prototypes)
+    check_features(name, "image", image, B=None, D=None)
+    check_like(name, "prototypes", prototypes, ("image", image), C=None, D=image.shape[1])
     if labels is not None:
-        _check_ids(name, "labels", labels, image, B=image.shape[0])
+        check_ids(name, "labels", labels, ("image", image), B=image.shape[0])
     return call_and_explain(_class_scores, image, prototypes, labels)
 
 
@@ -228,7 +236,10 @@ def contrastive_loss(image: Tensor, text: Tensor, logit_scale: Tensor | float, *
         >>> print(f"{contrastive_loss(image, text, 10.0):.4f}")
         0.1865
     """
-    labels = _pairs("contrastive_loss", image, text)
+    name = "contrastive_loss"
+    check_features(name, "image", image, B=None, D=None)
+    check_alike(name, "text", text, ("image", image))
+    labels = torch.arange(len(image), device=image.device)
     image_to_text = class_sampled_ce(image, text, labels, logit_scale, reduction=reduction)
     return (image_to_text + class_sampled_ce(text, image, labels, logit_scale, reduction=reduction)) / 2
 
@@ -268,10 +279,11 @@ def pairwise_sigmoid(
         4.4195 4.4195
     """
     name = "pairwise_sigmoid"
-    _check_features(name, image, "text", text, N=None)
-    _check_ids(name, "labels", labels, image, B=image.shape[0])
-    scale = _number_of_logits(name, "logit_scale", logit_scale, image)
-    bias = _number_of_logits(name, "logit_bias", logit_bias, image)
+    check_features(name, "image", image, B=None, D=None)
+    check_like(name, "text", text, ("image", image), N=None, D=image.shape[1])
+    check_ids(name, "labels", labels, ("image", image), B=image.shape[0])
+    scale = as_scalar(name, "logit_scale", logit_scale, ("image", image), dtypes.wide_dtype(image.dtype))
+    bias = as_scalar(name, "logit_bias", logit_bias, ("image", image), dtypes.wide_dtype(image.dtype))
     B, N = len(image), len(text)
     check_values(name, "labels", labels, (labels >= -1) & (labels < N), f"rows of text, 0 to {N - 1}, or no text (-1)")
     rows = max(1, PAIRS_IN_MEMORY // N)
@@ -316,7 +328,10 @@ def pairwise_sigmoid_loss(
         >>> print(f"{pairwise_sigmoid_loss(image, text, 10.0, -10.0):.4f}")
         1.8631
     """
-    labels = _pairs("pairwise_sigmoid_loss", image, text)
+    name = "pairwise_sigmoid_loss"
+    check_features(name, "image", image, B=None, D=None)
+    check_alike(name, "text", text, ("image", image))
+    labels = torch.arange(len(image), device=image.device)
     return pairwise_sigmoid(image, text, labels, logit_scale, logit_bias) / image.shape[0]
 
 
@@ -388,6 +403,19 @@ def add_rms_norm(
     return x if residual is None else hidden, normed
 
 
+def _check_norm(
+    name: str, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out_dtype: torch.dtype | None
+) -> None:
+    check_features(name, "x", x, rest=None, W=None)
+    if residual is not None:
+        check_alike(name, "residual", residual, ("x", x), narrower=True)
+    check_features(name, "weight", weight, ("x", x), W=x.shape[-1])
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"{name}: eps must be finite and at least 0; got {eps}.")
+    if out_dtype is not None and out_dtype not in FEATURE_DTYPES:
+        raise TypeError(f"{name}: out_dtype must be float32, bfloat16, float16 or float64; got {out_dtype}.")
+
+
 def mlp_activation(x: Tensor, bias: Tensor | None = None, kind: str = "quick_gelu") -> Tensor:
     """Bias and activation of the MLP of a block, in one pass.
 
@@ -413,10 +441,9 @@ def mlp_activation(x: Tensor, bias: Tensor | None = None, kind: str = "quick_gel
         tensor([0.0000, 1.4621])
     """
     name = "mlp_activation"
-    check_shape(name, "x", x, rest=None, W=None)
-    check_dtype(name, "x", x, FEATURE_DTYPES, "Convert it first.")
+    check_features(name, "x", x, rest=None, W=None)
     if bias is not None:
-        _check_vector(name, "bias", bias, ("x", x), W=x.shape[-1])
+        check_features(name, "bias", bias, ("x", x), W=x.shape[-1])
     if kind not in KINDS:
         raise ValueError(f'{name}: kind must be "quick_gelu", "gelu", "gelu_tanh" or "swiglu"; got {kind!r}.')
     if kind == "swiglu" and x.shape[-1] % 2 != 0:
@@ -516,8 +543,7 @@ def shared_prefix_attention(
         tensor([1.0000, 1.5000, 2.0000, 3.7500])
     """
     name = "shared_prefix_attention"
-    check_shape(name, "packed", packed, **{"R": None, "3W": None})
-    check_dtype(name, "packed", packed, FEATURE_DTYPES, "Convert it first.")
+    check_features(name, "packed", packed, **{"R": None, "3W": None})
     R, width = packed.shape
     if heads < 1 or width % (3 * heads) != 0:
         raise ValueError(f"{name}: heads must divide W, with packed [R, 3W]; got {heads} and {list(packed.shape)}.")
@@ -568,11 +594,10 @@ def pooled_attention(
         3.0
     """
     name = "pooled_attention"
-    check_shape(name, "query", query, B=None, H=None, E=None)
-    check_dtype(name, "query", query, FEATURE_DTYPES, "Convert it first.")
+    check_features(name, "query", query, B=None, H=None, E=None)
     B, H, E = query.shape
-    _check_like(name, "key", key, ("query", query), B=B, N=None, H=H, E=E)
-    _check_like(name, "value", value, ("query", query), B=B, N=key.shape[1], H=H, E=E)
+    check_like(name, "key", key, ("query", query), B=B, N=None, H=H, E=E)
+    check_like(name, "value", value, ("query", query), B=B, N=key.shape[1], H=H, E=E)
     return _pooled_attention(query, key, value, E**-0.5 if scale is None else scale)[0]
 
 
@@ -622,149 +647,19 @@ def sgd_momentum_(
     """
     name = "sgd_momentum_"
     weights, grads, buffers = ([x] if isinstance(x, Tensor) else list(x) for x in (weight, grad, momentum_buffer))
-    if not len(weights) == len(grads) == len(buffers):
-        raise ValueError(
-            f"{name}: weight, grad and momentum_buffer must be lists of equal length; got {len(weights)}, {len(grads)} "
-            f"and {len(buffers)}."
-        )
-    if offsets is not None and not (
-        len(offsets) == len(weights)
-        and all(0 <= first < 2**63 - x.numel() for first, x in zip(offsets, weights, strict=True))
-    ):
-        raise ValueError(
-            f"{name}: offsets must be an index ≥ 0 for each of {len(weights)} weights, and that of its last element an "
-            f"int64; got {offsets}."
-        )
+    check_update(name, weights, grads, buffers, offsets)
     options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
     for option, value in options.items():
         if not isinstance(value, Tensor) and not 0 <= value < math.inf:
             raise ValueError(f"{name}: {option} must be finite and at least 0; got {value}.")
     if not weights:
         return
-    first = weights[0]
-    check_dtype(name, "weight", first, FEATURE_DTYPES, "Only floating-point weights can be trained.")
+    first = ("weight", weights[0])
+    dtype = dtypes.accumulation_dtype(weights[0].device)
+    rates = [as_scalar(name, option, value, first, dtype) for option, value in options.items()]
     if seed is not None:
-        check_dtype(name, "weight", first, [torch.bfloat16], "Leave out seed, which is for bfloat16.")
-    dtype, device = first.dtype, first.device
-    for weight_i, grad_i, buffer_i in zip(weights, grads, buffers, strict=True):
-        if weight_i.dtype != dtype or weight_i.device != device or weight_i.layout != torch.strided:
-            check_dtype(name, "weight", weight_i, [dtype], "Use one call per dtype.")
-            check_device(name, "weight", weight_i, ("the first weight", first))
-        for argument, x in (("grad", grad_i), ("momentum_buffer", buffer_i)):
-            if x.shape == weight_i.shape and x.dtype == dtype and x.device == device and x.layout == torch.strided:
-                continue  # a model has hundreds of tensors
-            if x.shape != weight_i.shape:
-                shape, got = list(weight_i.shape), list(x.shape)
-                raise ValueError(f"{name}: {argument} must be {shape} to match its weight; got {got}.")
-            check_dtype(name, argument, x, FEATURE_DTYPES, f"Use {argument}.float().")
-            check_device(name, argument, x, ("weight", weight_i))
-        for argument, x in (("weight", weight_i), ("momentum_buffer", buffer_i)):
-            if not x.is_contiguous() and 0 in (
-                step for size, step in zip(x.shape, x.stride(), strict=True) if size > 1
-            ):
-                raise ValueError(f"{name}: {argument} must have memory for each element; got an expanded tensor.")
-    lr, momentum, weight_decay = (
-        _number_tensor(name, option, value, ("weight", first), FEATURE_DTYPES, dtypes.accumulation_dtype(first.device))
-        for option, value in options.items()
-    )
-    if seed is not None:
-        seed = seed if isinstance(seed, Tensor) else reference.signed64(seed)
-        seed = _number_tensor(name, "seed", seed, ("weight", first), [torch.int64], torch.int64)
-    given = [] if casts is None else _casts(name, weights, casts)
-    _sgd_momentum_(weights, grads, buffers, lr, momentum, weight_decay, seed, offsets, given)
-
-
-def _casts(name: str, weights: list[Tensor], casts: Sequence[Tensor | None]) -> list[Tensor]:
-    """Check copies of weights; return one for each weight, empty where there is none, or no list without any."""
-    first = next((x for x in casts if x is not None), None)
-    if len(casts) != len(weights):
-        raise ValueError(
-            f"{name}: casts must have a tensor or None for each of {len(weights)} weights; got {len(casts)}."
-        )
-    if first is None:
-        return []
-    check_dtype(name, "weight", weights[0], [torch.float32], "Leave out casts, which are for float32.")
-    check_dtype(name, "casts", first, [torch.bfloat16, torch.float16], "A copy has 16 bits.")
-    for weight, x in zip(weights, casts, strict=True):
-        if x is None:
-            continue
-        check_dtype(name, "casts", x, [first.dtype], "Use one dtype for all.")
-        check_device(name, "casts", x, ("weight", weight))
-        if x.shape != weight.shape or not (x.is_contiguous() and weight.is_contiguous()):
-            raise ValueError(
-                f"{name}: casts must be contiguous copies of contiguous weights; got {list(x.shape)} for a weight "
-                f"{list(weight.shape)}."
-            )
-    return [first.new_empty(0) if x is None else x for x in casts]
-
-
-def _check_norm(
-    name: str, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out_dtype: torch.dtype | None
-) -> None:
-    check_shape(name, "x", x, rest=None, W=None)
-    check_dtype(name, "x", x, FEATURE_DTYPES, "Convert it first.")
-    if residual is not None:
-        check_alike(name, "residual", residual, ("x", x), narrower=True)
-    _check_vector(name, "weight", weight, ("x", x), W=x.shape[-1])
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"{name}: eps must be finite and at least 0; got {eps}.")
-    if out_dtype is not None and out_dtype not in FEATURE_DTYPES:
-        raise TypeError(f"{name}: out_dtype must be float32, bfloat16, float16 or float64; got {out_dtype}.")
-
-
-def _pairs(name: str, image: Tensor, text: Tensor) -> Tensor:
-    """Check pairs [B, D] of an image and a text, and return the text of each image, [B]."""
-    _check_features(name, image, "text", text)
-    check_shape(name, "text", text, ("image", image), B=image.shape[0], D=image.shape[1])
-    return torch.arange(image.shape[0], device=image.device)
-
-
-def _check_features(name: str, image: Tensor, bank_name: str, bank: Tensor, **rows: int | None) -> None:
-    check_shape(name, "image", image, B=None, D=None)
-    check_dtype(name, "image", image, FEATURE_DTYPES, "Convert it first.")
-    _check_like(name, bank_name, bank, ("image", image), **(rows or {"C": None}), D=image.shape[1])
-
-
-def _check_like(name: str, argument: str, tensor: Tensor, like: tuple[str, Tensor], **sizes: int | None) -> None:
-    """Check the sizes of a tensor, and that its dtype and device are those of another argument."""
-    check_shape(name, argument, tensor, like, **sizes)
-    check_one_dtype(name, argument, tensor, like)
-    check_device(name, argument, tensor, like)
-
-
-def _check_ids(name: str, argument: str, ids: Tensor, image: Tensor, **size: int | None) -> None:
-    check_dtype(name, argument, ids, [torch.int64], f"Use {argument}.long().")
-    # The message names `image` only if it determines the size: not for K=None.
-    check_shape(name, argument, ids, ("image", image) if all(size.values()) else None, **size)
-    check_device(name, argument, ids, ("image", image))
-
-
-def _check_vector(name: str, argument: str, vector: Tensor, like: tuple[str, Tensor], **size: int) -> None:
-    """Check the size and the device of a vector. It may have another dtype than `like`."""
-    check_shape(name, argument, vector, like, **size)
-    check_dtype(name, argument, vector, FEATURE_DTYPES, f"Use {argument}.float().")
-    check_device(name, argument, vector, like)
-
-
-def _number_of_logits(name: str, argument: str, value: Tensor | float, image: Tensor) -> Tensor:
-    return _number_tensor(name, argument, value, ("image", image), FEATURE_DTYPES, dtypes.wide_dtype(image.dtype))
-
-
-def _number_tensor(
-    name: str,
-    argument: str,
-    value: Tensor | float,
-    like: tuple[str, Tensor],
-    dtypes: Sequence[torch.dtype],
-    dtype: torch.dtype,
-) -> Tensor:
-    """Convert a number to a tensor [] of `dtype` without a host sync; validate a tensor and return it unchanged."""
-    if not isinstance(value, Tensor):
-        if dtype.is_floating_point and not abs(value) <= torch.finfo(dtype).max:
-            raise ValueError(f"{name}: {argument} must be finite in {dtype}; got {value}.")
-        return torch.full((), value, dtype=dtype, device=like[1].device)
-    if value.numel() != 1 or value.dim() > 1:
-        raise ValueError(f"{name}: {argument} must be a number, [] or [1]; got {list(value.shape)}.")
-    check_dtype(name, argument, value, dtypes, f"Use {argument}.to({dtype}).")
-    check_device(name, argument, value, like)
-    return value
+        check_dtype(name, *first, [torch.bfloat16], "Leave out seed, which is for bfloat16.")
+        number = seed if isinstance(seed, Tensor) else reference.signed64(seed)
+        seed = as_scalar(name, "seed", number, first, torch.int64)
+    given = [] if casts is None else as_casts(name, weights, casts)
+    _sgd_momentum_(weights, grads, buffers, *rates, seed, offsets, given)

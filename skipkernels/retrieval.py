@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import FEATURE_DTYPES, check_device, check_dtype, check_shape
+from .checks import check_features, check_ids
 from .reference import unit_norm
 
 _SCORES = 1 << 22  # scores in memory at once: 16 MiB in fp32, or 64 images of 65,536 classes
@@ -55,14 +55,9 @@ def recall(image: Tensor, text: Tensor, image_of_text: Tensor, *, ks: Sequence[i
             raise TypeError(
                 f"{name}: {argument} must be a tensor; got {type(value).__name__}. Use torch.as_tensor({argument})."
             )
-    check_shape(name, "image", image, n=None, D=None)
-    check_dtype(name, "image", image, FEATURE_DTYPES, "Convert it first.")
-    check_shape(name, "text", text, ("image", image), m=None, D=image.shape[1])
-    check_dtype(name, "text", text, FEATURE_DTYPES, "Convert it first.")
-    check_device(name, "text", text, ("image", image))
-    check_shape(name, "image_of_text", image_of_text, ("text", text), m=len(text))
-    check_dtype(name, "image_of_text", image_of_text, [torch.int64], "Use image_of_text.long().")
-    check_device(name, "image_of_text", image_of_text, ("text", text))
+    check_features(name, "image", image, n=None, D=None)
+    check_features(name, "text", text, ("image", image), m=None, D=image.shape[1])
+    check_ids(name, "image_of_text", image_of_text, ("text", text), m=len(text))
     low, high = (int(x) for x in torch.aminmax(image_of_text))
     if low < 0 or high >= len(image):
         raise ValueError(f"{name}: image_of_text must be rows of image, 0 to {len(image) - 1}; got {low} to {high}.")
