@@ -215,11 +215,10 @@ class TuneConfig(Settings):
         return self.method_class().recipe(self.model).epochs != 0
 
     @property
-    def factor(self) -> float:
-        """Common factor of the learning rates of a resolved configuration over those of its recipe; 1 without one."""
+    def rate_factors(self) -> dict[str, float]:
+        """Factors of the learning rates of a resolved configuration over those of the recipe, by name."""
         recipe = self._recipe(self.open_data)  # opens no data: the number of epochs is known
-        factors = {float(f"{getattr(self, name) / recipe[name]:.4g}") for name in RATES if recipe[name]}
-        return factors.pop() if len(factors) == 1 else 1.0
+        return {name: float(f"{getattr(self, name) / recipe[name]:.4g}") for name in RATES if recipe[name]}
 
     @property
     def balances(self) -> bool:

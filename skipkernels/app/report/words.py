@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...options import Prior, Shots
+from ...options import Shots
 from ..config import TuneConfig
 from ..methods.registry import METHOD_NAMES
 from .formats import plural
@@ -33,37 +33,36 @@ def name_of_method(method: str) -> str:
     return METHOD_NAMES.get(method, method)
 
 
-def name_of_classifier(
-    method: str, head: str | None, prior: Prior = "images", *, factor: float | None = 1.0, blend: float = 1.0
-) -> str:
-    """Return the name of a method with a factor of its learning rates, None without training, a blend and a head.
-
-    >>> name_of_classifier("skip", "anchored", factor=3.0, blend=0.5), name_of_classifier("skip", "none", factor=None)
-    ('Skip Tuning ×3, blended + anchored probe', 'zero-shot')
-    >>> name_of_classifier("skip", "gaussian", "balanced")
-    'Skip Tuning + Gaussian head with equal priors'
-    """
-    if factor is None:
-        name = "zero-shot" if head == "none" else "frozen"
-    else:
-        name = name_of_method(method) + (f" ×{factor:g}" if factor != 1 else "")
-    name += ", blended" if blend != 1 else ""
-    if head in ("none", None):
-        return name
-    return f"{name} + {HEADS[head]}{' with equal priors' if prior == 'balanced' else ''}"
-
-
 def name_of_run(config: TuneConfig) -> str:
     """Return the name of what classifies in a run of a resolved configuration.
 
+    It has the factors of the learning rates over those of the recipe, of which pictogram-tiny has 3e-4.
+
     >>> config = TuneConfig(method="skip", head="anchored", blend=0.5, text_lr=9e-4, image_lr=9e-4, device="cpu")
-    >>> name_of_run(config.resolved())  # pictogram-tiny has 3e-4
+    >>> name_of_run(config.resolved())
     'Skip Tuning ×3, blended + anchored probe'
+    >>> name_of_run(TuneConfig(method="skip", text_lr=3e-3, device="cpu").resolved())
+    'Skip Tuning ×10 (texts) and ×1 (images)'
+    >>> name_of_run(TuneConfig(method="skip", epochs=0, head="gaussian", prior="balanced", device="cpu").resolved())
+    'frozen + Gaussian head with equal priors'
     """
     if config.method == "auto":
         return name_of_method(config.method)
-    factor = None if config.epochs == 0 and config.has_steps else config.factor
-    return name_of_classifier(config.method, config.head, config.prior, factor=factor, blend=config.blend)
+    if config.epochs == 0 and config.has_steps:
+        name = "zero-shot" if config.head == "none" else "frozen"
+    else:
+        name = name_of_method(config.method) + _times(config.rate_factors)
+    name += ", blended" if config.blend != 1 else ""
+    if config.head in ("none", None):
+        return name
+    return f"{name} + {HEADS[config.head]}{' with equal priors' if config.prior == 'balanced' else ''}"
+
+
+def _times(factors: dict[str, float]) -> str:
+    """Factors of the learning rates; one for equal ones, and "" for 1."""
+    if len(set(factors.values())) > 1:
+        return f" ×{factors['text_lr']:g} (texts) and ×{factors['image_lr']:g} (images)"
+    return "".join(f" ×{factor:g}" for factor in set(factors.values()) if factor != 1)
 
 
 def name_of_test(test: str) -> str:

@@ -15,13 +15,13 @@ weights, with an anchored probe, if nothing is trained.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
-from ...options import HeadName, Prior
+from ...options import HeadName
 from ..config import RATES, TuneConfig
 from ..methods.registry import AUTO
-from ..report.words import name_of_classifier
+from ..report.words import name_of_run
 
 FACTORS = (1.0, 3.0, 10.0)
 """Factors of the default learning rates."""
@@ -33,30 +33,30 @@ BLENDS = (1.0, 0.5)
 class Candidate:
     """A classifier to compare."""
 
-    method: str
-    factor: float | None  # of the learning rates; None: it is not trained
+    asked: TuneConfig  # resolved configuration that leaves the method or the head open
+    factor: float | None  # of its learning rates; None: it is not trained
     blend: float = 1.0  # weight of the trained model in a mean with the pretrained one
     head: HeadName = "none"
-    prior: Prior = "images"  # of the head
     compared: bool = False  # only, and can't be chosen
 
     @property
     def name(self) -> str:
-        """Name in tables."""
-        return name_of_classifier(self.method, self.head, self.prior, factor=self.factor, blend=self.blend)
+        """Name in tables: that of its run."""
+        return name_of_run(replace(self.asked, **self.settings))
 
     @property
     def new_names(self) -> bool:
         """True if it classifies classes without training images, by their texts."""
         return self.head != "probe"
 
-    def settings(self, config: TuneConfig) -> dict[str, Any]:
-        """Fields of the configuration that trains it on all images, in place of those of `config`."""
-        settings: dict[str, Any] = {"method": self.method, "head": self.head, "prior": self.prior}
-        settings["train_on_validation"] = True
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Fields of the configuration that trains it on all images, in place of those of `asked`."""
+        settings: dict[str, Any] = {"method": self.asked.method_class().name, "head": self.head}
+        settings |= {"prior": "images" if self.head == "none" else self.asked.prior, "train_on_validation": True}
         if self.factor is None:
             return settings | {"epochs": 0, "blend": 1.0}
-        rates = {name: getattr(config, name) for name in RATES}
+        rates = {name: getattr(self.asked, name) for name in RATES}
         settings |= {name: float(f"{self.factor * rate:.6g}") for name, rate in rates.items() if rate is not None}
         return settings | {"blend": self.blend}
 
@@ -71,7 +71,6 @@ def groups_of(config: TuneConfig, *, tests_new: bool) -> list[list[Candidate]]:
         tests_new: True if classes are tested that are not trained.
     """
     auto = config.method == AUTO
-    method = "skip" if auto else config.method
     factors: tuple[float, ...] = FACTORS if auto else (1.0,)
     if auto and tests_new:
         factors = FACTORS[1:2]  # the blend halves what training changes
@@ -85,14 +84,12 @@ def groups_of(config: TuneConfig, *, tests_new: bool) -> list[list[Candidate]]:
     if config.head not in ("auto", None):  # it is given
         of_frozen = of_trained = [config.head]  # type: ignore[list-item]
     allowed = of_frozen if auto or not factors else []
-
-    def candidate(factor: float | None, blend: float, head: HeadName) -> Candidate:
-        prior = "images" if head == "none" else config.prior  # texts have no other
-        return Candidate(method, factor, blend, head, prior, compared=factor is None and head not in allowed)
-
-    frozen = [candidate(None, 1.0, head) for head in dict.fromkeys(["none", *allowed])]
-    trained = [[candidate(factor, blend, head) for blend in blends for head in of_trained] for factor in factors]
-    return [frozen, *trained]
+    heads = dict.fromkeys(["none", *allowed])
+    frozen = [Candidate(config, None, head=head, compared=head not in allowed) for head in heads]
+    return [
+        frozen,
+        *([Candidate(config, factor, blend, head) for blend in blends for head in of_trained] for factor in factors),
+    ]
 
 
 def untested(groups: Sequence[Sequence[Candidate]], *, tests_new: bool) -> Candidate:

@@ -178,7 +178,7 @@ class Search:
         return logits
 
     def _train(self, factor: float, images: Tensor, advance: Callable[[], None]) -> None:
-        config = replace(self.config, **Candidate(self.groups[0][0].method, factor).settings(self.config))
+        config = replace(self.config, **Candidate(self.config, factor).settings)
         sampler = self.setup.method.class_sampler
         before = None if sampler is None else sampler.state_dict()
         part = self.features.subset(images.nonzero().squeeze(1))
@@ -222,7 +222,7 @@ class Search:
         if not self.masks:
             candidate = untested(self.groups, tests_new=self.tests_new)
             because = "no class has two training images, so that none can be held out"
-            return Choice(asked, candidate.settings(self.config), because)
+            return Choice(asked, candidate.settings, because)
         chosen, because = self._best()
         first, images = self.trials[0], len(self.labels)
         assert first.logits is not None and chosen.logits is not None
@@ -231,7 +231,7 @@ class Search:
         classes, tops = self.setup.task.tests[0].classes, map(top_classes, (first.logits, chosen.logits))
         return Choice(
             asked,
-            chosen.candidate.settings(self.config),
+            chosen.candidate.settings,
             because + (", of those before Ctrl-C" if stopped else ""),
             candidates=[trial.row(images, chosen=trial is chosen) for trial in self.trials],
             calibration=fields,

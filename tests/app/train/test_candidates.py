@@ -23,6 +23,7 @@ from skipkernels.app.train.search import Search, Trial, held_out_masks
 from skipkernels.app.train.setup import build_run
 from tests.app.runs import at_step, files, interrupt, results, shortened, small, stopped
 
+TINY = small(None, method="auto").resolved()
 AUTO = {"method": "auto", "epochs": 1, "max_classes": 12, "protocol": "few-shot"}
 
 
@@ -228,7 +229,7 @@ def test_of_equal_candidates_that_with_the_lowest_loss_is_chosen(rights, chosen,
     trials, labels = [], torch.zeros(24, dtype=torch.int64)
     for factor, right in zip((None, 1.0, 3.0), rights, strict=True):
         logits = torch.eye(2)[(torch.arange(24) >= right).long()] * (2 if factor == 3 else 1)
-        trials.append(Trial.scored(Candidate("skip", factor, head="anchored"), logits, labels))
+        trials.append(Trial.scored(Candidate(TINY, factor, head="anchored"), logits, labels))
     found, others = search.best(trials, balanced=False)
     assert (found.candidate.factor, others) == (chosen, equal)
     assert found.row(24, chosen=True)["loss"] == round(found.loss, 6)
@@ -292,6 +293,10 @@ def test_auto_is_the_default_of_own_data_and_pictograms(settings, method, head):
     assert config.resolved() == config and config.out == asked.folder, "where the command line looks for the results"
 
 
-def test_names_of_candidates_differ():
-    found = [Candidate("skip", f, b, h) for f in (None, 1.0, 3.0) for b in (1.0, 0.5) for h in ("none", "probe")]
+@pytest.mark.parametrize("rates", [{}, {"text_lr": 1e-3}, {"text_lr": 2e-3, "image_lr": 1e-3}], ids=len)
+def test_names_of_candidates_differ_and_are_those_of_their_runs(rates):
+    asked = dataclasses.replace(TINY, **rates).resolved()
+    found = [Candidate(asked, f, b, h) for f in (None, 1.0, 3.0) for b in (1.0, 0.5) for h in ("none", "probe")]
     assert len({each.name for each in found if each.factor or each.blend == 1}) == 10
+    for each in found:
+        assert name_of_run(dataclasses.replace(asked, **each.settings).resolved()) == each.name
