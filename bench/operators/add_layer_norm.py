@@ -33,7 +33,10 @@ def after_addition(norm: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, T
     return function
 
 
-eager = after_addition(lambda hidden, *rest: F.layer_norm(hidden, hidden.shape[-1:], *rest))
+def eager(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float = EPS) -> tuple[Tensor, Tensor]:
+    hidden = x if residual is None else x + residual
+    wide = hidden.to(weight.dtype)
+    return hidden, F.layer_norm(wide, wide.shape[-1:], weight, bias, eps).to(x.dtype)
 
 
 def cases(dtype: torch.dtype, device: torch.device = CPU) -> Iterator[Case]:

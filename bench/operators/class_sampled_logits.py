@@ -19,9 +19,10 @@ from .class_sampled_ce import LAUNCHED, SHAPES, calls
 from .record import Call, Record
 
 
-def eager(image: Tensor, text: Tensor, scale: Tensor, class_ids: Tensor | None) -> Tensor:
+def eager(image: Tensor, text: Tensor, logit_scale: Tensor, class_ids: Tensor | None = None) -> Tensor:
     rows = text if class_ids is None else text[class_ids]
-    return (F.normalize(image, dim=-1) @ F.normalize(rows, dim=-1).T * scale.to(image.dtype)).float()
+    cosines = F.normalize(image, dim=-1) @ F.normalize(rows, dim=-1).T
+    return (cosines * logit_scale.to(image.dtype)).to(logit_scale.dtype)
 
 
 def cases(dtype: torch.dtype, device: torch.device = CPU) -> Iterator[Case]:

@@ -15,10 +15,9 @@ from . import Arguments, Case, Random, Work, case
 from .record import Call, Record, ids, on_meta
 
 
-def eager(image: Tensor, prototypes: Tensor, labels: Tensor) -> Tensor:
+def eager(image: Tensor, prototypes: Tensor, labels: Tensor | None = None) -> Tensor:
     scores = (F.normalize(image, dim=-1) @ prototypes.T).amax(dim=0)
-    scores[labels] = torch.inf
-    return scores
+    return scores if labels is None else scores.index_fill(0, labels, torch.inf)
 
 
 def cases(dtype: torch.dtype, device: torch.device = CPU) -> Iterator[Case]:

@@ -19,14 +19,14 @@ SHAPES = ((4 * 197, 768), (4 * 197, 3072), (26 * 5, 2048), (788 * 5, 512), (788 
 GATED = ((4 * 197, 2048), (4 * 257, 2730))  # of swiglu: EVA-02-B/16 and L/14
 
 
-def eager(x: Tensor, bias: Tensor, kind: str) -> Tensor:
-    u = x + bias
+def eager(x: Tensor, bias: Tensor | None = None, kind: str = "quick_gelu") -> Tensor:
+    biased = x if bias is None else (x + bias).to(x.dtype)
     if kind == "quick_gelu":
-        return u * torch.sigmoid(1.702 * u)
+        return biased * torch.sigmoid(1.702 * biased)
     if kind == "swiglu":
-        gate, linear = u.chunk(2, dim=-1)
+        gate, linear = biased.chunk(2, dim=-1)
         return F.silu(gate) * linear
-    return F.gelu(u, approximate="tanh" if kind == "gelu_tanh" else "none")
+    return F.gelu(biased, approximate="tanh" if kind == "gelu_tanh" else "none")
 
 
 def cases(dtype: torch.dtype, device: torch.device = CPU) -> Iterator[Case]:

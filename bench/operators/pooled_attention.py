@@ -20,8 +20,9 @@ from .record import Call, Record, on_meta
 SHAPES = ((4, 197, 12, 64), (32, 197, 12, 64), (4, 577, 16, 64), (26, 11, 8, 64), (1380, 11, 8, 64))  # B, N, H, E
 
 
-def eager(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(query[:, :, None], key.transpose(1, 2), value.transpose(1, 2))[:, :, 0]
+def eager(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
+    parts = query[:, :, None], key.transpose(1, 2), value.transpose(1, 2)
+    return F.scaled_dot_product_attention(*parts, scale=scale)[:, :, 0]
 
 
 def cases(dtype: torch.dtype, device: torch.device = CPU) -> Iterator[Case]:

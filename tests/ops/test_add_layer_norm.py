@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bench.operators.add_layer_norm import eager
 from skipkernels.functional import add_layer_norm, add_rms_norm
 from skipkernels.ops.add_layer_norm import NormResults, add_layer_norm_backward
 from skipkernels.ops.add_layer_norm import add_layer_norm as operator
@@ -31,12 +32,6 @@ def make(R, W, *, dtype, seed=0, weight_dtype=None, residual=True, mean=3.0, **o
         options["residual"] = None
     inputs |= {name: normal(W).to(weight_dtype or dtype) for name in ("weight", "bias")}
     return Case({name: x.requires_grad_() for name, x in inputs.items()}, options)
-
-
-def eager(x, residual, weight, bias, eps=1e-5):
-    hidden = x if residual is None else x + residual
-    wide = hidden.to(weight.dtype)
-    return hidden, F.layer_norm(wide, wide.shape[-1:], weight, bias, eps).to(x.dtype)
 
 
 def saves(case: Case) -> list[int]:

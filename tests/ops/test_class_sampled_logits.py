@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
+from bench.operators.class_sampled_logits import eager
 from skipkernels.functional import class_sampled_logits
 from skipkernels.testing import COSINE
 from tests.ops.backends import Backend
@@ -19,11 +19,6 @@ def make(B, C, K, D, *, dtype, scale=100.0, seed=0) -> Case:
     inputs["logit_scale"] = torch.tensor(scale, dtype=torch.promote_types(dtype, torch.float32))
     ids = None if K is None else torch.randperm(C, generator=rng)[:K]
     return Case({name: x.requires_grad_() for name, x in inputs.items()}, {"class_ids": ids})
-
-
-def eager(image, text, logit_scale, class_ids=None):
-    rows = text if class_ids is None else text[class_ids]
-    return logit_scale.to(image.dtype) * (F.normalize(image, dim=-1) @ F.normalize(rows, dim=-1).T)
 
 
 def slack(case: Case, exact: Results) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from bench.operators.class_scores import eager
 from skipkernels.functional import class_scores
 from tests.ops.backends import Backend
 from tests.ops.harness import Case, Operator, shared_tests
@@ -16,11 +17,6 @@ def make(B, C, D, *, dtype, seed=0, labels=True) -> Case:
     inputs["prototypes"] = F.normalize(inputs["prototypes"], dim=1)
     options = {"labels": torch.randint(0, C, (B,), generator=rng)} if labels else {}
     return Case({name: x.to(dtype) for name, x in inputs.items()}, options)
-
-
-def eager(image, prototypes, labels=None):
-    scores = (F.normalize(image, dim=1) @ prototypes.T).amax(dim=0)
-    return scores if labels is None else scores.index_fill(0, labels, torch.inf)
 
 
 OPERATOR = Operator(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from bench.operators.mlp_activation import eager
 from skipkernels import reference
 from skipkernels.functional import mlp_activation
 from skipkernels.ops.mlp_activation import KINDS, mlp_activation_backward
@@ -26,16 +26,6 @@ def make(R, W, *, dtype, seed=0, kind="quick_gelu", bias=True, bias_dtype=None) 
     vector = torch.randn(width, generator=rng).to(bias_dtype or dtype)
     inputs |= {"bias": vector} if bias else {}
     return Case({name: x.requires_grad_() for name, x in inputs.items()}, {"kind": kind})
-
-
-def eager(x, bias=None, kind="quick_gelu"):
-    biased = x if bias is None else (x + bias).to(x.dtype)
-    if kind == "quick_gelu":
-        return biased * torch.sigmoid(1.702 * biased)
-    if kind == "swiglu":
-        gate, linear = biased.chunk(2, dim=-1)
-        return F.silu(gate) * linear
-    return F.gelu(biased, approximate="tanh" if kind == "gelu_tanh" else "none")
 
 
 OPERATOR = Operator(

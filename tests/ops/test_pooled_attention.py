@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
+from bench.operators.pooled_attention import eager
 from tests.ops.backends import Backend
 from tests.ops.harness import Case, Operator, shared_tests
 
@@ -14,11 +14,6 @@ def make(B, N, H, E, *, dtype, seed=0, **options) -> Case:
     shapes = {"query": (B, H, E), "key": (B, N, H, E), "value": (B, N, H, E)}
     inputs = {name: torch.randn(shape, generator=rng).to(dtype).requires_grad_() for name, shape in shapes.items()}
     return Case(inputs, options)
-
-
-def eager(query, key, value, scale=None):
-    q, k, v = query[:, :, None], key.transpose(1, 2), value.transpose(1, 2)
-    return F.scaled_dot_product_attention(q, k, v, scale=scale)[:, :, 0]
 
 
 OPERATOR = Operator(
