@@ -29,18 +29,26 @@ class OwnData:
 
     def applied(self, config: TuneConfig, function: str) -> tuple[TuneConfig, Callable[[], Source] | None]:
         """Return the configuration for the dataset, and the function that opens it; None without a dataset."""
-        if self.dataset is None:
-            if any(part is not None for part in (self.test, self.validation, self.classes)):
-                raise InputError(
-                    "must be given with test, validation or classes. For a number of classes pass max_classes.",
-                    "dataset",
-                    function,
-                )
-            return config, None
-        if config.data != TuneConfig.data and config.data.partition(":")[0] != IN_PYTHON:
-            raise InputError(f"must be left out with dataset; got {config.data!r}.", "data", function)
         parts = {"dataset": self.dataset, "test": self.test, "validation": self.validation}
         given = {argument: part for argument, part in parts.items() if part is not None}
+        self._check(config, given, function)
+        if self.dataset is None:
+            return config, None
+        name = f"{IN_PYTHON}:{file_name(type(self.dataset).__name__)}"
+        parts_identity = [[argument, dataset_identity(part, self.identity)] for argument, part in given.items()]
+        digest = digest_json([parts_identity, None if self.classes is None else list(self.classes)])
+        config = replace(config, data=name, dataset_identity=digest)
+        return config, functools.cache(lambda: self._opened(config))
+
+    def _check(self, config: TuneConfig, given: Mapping[str, SizedDataset], function: str) -> None:
+        if self.dataset is None and (given or self.classes is not None):
+            raise InputError(
+                "must be given with test, validation or classes. For a number of classes pass max_classes.",
+                "dataset",
+                function,
+            )
+        if self.dataset is not None and config.data != TuneConfig.data and config.data.partition(":")[0] != IN_PYTHON:
+            raise InputError(f"must be left out with dataset; got {config.data!r}.", "data", function)
         for argument, part in given.items():
             if not (hasattr(part, "__len__") and hasattr(part, "__getitem__")) or isinstance(part, Mapping):
                 raise InputError(
@@ -49,11 +57,6 @@ class OwnData:
                     argument,
                     function,
                 )
-        name = f"{IN_PYTHON}:{file_name(type(self.dataset).__name__)}"
-        parts_identity = [[argument, dataset_identity(part, self.identity)] for argument, part in given.items()]
-        digest = digest_json([parts_identity, None if self.classes is None else list(self.classes)])
-        config = replace(config, data=name, dataset_identity=digest)
-        return config, functools.cache(lambda: self._opened(config))
 
     def _opened(self, config: TuneConfig) -> Source:
         """Open the data with their splits; without test images, those of `validation`, or else a part of all images."""
