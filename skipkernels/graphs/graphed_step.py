@@ -130,7 +130,7 @@ class GraphedStep:
             return self._backward_and_update(clip(pixel_values, labels))
         with torch.cuda.device(device):
             # 1. Copy the ranks, the batch and the options. A graph of other batches, or of another step, is dropped.
-            ranks = self._ranks.draw(device, clip.num_classes, self._batch_size)
+            ranks = self._ranks.draw(self._batch_size)
             recording = self._recording_for(pixel_values, labels, ranks)
             recording.pixel_values.copy_(pixel_values, non_blocking=True)
             recording.labels.copy_(labels, non_blocking=True)

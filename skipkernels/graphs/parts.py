@@ -25,9 +25,10 @@ class ReservedRanks:
         self._clip = clip
         self.ranks: Tensor | None = None
 
-    def draw(self, device: torch.device, num_classes: int, batch_size: int) -> Tensor:
+    def draw(self, batch_size: int) -> Tensor:
         """Draw the ranks of the next step, and return them; K is the same in every step."""
-        drawn = self._clip.sampler.draw(num_classes, batch_size, one_size=True)
+        device = self._clip.prototypes.device
+        drawn = self._clip.sampler.draw(self._clip.num_classes, batch_size, one_size=True)
         if self.ranks is None or self.ranks.shape != drawn.shape or self.ranks.device != device:
             self.ranks = torch.empty_like(drawn, device=device)
         self.ranks.copy_(pinned(drawn, device), non_blocking=True)

@@ -79,7 +79,7 @@ class Run:
     def forward(self, x: Tensor, labels: Tensor) -> sk.SkipOutput:
         if not (self.captures or x.is_cuda) or len(x) != BATCH:
             return self.clip(x, labels)
-        self.ranks.draw(x.device, len(self.clip.prototypes), len(x))
+        self.ranks.draw(BATCH)
         image = self.clip.images.encode(x)
         options = LossOptions(self.clip.label_smoothing, self.clip.class_weight)
         return step(image, labels, self.clip.texts, self.ranks, self.clip.scale, options)
