@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -56,6 +56,28 @@ class Head:
         check_shape("Head.with_new_classes", "text", text, ("weight", self.weight), C=None, D=self.weight.shape[1])
         new = Head.of_text(text.to(self.weight), self.scale)
         return replace(self, weight=torch.cat([self.weight, new.weight]), bias=torch.cat([self.bias, new.bias]))
+
+    def of_classes(self, names: Sequence[str], known: Sequence[str], text: Callable[[], Tensor]) -> Head | None:
+        """Return the head for classes by their names, of which some may be `known`, those of this head.
+
+        The others get the zero-shot logits of `text`, the embeddings [C, D] of all; None if this head uses no texts.
+        Names may repeat if both lists are equal.
+
+        >>> head = Head(torch.tensor([[1.0], [2.0]]), torch.tensor([3.0, 4.0]))
+        >>> head.of_classes(["fox", "cat"], ["cat", "fox"], lambda: torch.ones(2, 1)).bias.tolist()
+        [4.0, 3.0]
+        >>> head.of_classes(["fox", "owl"], ["cat", "fox"], lambda: torch.ones(2, 1)) is None
+        True
+        """
+        if list(names) == list(known):
+            return self
+        places, whole = {name: place for place, name in enumerate(known)}, self
+        if not set(names) <= places.keys():
+            if self.scale is None:
+                return None
+            whole = self.with_new_classes(text())
+        rows = [places.get(name, len(known) + place) for place, name in enumerate(names)]
+        return replace(whole, weight=whole.weight[rows], bias=whole.bias[rows])
 
     def tensors(self) -> dict[str, Tensor]:
         """Tensors by name, as for safetensors."""

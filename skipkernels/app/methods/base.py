@@ -26,8 +26,6 @@ from .registry import PACKAGED, packaged
 
 Tokenizer = Callable[[list[str]], Tensor]
 """Function from texts to tokens [n, L], such as a tokenizer of `open_clip.get_tokenizer`."""
-
-
 _ANY = TrainingData()
 
 
@@ -219,21 +217,15 @@ class Method:
         if self.fitted is None:
             text = self.class_embeddings(self._train_test).float()
             return Head.of_text(text, self.model.logit_scale.detach().float().exp())
-        head = self._head_of(self._train_test)
+        head = self._fitted_of(self._train_test)
         assert head is not None
         return head
 
-    def _head_of(self, test: str) -> Head | None:
-        """Return the rows of `fitted` for the classes of a test; None if it has no logits for some of them."""
+    def _fitted_of(self, test: str) -> Head | None:
+        """Return `fitted` for the classes of a test; None if it has no logits for some of them."""
         assert self.fitted is not None
         names = next(each.classes for each in self.task.tests if each.name == test)
-        whole, rows = self.fitted, rows_of(names, self._head_classes)
-        if None in rows:
-            if whole.scale is None:
-                return None
-            whole = whole.with_new_classes(self.class_embeddings(test))
-        chosen = [len(self._head_classes) + place if row is None else row for place, row in enumerate(rows)]
-        return replace(whole, weight=whole.weight[chosen], bias=whole.bias[chosen])
+        return self.fitted.of_classes(names, self._head_classes, lambda: self.class_embeddings(test))
 
     # ---- classification ----------------------------------------------------------------------------------------------
 
@@ -249,7 +241,7 @@ class Method:
     def logits_of(self, test: str, image: Tensor) -> Tensor | None:
         """Return `logits` of images by their embeddings [B, D] from `embed`."""
         if self.fitted is not None:
-            head = self._head_of(test)
+            head = self._fitted_of(test)
             return None if head is None else head.logits(image)
         return cosine_logits(image, self.class_embeddings(test), self.model.logit_scale)
 
@@ -273,16 +265,6 @@ class Method:
             for name, tensor in own.items():
                 tensor.copy_(state[name])
         self._embeddings.clear()
-
-
-def rows_of(names: Sequence[str], known: Sequence[str]) -> list[int | None]:
-    """Return the place of each name in `known`; None for other names. Names may repeat if both are equal.
-
-    >>> rows_of(["fox", "cat", "owl"], ["cat", "fox"]), rows_of(["cat", "cat"], ["cat", "cat"])
-    ([1, 0, None], [0, 1])
-    """
-    places = {name: place for place, name in enumerate(known)}
-    return list(range(len(known))) if list(names) == list(known) else [places.get(name) for name in names]
 
 
 def check_open_clip(method: str, model: nn.Module) -> None:
