@@ -205,12 +205,13 @@ def draw_of_constant_size(sampler: RankSampler, classes: int, batch: int) -> tor
 def test_reserved_ranks_have_one_size_and_address(tail, max_tail):
     """Batch, classes, options, seed and state change; each step advances the generator as `draw` does."""
     ours, theirs = (RankSampler(tail=tail, max_tail=max_tail) for _ in range(2))
-    reserved = ReservedRanks(SimpleNamespace(sampler=ours))
+    clip = SimpleNamespace(sampler=ours, prototypes=torch.zeros(1))
+    reserved = ReservedRanks(clip)
 
     def same_draws(classes: int, batch: int, count: int = 4) -> None:
-        addresses = set()
+        addresses, clip.num_classes = set(), classes
         for _ in range(count):
-            reserved.draw(torch.device("cpu"), classes, batch)
+            reserved.draw(batch)
             addresses.add(reserved.ranks.data_ptr())
             assert reserved.ranks.equal(draw_of_constant_size(theirs, classes, batch))
             assert ours.generator.get_state().equal(theirs.generator.get_state())
