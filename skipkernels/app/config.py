@@ -76,6 +76,8 @@ class TuneConfig(Settings):
             raise PydanticCustomError("method", "one of {names}", {"names": ", ".join([AUTO, *METHODS])})
         return value
 
+    # ---- defaults ----------------------------------------------------------------------------------------------------
+
     def resolved(self, open_data: Callable[[], Source] | None = None) -> TuneConfig:
         """Return the configuration with all defaults filled in, some of which depend on the number of classes.
 
@@ -100,20 +102,16 @@ class TuneConfig(Settings):
         config._check()
         return config
 
-    def open_data(self) -> Source:
-        """Open the dataset."""
-        from .data import open_source
+    @property
+    def _resolved_method(self) -> str:
+        """The method; "skip" for "auto" with other settings or data than those of its choice."""
+        chooses = self.preset == "default" and (self.own_data or self._pictograms)
+        return "skip" if self.method == AUTO and not chooses else self.method
 
-        return open_source(self.data, self.root, self.template)
-
-    def task_options(self) -> TaskOptions:
-        """Return the choice of images and classes of a resolved configuration."""
-        from .data import TaskOptions
-
-        names = ("protocol", "shots", "max_classes", "seed", "validation", "test", "root")
-        trains = self.chooses or self.train_on_validation
-        settings = {name: getattr(self, name) for name in names}
-        return TaskOptions(templates=self.template, train_on_validation=trains, **settings)
+    @property
+    def folder(self) -> Path:
+        """Folder of the results. Default: that of the run to resume, or one in runs/, named after data and method."""
+        return self.out or self.resume or Path("runs", file_name(f"{self.data}-{self._resolved_method}"))
 
     def _recipe(self, open_data: Callable[[], Source]) -> dict[str, Any]:
         """Training settings of the method for the data and the protocol."""
@@ -135,19 +133,36 @@ class TuneConfig(Settings):
         return recipe if self.class_weight is None else recipe | {"sampler": "random"}
 
     @property
-    def folder(self) -> Path:
-        """Folder of the results. Default: that of the run to resume, or one in runs/, named after data and method."""
-        return self.out or self.resume or Path("runs", file_name(f"{self.data}-{self._resolved_method}"))
+    def rate_factors(self) -> dict[str, float]:
+        """Factors of the learning rates of a resolved configuration over those of the recipe, by name."""
+        recipe = self._recipe(self.open_data)  # opens no data: the number of epochs is known
+        return {name: float(f"{getattr(self, name) / recipe[name]:.4g}") for name in RATES if recipe[name]}
+
+    # ---- what follows from the settings ------------------------------------------------------------------------------
+
+    def method_class(self) -> type[Method]:
+        """Return the class of the method."""
+        return METHODS["skip" if self.method == AUTO else self.method]
 
     @property
-    def _resolved_method(self) -> str:
-        """The method; "skip" for "auto" with other settings or data than those of its choice."""
-        chooses = self.preset == "default" and (self.own_data or self._pictograms)
-        return "skip" if self.method == AUTO and not chooses else self.method
+    def has_steps(self) -> bool:
+        """True if the method trains in steps, not by `fit`."""
+        return self.method_class().recipe(self.model).epochs != 0
 
     @property
-    def _pictograms(self) -> bool:
-        return self.data.partition(":")[0] == "pictograms"
+    def chooses(self) -> bool:
+        """True if a run begins with a choice between candidates."""
+        return self.method == AUTO or self.head == "auto"
+
+    @property
+    def balances(self) -> bool:
+        """True if epochs, candidates, rates and blends are compared by their balanced accuracy."""
+        return self.class_weight is not None or self.prior == "balanced"
+
+    @property
+    def augments(self) -> bool:
+        """True if training images are random crops."""
+        return self.refresh == "epoch"
 
     @property
     def own_data(self) -> bool:
@@ -155,33 +170,25 @@ class TuneConfig(Settings):
         return is_own(self.data)
 
     @property
-    def chooses(self) -> bool:
-        """True if a run begins with a choice between candidates."""
-        return self.method == AUTO or self.head == "auto"
+    def _pictograms(self) -> bool:
+        return self.data.partition(":")[0] == "pictograms"
 
-    def method_class(self) -> type[Method]:
-        """Return the class of the method."""
-        return METHODS["skip" if self.method == AUTO else self.method]
+    def open_data(self) -> Source:
+        """Open the dataset."""
+        from .data import open_source
 
-    def with_method(self, method: str) -> TuneConfig:
-        """Return the configuration for another method, with the default for settings that it does not use."""
-        config = dataclasses.replace(self, method=method)
-        return dataclasses.replace(config, **{name: getattr(TuneConfig, name) for name in config._unused()})
+        return open_source(self.data, self.root, self.template)
 
-    def _unused(self) -> list[str]:
-        """Names of settings that the method does not use, and that have another value than without them."""
-        method = self.method_class()
-        recipe = dataclasses.asdict(method.recipe(self.model))
-        unused = {name for other in METHODS.values() for name in other.settings} - {*method.settings}
-        unused |= recipe.keys() if not self.has_steps else {name for name in RATES if recipe[name] is None}
-        unused |= set() if method.takes_head else {"head", "prior"}
-        unused |= set() if method.trains_model else {"blend"}
-        without = recipe | {"head": "none"}
-        return [
-            field.name
-            for field in dataclasses.fields(TuneConfig)
-            if field.name in unused and getattr(self, field.name) not in (field.default, without.get(field.name))
-        ]
+    def task_options(self) -> TaskOptions:
+        """Return the choice of images and classes of a resolved configuration."""
+        from .data import TaskOptions
+
+        names = ("protocol", "shots", "max_classes", "seed", "validation", "test", "root")
+        trains = self.chooses or self.train_on_validation
+        settings = {name: getattr(self, name) for name in names}
+        return TaskOptions(templates=self.template, train_on_validation=trains, **settings)
+
+    # ---- settings that exclude each other ----------------------------------------------------------------------------
 
     def _check(self) -> None:
         for name in self._unused():
@@ -209,26 +216,27 @@ class TuneConfig(Settings):
         if self.class_weight is not None and self.sampler == "balanced":
             _refuse("class_weight", "must be left out with `sampler=balanced`, or it would balance twice.")
 
-    @property
-    def has_steps(self) -> bool:
-        """True if the method trains in steps, not by `fit`."""
-        return self.method_class().recipe(self.model).epochs != 0
+    def _unused(self) -> list[str]:
+        """Names of settings that the method does not use, and that have another value than without them."""
+        method = self.method_class()
+        recipe = dataclasses.asdict(method.recipe(self.model))
+        unused = {name for other in METHODS.values() for name in other.settings} - {*method.settings}
+        unused |= recipe.keys() if not self.has_steps else {name for name in RATES if recipe[name] is None}
+        unused |= set() if method.takes_head else {"head", "prior"}
+        unused |= set() if method.trains_model else {"blend"}
+        without = recipe | {"head": "none"}
+        return [
+            field.name
+            for field in dataclasses.fields(TuneConfig)
+            if field.name in unused and getattr(self, field.name) not in (field.default, without.get(field.name))
+        ]
 
-    @property
-    def rate_factors(self) -> dict[str, float]:
-        """Factors of the learning rates of a resolved configuration over those of the recipe, by name."""
-        recipe = self._recipe(self.open_data)  # opens no data: the number of epochs is known
-        return {name: float(f"{getattr(self, name) / recipe[name]:.4g}") for name in RATES if recipe[name]}
+    def with_method(self, method: str) -> TuneConfig:
+        """Return the configuration for another method, with the default for settings that it does not use."""
+        config = dataclasses.replace(self, method=method)
+        return dataclasses.replace(config, **{name: getattr(TuneConfig, name) for name in config._unused()})
 
-    @property
-    def balances(self) -> bool:
-        """True if epochs, candidates, rates and blends are compared by their balanced accuracy."""
-        return self.class_weight is not None or self.prior == "balanced"
-
-    @property
-    def augments(self) -> bool:
-        """True if training images are random crops."""
-        return self.refresh == "epoch"
+    # ---- files -------------------------------------------------------------------------------------------------------
 
     def identity(self) -> dict[str, Any]:
         """Settings that change the results, as plain values; a run can only be resumed with equal ones."""
