@@ -11,8 +11,6 @@ from markupsafe import Markup
 from .parts import part, render
 from .table import facts
 
-_OPEN = 2  # groups of a section that are open at first
-
 
 @dataclass(frozen=True)
 class Section:
@@ -30,8 +28,8 @@ def page_html(title: str, date: str, headline: str, first: Sequence[Markup], sec
 
 
 def groups(parts: Mapping[str, Sequence[Markup]]) -> list[Markup]:
-    """Groups of parts by their summaries, which open and close them; the first are open."""
-    return [part("group", summary, of, place < _OPEN) for place, (summary, of) in enumerate(parts.items())]
+    """Groups of parts by their summaries, which open and close them."""
+    return [part("group", summary, of, True) for summary, of in parts.items()]
 
 
 def reproduction(command: str, values: Mapping[str, Any], environment: Mapping[str, Any], settings: str) -> Section:

@@ -69,19 +69,21 @@ def compare(
         for result in results:
             found = searched.get(result.variant)
             result.metrics["search"] = None if found is None else found._asdict()
-        names = "multiplier", "accuracy", "seconds"
-        columns["search of the rates"] = {name: ("search", name) for name in names}
+        measure = next(iter(searched.values())).measure
+        names = {"multiplier": "multiplier", measure: "accuracy", "seconds": "seconds"}
+        columns["search of the rates"] = {name: ("search", field) for name, field in names.items()}
     comparison = compare_best(results, folder, primary(accuracies))
     return study_of(title_of(config.resolved()), command, results, columns, comparison)
 
 
 class Searched(NamedTuple):
-    """Result of a search: learning rates, their factor, validation accuracy in per cent, and seconds of all runs."""
+    """Result of a search of the learning rates of a method."""
 
     rates: dict[str, Any]
-    multiplier: float
-    accuracy: float
-    seconds: float
+    multiplier: float  # factor of the rates of the recipe
+    measure: str  # "accuracy", or "balanced accuracy"
+    accuracy: float  # in per cent, on the validation images
+    seconds: float  # of all runs
 
 
 def _scaled_rates(config: TuneConfig, multiplier: float) -> dict[str, Any]:
@@ -107,18 +109,19 @@ def _search(configs: dict[str, TuneConfig], folder: Path, console: Console, over
     ]
     variants = {f"{name} x{factor:g}": dataclasses.replace(configs[name], **rates) for name, factor, rates in tried}
     results = run_variants(variants, [SEARCH_SEED], folder, console, overwrite=overwrite, keep_diverged=True)
+    measure = "balanced accuracy" if balanced else "accuracy"
     searches: dict[str, list[Searched]] = {}
     for (method, multiplier, rates), result in zip(tried, results, strict=True):
         complete = result.metrics["status"] == "complete"  # else it diverged
-        _, accuracy = held_out_accuracy(result.metrics, balanced=balanced) if complete else ("", -math.inf)
+        accuracy = held_out_accuracy(result.metrics, balanced=balanced)[1] if complete else -math.inf
         seconds = result.metrics["cost"]["seconds_total"]
-        searches.setdefault(method, []).append(Searched(rates, multiplier, accuracy, seconds))
+        searches.setdefault(method, []).append(Searched(rates, multiplier, measure, accuracy, seconds))
     found: dict[str, Searched] = {}
     for method, searched in searches.items():
         best = max(searched, key=lambda one: one.accuracy)  # of equal ones the first
         best = found[method] = best._replace(seconds=sum(one.seconds for one in searched))
         chosen = ", ".join(f"{name} {rate:g}" for name, rate in best.rates.items())
-        chosen += f" (×{best.multiplier:g}), {best.accuracy:.1f} % on validation images"
+        chosen += f" (×{best.multiplier:g}), {best.measure} {best.accuracy:.1f} % on validation images"
         took = f"its runs took {best.seconds:.0f} s, without the starts of their processes"
         print_plain(console, f"{name_of_method(method)}: {chosen}; {took}")
     return found

@@ -70,7 +70,9 @@ def test_compare_tables_and_json(ran, tmp_path):
     assert list(accuracies.columns[2].cells) == ["–", "–"] and list(costs.columns[4].cells) == ["100", "100"]
 
 
-def test_compare_searches_rates_of_every_method_on_own_data(ran, own, tmp_path, monkeypatch):
+@pytest.mark.parametrize("measure", ["accuracy", "balanced accuracy"])
+def test_compare_searches_rates_of_every_method_on_own_data(ran, own, tmp_path, monkeypatch, measure):
+    own = dataclasses.replace(own, class_weight="balanced" if measure == "balanced accuracy" else None)
     complete, recipe = runs._in_subprocess, own.with_method("full").resolved()
 
     def measured(work, config):
@@ -81,7 +83,9 @@ def test_compare_searches_rates_of_every_method_on_own_data(ran, own, tmp_path, 
                 factor, 70.0
             )
             status = "diverged" if config.method == "lora" and factor >= 1 else "complete"
-            metrics |= {"validation": {"images": 4, "zero_shot": 5.0, "tuned": accuracy}, "status": status}
+            shown, hidden = (accuracy, 5.0) if measure == "accuracy" else (5.0, accuracy)
+            metrics |= {"validation": {"images": 4, "zero_shot": 5.0, "tuned": shown}, "status": status}
+            metrics |= {"by_class": {"validation": {"balanced_accuracy": hidden}}}
             (config.out / "metrics.json").write_text(json.dumps(metrics))
             if status == "diverged":
                 raise FloatingPointError
@@ -97,7 +101,8 @@ def test_compare_searches_rates_of_every_method_on_own_data(ran, own, tmp_path, 
     }  # fmt: skip
     reported = next(config for config in ran if config.method == "full" and config.seed == 0)
     assert (reported.text_lr, reported.image_lr) == (3 * recipe.text_lr, 3 * recipe.image_lr)
-    assert study.summary["full"]["search of the rates"]["seconds"].mean == chosen["full"]["seconds"] > 0
+    search = study.summary["full"]["search of the rates"]
+    assert search["seconds"].mean == chosen["full"]["seconds"] > 0 and search[measure].mean == 90.0
 
 
 @pytest.mark.parametrize("changes", [{"text_lr": 1e-3}, {"validation": "none"}])
