@@ -154,9 +154,6 @@ def calls(dtype: torch.dtype, shapes: Sequence[tuple[Any, ...]] = LAUNCHED) -> I
                 label_smoothing=0.1 if all_options else 0.0,
                 ignore_index=-100,
                 reduction=REDUCTIONS.index(reduction),
-                keep_image=False,
-                keep_text=False,
-                keep_logit_scale=False,
             ),
         )
 

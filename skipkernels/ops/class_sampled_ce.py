@@ -1,25 +1,28 @@
 """`class_sampled_ce`: cross-entropy of images against a sample of the rows of a class bank.
 
-The formula, with z, lse, w and ε, is in `functional.class_sampled_ce`; s is its `logit_scale`.
+    z_bk   = s · ⟨x_b/|x_b|, t_k/|t_k|⟩,   lse_b = log Σ_k exp(z_bk)
+    loss_b = (1 − ε) · w_y · (lse_b − z_by) + ε/K · Σ_k w_k · (lse_b − z_bk)
+    d_z_bk = d_loss_b · ((1 − ε) · w_y · (p_bk − [k = y]) + ε/K · (W p_bk − w_k)),   p_bk = exp(z_bk − lse_b)
+
+s is `logit_scale`, y the label of the image, w `class_weight`, W = Σ_k w_k and ε `label_smoothing`.
 
 Saved for backward: the inputs; lse [B] in fp64, since rounding it to fp32 changes every probability by 4e-6 at a scale
-of 100; the norms of the rows, [B] and [K]; the divisor of the sum of the losses. Backward recomputes the logits in
-panels, the rows of a bounded number of images.
-
-On the CPU, gradients computed in forward save one matrix product of four. With `keep_…` (for a mean or a sum) the C++
-kernel returns the gradients of the unit rows as `kept_…`, without the factors logit_scale and d_loss, in fp32
-[B, D] and [K, D] (fp64 for fp64). Other implementations allocate `kept_…`, but neither write nor read them.
+of 100; the norms of the rows, [B] and [K]; the divisor of the sum of the losses. Backward recomputes the logits.
 
 On a GPU a program of forward loops over tiles of the [B, K] logits. With few images the classes are divided into
 splits, each with its own programs; a second kernel combines the splits in order. Backward writes a panel of
-d_z_bk/(|x_b| |t_k|) at a time, which the BLAS library multiplies with the rows of text and image (unit_rows.py).
+d_z_bk/(|x_b| |t_k|) at a time, for a bounded number of images, which the BLAS library multiplies with the rows of text
+and image (unit_rows.py).
+
+On the CPU, gradients computed in forward save one matrix product of four. With `keep_…` (for a mean or a sum) the C++
+kernel returns the gradients of the unit rows as `kept_…`, without the factors logit_scale and d_loss, in fp32
+[B, D] and [K, D] (fp64 for fp64), for its backward. Everything else leaves them as `_unused_kept` allocates them.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -47,16 +50,16 @@ class Forward(NamedTuple):
     image: Tensor  # [B, D]
     text: Tensor  # [C, D]
     labels: Tensor  # [B]
-    logit_scale: Tensor
+    logit_scale: Tensor  # [] or [1]
     class_ids: Tensor | None  # [K]
     class_weight: Tensor | None  # [C]
     label_smoothing: float
     ignore_index: int
-    reduction: int
-    # Return `kept_…`, which only the C++ backward reads
-    keep_image: bool
-    keep_text: bool
-    keep_logit_scale: bool
+    reduction: int  # of REDUCTIONS
+    # Of C++ alone
+    keep_image: bool = False
+    keep_text: bool = False
+    keep_logit_scale: bool = False
 
 
 class Backward(NamedTuple):
@@ -66,15 +69,15 @@ class Backward(NamedTuple):
     image: Tensor  # [B, D]
     text: Tensor  # [C, D]
     labels: Tensor  # [B]
-    logit_scale: Tensor
+    logit_scale: Tensor  # [] or [1]
     lse: Tensor  # [B]
     image_norm: Tensor  # [B]
     text_norm: Tensor  # [K]
-    denominator: Tensor
-    # Gradients of the unit rows, which only the C++ backward reads
-    kept_image: Tensor
-    kept_text: Tensor
-    kept_logit_scale: Tensor
+    denominator: Tensor  # []
+    # Of C++ alone
+    kept_image: Tensor  # [B, D] or [0, D]
+    kept_text: Tensor  # [K, D] or [0, D]
+    kept_logit_scale: Tensor  # [1] or [0]
     class_ids: Tensor | None  # [K]
     class_weight: Tensor | None  # [C]
     label_smoothing: float
@@ -85,23 +88,7 @@ class Backward(NamedTuple):
     need_logit_scale: bool
 
 
-class KernelInputs(NamedTuple):
-    """Tensors of a call as the kernels read them."""
-
-    labels: Tensor
-    class_ids: Tensor | None
-    class_weight: Tensor | None
-    total_weight: Tensor | None  # Σ_k w_k, with smoothing and class weights
-
-    @classmethod
-    def of(cls, call: Forward | Backward) -> KernelInputs:
-        """Make the tensors of a call contiguous, and sum its weights where needed."""
-        class_ids = contiguous_or_none(call.class_ids)
-        class_weight = None if call.class_weight is None else call.class_weight.float().contiguous()
-        total_weight = None
-        if class_weight is not None and call.label_smoothing:
-            total_weight = reference.sampled(class_weight, class_ids).sum()
-        return cls(call.labels.contiguous(), class_ids, class_weight, total_weight)
+AnyCall = TypeVar("AnyCall", Forward, Backward)
 
 
 @triton.jit
@@ -402,20 +389,19 @@ def _class_sampled_ce_bwd_logits_kernel(
         tl.store(d_scale_ptr + place, tl.sum(tl.sum(d_logits * cosine, axis=1), axis=0))
 
 
-def _launch_forward(*arguments: Any) -> tuple[Tensor, ...]:
-    call = Forward(*arguments)
-    image, text = with_contiguous_rows(call.image), with_contiguous_rows(call.text)
-    B, C, device = image.shape[0], text.shape[0], image.device
-    K = unit_rows.sample_size(text, call.class_ids)
-    smooth = call.label_smoothing != 0
+# ---- launches of the kernels -----------------------------------------------------------------------------------------
+
+
+def _launch(*arguments: Any) -> tuple[Tensor, ...]:
+    call = _as_read(Forward(*arguments))
+    image, text, class_ids, smooth = call.image, call.text, call.class_ids, call.label_smoothing != 0
+    B, C, K, device = len(image), len(text), unit_rows.sample_size(text, class_ids), image.device
     # 1. Softmax of each split of the classes
     options = launch_options("class_sampled_ce_fwd", image, B=B)
     b_blocks, tiles = triton.cdiv(B, options["BLOCK_B"]), triton.cdiv(K, options["BLOCK_K"])
     split_tiles = triton.cdiv(tiles, min(tiles, triton.cdiv(PROGRAMS, b_blocks)))
     splits = triton.cdiv(tiles, split_tiles)
-
-    inputs = KernelInputs.of(call)
-    image_norm, text_norm = unit_rows.norms_for(image, text, inputs.class_ids, bool(options["MEASURE"]))
+    image_norm, text_norm = unit_rows.norms_for(image, text, class_ids, bool(options["MEASURE"]))  # [B], [K]
     partial = torch.empty(5 if smooth else 4, splits, B, dtype=torch.float32, device=device)  # [planes, splits, B]
     launch(
         _class_sampled_ce_fwd_kernel,
@@ -424,10 +410,10 @@ def _launch_forward(*arguments: Any) -> tuple[Tensor, ...]:
         debug=True,  # compiles the assertions, also below
         **options,
         **cosine_arguments(image, text, image_norm, text_norm),
-        labels_ptr=inputs.labels,
+        labels_ptr=call.labels,
         logit_scale_ptr=call.logit_scale,
-        class_ids_ptr=inputs.class_ids,
-        class_weight_ptr=inputs.class_weight,
+        class_ids_ptr=class_ids,
+        class_weight_ptr=call.class_weight,
         partial_ptr=partial,
         B=B,
         K=K,
@@ -437,11 +423,11 @@ def _launch_forward(*arguments: Any) -> tuple[Tensor, ...]:
         split_size=split_tiles * options["BLOCK_K"],
     )
     # 2. Loss, from the splits
-    loss, lse, denominator = _combine(call, inputs, partial)
-    return loss, lse, image_norm, text_norm, denominator, *_empty_kept(call, loss)
+    loss, lse, denominator = _combine(call, partial)
+    return loss, lse, image_norm, text_norm, denominator, *_unused_kept(call)
 
 
-def _combine(call: Forward, inputs: KernelInputs, partial: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _combine(call: Forward, partial: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the loss, [B] or [], lse [B] in fp64, and the divisor of the summed loss."""
     (_, splits, B), device, reduction = partial.shape, partial.device, REDUCTIONS[call.reduction]
     loss = torch.empty((B,) if reduction == "none" else (), dtype=torch.float32, device=device)
@@ -452,17 +438,17 @@ def _combine(call: Forward, inputs: KernelInputs, partial: Tensor) -> tuple[Tens
         (1,),
         device=device,
         debug=True,
-        labels_ptr=inputs.labels,
+        labels_ptr=call.labels,
         logit_scale_ptr=call.logit_scale,
-        class_weight_ptr=inputs.class_weight,
-        total_weight_ptr=inputs.total_weight,
+        class_weight_ptr=call.class_weight,
+        total_weight_ptr=_total_weight(call),
         partial_ptr=partial,
         loss_ptr=loss,
         lse_ptr=lse,
         denominator_ptr=denominator,
         B=B,
         K=unit_rows.sample_size(call.text, call.class_ids),
-        C=call.text.shape[0],
+        C=len(call.text),
         splits=splits,
         stride_partial=splits * B,
         label_smoothing=call.label_smoothing,
@@ -475,17 +461,15 @@ def _combine(call: Forward, inputs: KernelInputs, partial: Tensor) -> tuple[Tens
 
 
 def _launch_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    call = Backward(*arguments)
-    call = call._replace(image=with_contiguous_rows(call.image), text=with_contiguous_rows(call.text))
+    call = _as_read(Backward(*arguments))
+    image_sums, text_sums, scale_parts = _launch_sums(call)
     # A single d_loss is a factor of the sums, over the divisor of the mean.
     upstream = () if REDUCTIONS[call.reduction] == "none" else (call.d_loss, call.denominator)
-    image_sums, text_sums, scale_parts = _launch_sums(call)
-    d_image, d_text, d_logit_scale = (inputs.new_empty(0) for inputs in (call.image, call.text, call.logit_scale))
+    d_image, d_text, d_logit_scale = (x.new_empty(0) for x in (call.image, call.text, call.logit_scale))
     if call.need_image:
         d_image = unit_rows.through_unit_norm(call.image, None, image_sums, call.logit_scale, *upstream)
     if call.need_text:
-        ids = contiguous_or_none(call.class_ids)
-        d_text = unit_rows.through_unit_norm(call.text, ids, text_sums, call.logit_scale, *upstream)
+        d_text = unit_rows.through_unit_norm(call.text, call.class_ids, text_sums, call.logit_scale, *upstream)
     if call.need_logit_scale:
         d_logit_scale = unit_rows.total_of(scale_parts, torch.empty_like(call.logit_scale), *upstream)
     return d_image, d_text, d_logit_scale
@@ -494,7 +478,7 @@ def _launch_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _launch_sums(call: Backward) -> tuple[Tensor, Tensor, Tensor]:
     """Compute fp32 Σ_k G_bk t_k [B, D], Σ_b G_bk x_b [K, D] (see unit_rows.py), and parts of d_logit_scale."""
     (B, D), K, device = call.image.shape, unit_rows.sample_size(call.text, call.class_ids), call.image.device
-    inputs, options = KernelInputs.of(call), launch_options("class_sampled_ce_bwd_logits", call.image, B=B)
+    options = launch_options("class_sampled_ce_bwd_logits", call.image, B=B)
     BLOCK_B, BLOCK_K = options["BLOCK_B"], options["BLOCK_K"]
     size = min(triton.cdiv(max(PANEL // K, 1), BLOCK_B) * BLOCK_B, B)  # images of a panel
     image_sums = torch.empty(B if call.need_image else 0, D, dtype=torch.float32, device=device)
@@ -504,6 +488,7 @@ def _launch_sums(call: Backward) -> tuple[Tensor, Tensor, Tensor]:
         size if need_factors else 0, K, dtype=unit_rows.factors_dtype(call.image.dtype), device=device
     )
     sampled = reference.sampled(call.text, call.class_ids if call.need_image else None)  # [K, D]
+    total_weight = _total_weight(call)
     d_scale = torch.empty(0, dtype=torch.float32, device=device)
     if call.need_logit_scale:
         # [panels, tiles]; zeros, because the last panel may have fewer images and then does not write all elements.
@@ -513,8 +498,8 @@ def _launch_sums(call: Backward) -> tuple[Tensor, Tensor, Tensor]:
     for number, start in enumerate(range(0, B, size)):
         images = slice(start, min(start + size, B))
         panel = factors[: images.stop - start]  # [count, K]
-        parts = d_scale[number] if call.need_logit_scale else None
-        _launch_logits(call, inputs, options, images, panel if need_factors else None, parts)
+        parts = d_scale[number] if call.need_logit_scale else None  # [tiles]
+        _launch_logits(call, images, total_weight, panel if need_factors else None, parts)
         if call.need_image:
             product = contract(panel, sampled)  # [count, K] @ [K, D] -> [count, D]
             if size == B:
@@ -528,15 +513,11 @@ def _launch_sums(call: Backward) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _launch_logits(
-    call: Backward,
-    inputs: KernelInputs,
-    options: Mapping[str, Any],
-    images: slice,
-    factors: Tensor | None,
-    d_scale: Tensor | None,
+    call: Backward, images: slice, total_weight: Tensor | None, factors: Tensor | None, d_scale: Tensor | None
 ) -> None:
     """Write the factors [count, K] of a panel of images, and the parts [tiles] of d_logit_scale."""
     count, K = images.stop - images.start, unit_rows.sample_size(call.text, call.class_ids)
+    options = launch_options("class_sampled_ce_bwd_logits", call.image, B=len(call.image))
     d_loss = call.d_loss[images] if REDUCTIONS[call.reduction] == "none" else None  # of each image
     launch(
         _class_sampled_ce_bwd_logits_kernel,
@@ -545,11 +526,11 @@ def _launch_logits(
         **options,
         **cosine_arguments(call.image[images], call.text, call.image_norm[images], call.text_norm),
         d_loss_ptr=d_loss,
-        labels_ptr=inputs.labels[images],
+        labels_ptr=call.labels[images],
         logit_scale_ptr=call.logit_scale,
-        class_ids_ptr=inputs.class_ids,
-        class_weight_ptr=inputs.class_weight,
-        total_weight_ptr=inputs.total_weight,
+        class_ids_ptr=call.class_ids,
+        class_weight_ptr=call.class_weight,
+        total_weight_ptr=total_weight,
         lse_ptr=call.lse[images],
         factors_ptr=factors,
         d_scale_ptr=d_scale,
@@ -562,24 +543,39 @@ def _launch_logits(
     )
 
 
-def _reference(call: Forward | Backward, image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
-    """Compute the loss in plain PyTorch, with the options of a call."""
-    options = call.class_ids, call.class_weight, call.label_smoothing, call.ignore_index, REDUCTIONS[call.reduction]
-    return reference.class_sampled_ce(image, text, call.labels, logit_scale, *options)
+def _as_read(call: AnyCall) -> AnyCall:
+    """Make the inputs of a call as the kernels read them."""
+    return call._replace(
+        image=with_contiguous_rows(call.image),
+        text=with_contiguous_rows(call.text),
+        labels=call.labels.contiguous(),
+        class_ids=contiguous_or_none(call.class_ids),
+        class_weight=None if call.class_weight is None else call.class_weight.float().contiguous(),
+    )
+
+
+def _total_weight(call: Forward | Backward) -> Tensor | None:
+    """Return Σ_k w_k, with smoothing and class weights; None if the kernels need none, or it is K."""
+    if call.class_weight is None or call.label_smoothing == 0:
+        return None
+    return reference.sampled(call.class_weight, call.class_ids).sum()
+
+
+# ---- plain PyTorch ---------------------------------------------------------------------------------------------------
 
 
 def _fallback(*arguments: Any) -> tuple[Tensor, ...]:
     call = Forward(*arguments)
     loss = _reference(call, call.image, call.text, call.logit_scale)
     logits = reference.class_sampled_logits(call.image, call.text, call.logit_scale, call.class_ids)
-    lse = dtypes.widened(logits).logsumexp(dim=1)
+    lse = dtypes.widened(logits).logsumexp(dim=1)  # [B]
     image_norm, text_norm = unit_rows.reference_norms(call.image, call.text, call.class_ids)
     denominator = loss.new_ones(())
     if REDUCTIONS[call.reduction] == "mean":
         weight = image_norm.new_ones(len(call.text)) if call.class_weight is None else call.class_weight.to(loss.dtype)
         ignored = call.labels == call.ignore_index
         denominator = weight[call.labels.masked_fill(ignored, 0)].masked_fill(ignored, 0).sum()
-    return loss, lse, image_norm, text_norm, denominator, *_empty_kept(call, loss)
+    return loss, lse, image_norm, text_norm, denominator, *_unused_kept(call)
 
 
 def _fallback_backward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -587,6 +583,34 @@ def _fallback_backward(*arguments: Any) -> tuple[Tensor, ...]:
     needs = call.need_image, call.need_text, call.need_logit_scale
     inputs = call.image, call.text, call.logit_scale
     return autograd.reference_gradients(functools.partial(_reference, call), inputs, needs, call.d_loss)
+
+
+def _reference(call: Forward | Backward, image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
+    options = call.class_ids, call.class_weight, call.label_smoothing, call.ignore_index, REDUCTIONS[call.reduction]
+    return reference.class_sampled_ce(image, text, call.labels, logit_scale, *options)
+
+
+def _fake(*arguments: Any) -> tuple[Tensor, ...]:
+    call = Forward(*arguments)
+    B, K = call.image.shape[0], unit_rows.sample_size(call.text, call.class_ids)
+    dtype = dtypes.wide_dtype(call.image.dtype)
+    loss = call.image.new_empty((B,) if REDUCTIONS[call.reduction] == "none" else (), dtype=dtype)
+    lse = call.image.new_empty(B, dtype=dtypes.accumulation_dtype(call.image.device))
+    return loss, lse, loss.new_empty(B), loss.new_empty(K), loss.new_empty(()), *_unused_kept(call)
+
+
+def _unused_kept(call: Forward) -> tuple[Tensor, Tensor, Tensor]:
+    """Allocate `kept_…`."""
+    D, dtype = call.image.shape[1], dtypes.wide_dtype(call.image.dtype)
+    B, K = call.image.shape[0], unit_rows.sample_size(call.text, call.class_ids)
+    return (
+        call.image.new_empty(B if call.keep_image else 0, D, dtype=dtype),
+        call.image.new_empty(K if call.keep_text else 0, D, dtype=dtype),
+        call.image.new_empty(int(call.keep_logit_scale), dtype=dtypes.accumulation_dtype(call.image.device)),
+    )
+
+
+# ---- registration ----------------------------------------------------------------------------------------------------
 
 
 def _check(*arguments: Any) -> None:
@@ -599,33 +623,6 @@ def _check(*arguments: Any) -> None:
         kept = ignored | torch.isin(labels, call.class_ids)
         remedy = "Select the classes so that every label is kept."
         check_values(name, "labels", labels, kept, "among class_ids", remedy)
-
-
-def _fake(*arguments: Any) -> tuple[Tensor, ...]:
-    call = Forward(*arguments)
-    B, K = call.image.shape[0], unit_rows.sample_size(call.text, call.class_ids)
-    dtype = dtypes.wide_dtype(call.image.dtype)
-    loss = call.image.new_empty((B,) if REDUCTIONS[call.reduction] == "none" else (), dtype=dtype)
-    lse = call.image.new_empty(B, dtype=dtypes.accumulation_dtype(call.image.device))
-    return loss, lse, loss.new_empty(B), loss.new_empty(K), loss.new_empty(()), *_empty_kept(call, loss)
-
-
-def _empty_kept(call: Forward, loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Allocate `kept_…`, in the dtype of the loss."""
-    B, D = call.image.shape
-    return (
-        loss.new_empty(B if call.keep_image else 0, D),
-        loss.new_empty(unit_rows.sample_size(call.text, call.class_ids) if call.keep_text else 0, D),
-        loss.new_empty(int(call.keep_logit_scale), dtype=dtypes.accumulation_dtype(loss.device)),
-    )
-
-
-class_sampled_ce_backward = registration.define(
-    f"class_sampled_ce_backward({registration.arguments_of(Backward)})"
-    " -> (Tensor d_image, Tensor d_text, Tensor d_logit_scale)",
-    fallback=_fallback_backward,
-    launch=_launch_backward,
-)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -650,9 +647,15 @@ class_sampled_ce = registration.define(
     " -> (Tensor loss, Tensor lse, Tensor image_norm, Tensor text_norm, Tensor denominator,"
     " Tensor kept_image, Tensor kept_text, Tensor kept_logit_scale)",
     fallback=_fallback,
-    launch=_launch_forward,
-    check=_check,
     fake=_fake,
+    launch=_launch,
+    check=_check,
     backward=autograd.GradientRule(_save, _backward),
     autocast_arguments=2,
+)
+class_sampled_ce_backward = registration.define(
+    f"class_sampled_ce_backward({registration.arguments_of(Backward)})"
+    " -> (Tensor d_image, Tensor d_text, Tensor d_logit_scale)",
+    fallback=_fallback_backward,
+    launch=_launch_backward,
 )
