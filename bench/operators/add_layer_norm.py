@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from skipkernels import functional, reference
-from skipkernels.ops.add_layer_norm import MAX_WIDTH, NormArguments
+from skipkernels.ops.add_layer_norm import MAX_WIDTH, Backward
 
 from .. import peers
 from ..measure import CPU, OURS
@@ -76,10 +76,10 @@ def launches(dtype: torch.dtype) -> Iterator[Call]:
         yield Call(shape, (x, low, weight, weight, 1e-5, dtype))
 
 
-def backward_of(x: Tensor, weight: Tensor, **changes: Any) -> NormArguments:
+def backward_of(x: Tensor, weight: Tensor, **changes: Any) -> Backward:
     """Arguments of backward with the gradients of x, weight and bias."""
     statistic = on_meta(x.shape[0], dtype=torch.float32)
-    return NormArguments(
+    return Backward(
         d_normed=x,
         d_hidden=x,
         hidden=x,
@@ -90,10 +90,6 @@ def backward_of(x: Tensor, weight: Tensor, **changes: Any) -> NormArguments:
         need_x=True,
         need_weight=True,
         need_bias=True,
-        need_sums=False,
-        partial=False,
-        cast=None,
-        need_normed=False,
     )._replace(**changes)
 
 

@@ -10,12 +10,22 @@ With `rms`, an RMSNorm: mean = 0 and mean(g) = 0; the result `mean` is empty, an
 x, residual and normed may have different dtypes. Without a residual `hidden` is empty: an operator must not return one
 of its inputs. Saved for backward: hidden, the weight, and mean and rstd of each row, in fp32 (fp64 for fp64).
 
-Options of backward for fused blocks: `cast` returns d_x in a second dtype, too; with `need_normed` normed is
-recomputed; `need_sums` returns Σ d_hidden and Σ d_x over all rows, which for the second norm of a block are
-the gradients of the biases of the MLP's and of the attention's output projection.
+On a GPU one kernel of backward sums fixed blocks of rows, and a second adds these partial sums in order.
 
-On a GPU one kernel sums fixed blocks of rows, and a second adds these partial sums in order. With `partial` they are
-returned instead, and `column_sums` adds those of several operators in one launch.
+Autograd asks backward for the gradients alone. A fused block (`norm_backward` in towers/fused/stages.py) has options
+for what else it needs of the same rows, so that they are read once:
+
+    option       result                           use in the block
+    need_sums    d_hidden_sum, d_x_sum            gradients of the biases of the MLP's and the attention's output
+    partial      partial_sums, on a GPU in place  `column_sums` adds those of several operators in one launch
+                 of all sums over the rows
+    cast         d_x_cast, d_x in another dtype   gradient in 16 bits for the next product, under autocast
+    need_normed  normed, recomputed               gradient of the weight that it is multiplied by
+
+For example, the second norm of a block, under autocast:
+
+    Backward(d_normed, d_hidden, hidden, mean, rstd, weight, bias, need_x=True, need_weight=True, need_bias=True,
+             need_sums=True, cast=torch.bfloat16, need_normed=True)
 """
 
 from __future__ import annotations
@@ -48,8 +58,29 @@ class Forward(NamedTuple):
     rms: bool = False  # RMSNorm
 
 
-class NormResults(NamedTuple):
-    """Results of `add_layer_norm_backward`; empty if not needed."""
+class Backward(NamedTuple):
+    """Arguments of the backward operator; its schema is made from them."""
+
+    d_normed: Tensor  # [..., W]
+    d_hidden: Tensor | None  # [..., W]
+    hidden: Tensor  # [..., W]
+    mean: Tensor  # [...], for RMSNorm [0]
+    rstd: Tensor  # [...]
+    weight: Tensor  # [W]
+    bias: Tensor | None  # [W], only read with need_normed
+    need_x: bool
+    need_weight: bool
+    need_bias: bool
+    # For fused blocks, see above
+    need_sums: bool = False  # with d_hidden and need_x
+    partial: bool = False
+    cast: torch.dtype | None = None  # with need_x
+    need_normed: bool = False
+    rms: bool = False  # RMSNorm
+
+
+class BackwardResults(NamedTuple):
+    """Results of the backward operator; empty if not needed."""
 
     d_x: Tensor  # [..., W], dtype of hidden
     d_weight: Tensor  # [W], dtype of the weight
@@ -61,26 +92,6 @@ class NormResults(NamedTuple):
     # With `partial` on a GPU, fp32 [P, 2W] or [P, 4W]: partial sums of d_weight and d_bias, with `need_sums` also of
     # d_hidden_sum and d_x_sum, side by side in this order. These are then empty.
     partial_sums: Tensor
-
-
-class NormArguments(NamedTuple):
-    """Arguments of `add_layer_norm_backward`; its schema is made from them."""
-
-    d_normed: Tensor  # [..., W]
-    d_hidden: Tensor | None  # [..., W]
-    hidden: Tensor  # [..., W]
-    mean: Tensor  # [...], for RMSNorm [0]
-    rstd: Tensor  # [...]
-    weight: Tensor  # [W]
-    bias: Tensor | None  # [W], which normed contains
-    need_x: bool
-    need_weight: bool
-    need_bias: bool
-    need_sums: bool  # Σ d_hidden and Σ d_x
-    partial: bool  # partial sums in place of sums over all rows, on a GPU
-    cast: torch.dtype | None  # second dtype of d_x
-    need_normed: bool  # normed, computed again
-    rms: bool = False  # RMSNorm
 
 
 @triton.jit
@@ -217,6 +228,9 @@ def _add_layer_norm_bwd_rows_kernel(
         tl.store(sums_ptr + 3 * W + offs, tl.sum(d_x_sum, axis=0), mask=mask_w)  # [BLOCK_W]
 
 
+# ---- launches of the kernels -----------------------------------------------------------------------------------------
+
+
 def _launch(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, residual, weight, bias, eps, dtype, rms = Forward(*arguments)
     W = x.shape[-1]
@@ -245,6 +259,11 @@ def _launch(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return hidden, normed, mean, rstd
 
 
+def _has_kernel(hidden: Tensor) -> bool:
+    """Return True if the rows have a Triton kernel."""
+    return hidden.dtype != torch.float64 and hidden.shape[-1] <= MAX_WIDTH
+
+
 def _backward_rows(hidden: Tensor) -> tuple[int, int, Mapping[str, Any]]:
     """Return the number of programs of backward, the rows of each, and the launch options."""
     W = int(hidden.shape[-1])  # a symbol in the fake of a compiled call
@@ -252,8 +271,8 @@ def _backward_rows(hidden: Tensor) -> tuple[int, int, Mapping[str, Any]]:
     return *blocks_of_rows(hidden.numel() // W, options["BLOCK_R"], ROWS_PER_SUM, MAX_SUMS), options
 
 
-def _launch_backward(*arguments: Any) -> NormResults:
-    call = NormArguments(*arguments)
+def _launch_backward(*arguments: Any) -> BackwardResults:
+    call = Backward(*arguments)
     if not _has_kernel(call.hidden):  # the registration falls back by the dtype of d_normed, which may be another
         return NotImplemented
     W, R, device = call.hidden.shape[-1], call.rstd.numel(), call.hidden.device
@@ -292,7 +311,7 @@ def _launch_backward(*arguments: Any) -> NormResults:
     return out
 
 
-def _outputs(call: NormArguments) -> NormResults:
+def _outputs(call: Backward) -> BackwardResults:
     """Allocate the results: [0] where not needed, since an operator cannot return None."""
     hidden, weight = call.hidden, call.weight
 
@@ -301,7 +320,7 @@ def _outputs(call: NormArguments) -> NormResults:
 
     W = hidden.shape[-1]
     sums_shape = (_backward_rows(hidden)[0], (4 if call.need_sums else 2) * W) if call.partial else 0
-    return NormResults(
+    return BackwardResults(
         d_x=empty(hidden, call.need_x),
         d_weight=empty(weight, call.need_weight and not call.partial),
         d_bias=empty(weight, call.need_bias and not call.partial),
@@ -311,6 +330,9 @@ def _outputs(call: NormArguments) -> NormResults:
         d_x_sum=empty(weight, call.need_sums and not call.partial),
         partial_sums=call.rstd.new_empty(sums_shape),
     )
+
+
+# ---- plain PyTorch ---------------------------------------------------------------------------------------------------
 
 
 def _fallback(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -330,9 +352,9 @@ def _affine(unit: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return scaled if bias is None else scaled + bias.to(unit.dtype)
 
 
-def _fallback_backward(*arguments: Any) -> NormResults:
+def _fallback_backward(*arguments: Any) -> BackwardResults:
     # Not autograd of the reference: backward receives the statistics instead of eps.
-    call = NormArguments(*arguments)
+    call = Backward(*arguments)
     d_normed, d_hidden, hidden, mean, rstd, weight, bias, *_ = call
     dtype, cast, needs = rstd.dtype, call.cast, (call.need_x, call.need_weight, call.need_bias)
     hidden_wide, d_normed_wide, rstd = hidden.to(dtype).contiguous(), d_normed.to(dtype).contiguous(), rstd[..., None]
@@ -366,7 +388,7 @@ def _fallback_backward(*arguments: Any) -> NormResults:
     def result(x: Tensor | None, like: torch.dtype) -> Tensor:
         return hidden.new_empty(0, dtype=like) if x is None else x.to(like)
 
-    return NormResults(
+    return BackwardResults(
         d_x=result(d_x, hidden.dtype),
         d_weight=result(d_weight, weight.dtype),
         d_bias=result(d_bias, weight.dtype),
@@ -386,16 +408,14 @@ def _fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return hidden, x.new_empty(x.shape, dtype=dtype or x.dtype), mean, rstd
 
 
-def _fake_backward(*arguments: Any) -> NormResults:
-    call = NormArguments(*arguments)
+def _fake_backward(*arguments: Any) -> BackwardResults:
+    call = Backward(*arguments)
     # The C++ kernel and the fallback ignore `partial`.
     uses_triton = launching.launches_on(call.hidden.device) and _has_kernel(call.hidden)
     return _outputs(call._replace(partial=call.partial and uses_triton))
 
 
-def _has_kernel(hidden: Tensor) -> bool:
-    """Return True if the rows have a Triton kernel."""
-    return hidden.dtype != torch.float64 and hidden.shape[-1] <= MAX_WIDTH
+# ---- registration ----------------------------------------------------------------------------------------------------
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -412,9 +432,9 @@ def _backward(ctx: Any, d_hidden: Tensor | None, d_normed: Tensor | None, *_: No
     cast = None if not need_residual or ctx.residual_dtype == hidden.dtype else ctx.residual_dtype
     if d_normed is None:
         return d_hidden, d_hidden if cast is None or d_hidden is None else d_hidden.to(cast)
-    call = NormArguments(
+    call = Backward(
         d_normed, d_hidden, hidden, mean, rstd, weight, None, need_x or need_residual, need_weight, need_bias,
-        need_sums=False, partial=False, cast=cast, need_normed=False, rms=ctx.rms,
+        cast=cast, rms=ctx.rms,
     )  # fmt: skip
     d_x, d_weight, d_bias, d_x_cast, *_ = add_layer_norm_backward(*call)
     return d_x, d_x if cast is None else d_x_cast, d_weight, d_bias
@@ -430,7 +450,7 @@ add_layer_norm = registration.define(
     autocast_arguments=2,
 )
 add_layer_norm_backward = registration.define(
-    f"add_layer_norm_backward({registration.arguments_of(NormArguments)})"
+    f"add_layer_norm_backward({registration.arguments_of(Backward)})"
     " -> (Tensor d_x, Tensor d_weight, Tensor d_bias, Tensor d_x_cast, Tensor normed, Tensor d_hidden_sum,"
     " Tensor d_x_sum, Tensor partial_sums)",
     fallback=_fallback_backward,

@@ -15,6 +15,7 @@ On a GPU one kernel sums the gradient of the bias over fixed blocks of rows, and
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -33,12 +34,17 @@ ROWS_PER_SUM = 32  # least number of rows per program of backward; with fewer th
 MAX_SUMS = 256  # largest number of blocks of rows: with the blocks of columns enough for every GPU
 
 
-class Needs(NamedTuple):
-    """Results of backward that are computed."""
+class Backward(NamedTuple):
+    """Arguments of the backward operator; its schema is made from them."""
 
-    x: bool
-    bias: bool
-    out: bool = False
+    d_out: Tensor  # [..., W]
+    x: Tensor  # [..., W], for swiglu [..., 2W]
+    bias: Tensor | None  # [W], for swiglu [2W]
+    kind: int  # of KINDS
+    need_x: bool
+    need_bias: bool
+    # For fused blocks
+    need_out: bool = False
     partial: bool = False
 
 
@@ -160,10 +166,7 @@ def _mlp_activation_bwd_rows_kernel(
             tl.store(sums_ptr + W, tl.sum(d_bias_v, axis=0), mask=mask_w)  # [BLOCK_W]
 
 
-def _options(kernel: str, x: Tensor, W: int) -> Mapping[str, Any]:
-    """Return the launch options for a result [..., W]; rows of x are twice as wide for swiglu, of half as many rows."""
-    options = launch_options(kernel, x, W=int(W))  # a symbol in the fake of a compiled call
-    return {**options, "BLOCK_R": max(1, options["BLOCK_R"] * W // x.shape[-1])}
+# ---- launches of the kernels -----------------------------------------------------------------------------------------
 
 
 def _launch(x: Tensor, bias: Tensor | None, kind: int) -> Tensor:
@@ -185,60 +188,71 @@ def _launch(x: Tensor, bias: Tensor | None, kind: int) -> Tensor:
     return out
 
 
-def _launch_backward(d_out: Tensor, x: Tensor, bias: Tensor | None, kind: int, *needs: bool) -> tuple[Tensor, ...]:
-    W, width, device = d_out.shape[-1], x.shape[-1], x.device
-    R, options = d_out.numel() // W, _options("mlp_activation_bwd_rows", x, W)
-    P, rows = blocks_of_rows(R, options["BLOCK_R"], ROWS_PER_SUM, MAX_SUMS)
-    need = Needs(*needs)
-    d_x, d_bias, out, sums = _outputs(d_out, x, bias, need)
-    if need.bias and not need.partial:
+def _launch_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    call = Backward(*arguments)
+    W, width, device = call.d_out.shape[-1], call.x.shape[-1], call.x.device
+    P, rows, options = _backward_rows(call)
+    d_x, d_bias, out, partial_sums = _outputs(call)
+    sums = partial_sums  # [P, W], for swiglu [P, 2W]
+    if call.need_bias and not call.partial:
         sums = torch.empty(P, width, dtype=torch.float32, device=device)
     launch(
         _mlp_activation_bwd_rows_kernel,
         (P, triton.cdiv(W, options["BLOCK_W"])),
         device=device,
-        d_out_ptr=d_out.contiguous(),
-        x_ptr=x.contiguous(),
-        bias_ptr=contiguous_or_none(bias),
-        d_x_ptr=d_x if need.x else None,
-        out_ptr=out if need.out else None,
-        d_bias_sums_ptr=sums if need.bias else None,
-        R=R,
+        d_out_ptr=call.d_out.contiguous(),
+        x_ptr=call.x.contiguous(),
+        bias_ptr=contiguous_or_none(call.bias),
+        d_x_ptr=d_x if call.need_x else None,
+        out_ptr=out if call.need_out else None,
+        d_bias_sums_ptr=sums if call.need_bias else None,
+        R=call.d_out.numel() // W,
         rows=rows,
         W=W,
-        KIND=KINDS[kind],
+        KIND=KINDS[call.kind],
         **options,
     )
-    if need.bias and not need.partial:
+    if call.need_bias and not call.partial:
         write_column_sums([sums], [d_bias])
-    return d_x, d_bias, out, sums if need.partial else x.new_empty(0, dtype=torch.float32)
+    return d_x, d_bias, out, partial_sums
 
 
-def _outputs(d_out: Tensor, x: Tensor, bias: Tensor | None, need: Needs) -> tuple[Tensor, ...]:
-    P, W, width = 0, d_out.shape[-1], x.shape[-1]
-    partial = need.partial and need.bias
-    if partial:
-        BLOCK_R = _options("mlp_activation_bwd_rows", x, W)["BLOCK_R"]
-        P, _ = blocks_of_rows(d_out.numel() // W, BLOCK_R, ROWS_PER_SUM, MAX_SUMS)
-    inputs, needs = (x, x if bias is None else bias, d_out), (need.x, need.bias and not partial, need.out)
-    sums = x.new_empty((P, width) if partial else 0, dtype=torch.float32)
-    return *autograd.gradients_like(inputs, needs), sums
+def _options(kernel: str, x: Tensor, W: int) -> Mapping[str, Any]:
+    """Return the launch options for a result [..., W]; rows of x are twice as wide for swiglu, of half as many rows."""
+    options = launch_options(kernel, x, W=int(W))  # a symbol in the fake of a compiled call
+    return {**options, "BLOCK_R": max(1, options["BLOCK_R"] * W // x.shape[-1])}
+
+
+def _backward_rows(call: Backward) -> tuple[int, int, Mapping[str, Any]]:
+    """Return the number of blocks of rows of backward, the rows of each, and the launch options."""
+    W = call.d_out.shape[-1]
+    options = _options("mlp_activation_bwd_rows", call.x, W)
+    return *blocks_of_rows(call.d_out.numel() // W, options["BLOCK_R"], ROWS_PER_SUM, MAX_SUMS), options
+
+
+def _outputs(call: Backward) -> tuple[Tensor, ...]:
+    """Allocate the results: [0] where not needed, since an operator cannot return None."""
+    partial = call.partial and call.need_bias
+    sums_shape = (_backward_rows(call)[0], call.x.shape[-1]) if partial else 0
+    inputs = call.x, call.x if call.bias is None else call.bias, call.d_out
+    needs = call.need_x, call.need_bias and not partial, call.need_out
+    return *autograd.gradients_like(inputs, needs), call.x.new_empty(sums_shape, dtype=torch.float32)
+
+
+# ---- plain PyTorch ---------------------------------------------------------------------------------------------------
 
 
 def _fallback(x: Tensor, bias: Tensor | None, kind: int) -> Tensor:
     return reference.mlp_activation(x.contiguous(), bias, KINDS[kind])
 
 
-def _fallback_backward(d_out: Tensor, x: Tensor, bias: Tensor | None, kind: int, *needs: bool) -> tuple[Tensor, ...]:
-    def forward(x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return reference.mlp_activation(x, bias, KINDS[kind])
-
-    x, need = x.contiguous(), Needs(*needs)
-    out = forward(x, bias) if need.out else x.new_empty(0)
-    partial_sums = x.new_empty(0, dtype=torch.float32)
-    if bias is None:
-        return *autograd.reference_gradients(forward, (x,), (need.x,), d_out), x.new_empty(0), out, partial_sums
-    return *autograd.reference_gradients(forward, (x, bias), (need.x, need.bias), d_out), out, partial_sums
+def _fallback_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    call = Backward(*arguments)
+    x, function = call.x.contiguous(), functools.partial(reference.mlp_activation, kind=KINDS[call.kind])
+    inputs, needs = ((x,), (call.need_x,)) if call.bias is None else ((x, call.bias), (call.need_x, call.need_bias))
+    d_x, *d_bias = autograd.reference_gradients(function, inputs, needs, call.d_out)
+    out = function(x, call.bias) if call.need_out else x.new_empty(0)
+    return d_x, d_bias[0] if d_bias else x.new_empty(0), out, x.new_empty(0, dtype=torch.float32)
 
 
 def _fake(x: Tensor, bias: Tensor | None, kind: int) -> Tensor:
@@ -246,19 +260,14 @@ def _fake(x: Tensor, bias: Tensor | None, kind: int) -> Tensor:
     return x.new_empty(*rest, width // 2 if KINDS[kind] == "swiglu" else width)
 
 
-def _fake_backward(d_out: Tensor, x: Tensor, bias: Tensor | None, kind: int, *needs: bool) -> tuple[Tensor, ...]:
-    need = Needs(*needs)
-    partial = need.partial and launching.launches_on(x.device) and x.dtype != torch.float64
-    return _outputs(d_out, x, bias, need._replace(partial=partial))
+def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    call = Backward(*arguments)
+    # The C++ kernel and the fallback ignore `partial`.
+    uses_triton = launching.launches_on(call.x.device) and call.x.dtype != torch.float64
+    return _outputs(call._replace(partial=call.partial and uses_triton))
 
 
-mlp_activation_backward = registration.define(
-    "mlp_activation_backward(Tensor d_out, Tensor x, Tensor? bias, int kind, bool need_x, bool need_bias,"
-    " bool need_out=False, bool partial=False) -> (Tensor d_x, Tensor d_bias, Tensor out, Tensor partial_sums)",
-    fallback=_fallback_backward,
-    fake=_fake_backward,
-    launch=_launch_backward,
-)
+# ---- registration ----------------------------------------------------------------------------------------------------
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -279,4 +288,11 @@ mlp_activation = registration.define(
     launch=_launch,
     backward=autograd.GradientRule(_save, _backward),
     autocast_arguments=1,
+)
+mlp_activation_backward = registration.define(
+    f"mlp_activation_backward({registration.arguments_of(Backward)})"
+    " -> (Tensor d_x, Tensor d_bias, Tensor out, Tensor partial_sums)",
+    fallback=_fallback_backward,
+    fake=_fake_backward,
+    launch=_launch_backward,
 )

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from bench.operators.add_layer_norm import eager
 from skipkernels.functional import add_layer_norm, add_rms_norm
-from skipkernels.ops.add_layer_norm import NormResults, add_layer_norm_backward
+from skipkernels.ops.add_layer_norm import BackwardResults, add_layer_norm_backward
 from skipkernels.ops.add_layer_norm import add_layer_norm as operator
 from skipkernels.ops.row_sums import column_sums
 from skipkernels.testing import SLACK, relative_error
@@ -148,8 +148,8 @@ def test_backward_of_a_block(backend: Backend, shape, rms, dtypes):
     cast = None if stream == product else product
     saved = d_normed, d_hidden, hidden, mean, rstd, weight
 
-    def backward(*options) -> NormResults:
-        return NormResults(*add_layer_norm_backward(*saved, *options, rms))
+    def backward(*options) -> BackwardResults:
+        return BackwardResults(*add_layer_norm_backward(*saved, *options, rms))
 
     plain = backward(bias, True, True, True, False, False, None, False)
     recomputed = (None if rms else bias, True, True, True, True)

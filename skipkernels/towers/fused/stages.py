@@ -41,9 +41,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...dtypes import wide_dtype
-from ...ops.add_layer_norm import NormArguments, NormResults, add_layer_norm, add_layer_norm_backward
+from ...ops.add_layer_norm import Backward as NormBackward
+from ...ops.add_layer_norm import BackwardResults as NormResults
+from ...ops.add_layer_norm import add_layer_norm, add_layer_norm_backward
 from ...ops.mlp_activation import KINDS, mlp_activation, mlp_activation_backward
-from ...ops.mlp_activation import Needs as ActivationNeeds
+from ...ops.mlp_activation import Backward as ActivationBackward
 from ...ops.rotary_embedding import rotary_embedding
 from ..rows import Hidden, RowsOptions
 from .weights import ATTENTION_NORMS, BlockSettings, BlockWeights, Gradients
@@ -339,8 +341,17 @@ def mlp_act_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradient of inner, [Q, M] or [Q, 2M]; set that of b_fc. Return also act(inner + b_fc), empty if not needed."""
     bias, kind = call.weights.mlp_in_bias, KINDS.index(call.settings.activation)
-    needs = ActivationNeeds(True, gradients.needs("mlp_in_bias"), need_active, gradients.partial)
-    d_inner, d_bias, active, partial_sums = mlp_activation_backward(d_active, inner, bias, kind, *needs)
+    arguments = ActivationBackward(
+        d_active,
+        inner,
+        bias,
+        kind,
+        need_x=True,
+        need_bias=gradients.needs("mlp_in_bias"),
+        need_out=need_active,
+        partial=gradients.partial,
+    )
+    d_inner, d_bias, active, partial_sums = mlp_activation_backward(*arguments)
     gradients.set_sums({"mlp_in_bias": d_bias}, partial_sums)
     return d_inner, active
 
@@ -378,7 +389,7 @@ def norm_backward(
     (weight, bias), bias_name = call.weights.layer(name), f"{name}_bias"
     need_sums, need_weights = gradients.needs(*biases), gradients.needs(name, bias_name)
     casts = d_residual is not None and call.dtype != saved.x.dtype
-    arguments = NormArguments(
+    arguments = NormBackward(
         d_normed,
         d_residual,
         saved.x,
