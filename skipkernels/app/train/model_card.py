@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ...formatting import escaped
 from ..config import TuneConfig
 from ..methods.registry import PACKAGED
+from ..report.summary import accuracy_table, headline
 from ..results.notes import demonstration_note
 from .description import NOT_CALIBRATED, Description
 
@@ -33,7 +34,7 @@ def model_card(
 
     loader = PackageLoader("skipkernels.app.train")
     environment = Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    environment.filters |= {"escaped": escaped, "percent": lambda value: "–" if value is None else f"{value:.2f} %"}
+    environment.filters["escaped"] = escaped
     alpha = metrics.get("alpha")
     command = config.command("tune", left_out=("out", "device"))
     command += "" if alpha is None else f"\nskipkernels blend RUN --alpha {alpha}"
@@ -49,7 +50,8 @@ def model_card(
         tower=_TOWER if config.model == PACKAGED else "",
         resize=described.preprocessing.get("resize_mode"),
         demonstration=demonstration_note(config.model),
-        accuracies=list(_accuracies(config, metrics)),
+        headline=headline(metrics),
+        accuracies=accuracy_table(metrics),
         shots=_shots(config, metrics["images"]["train"], len(described.classes)),
         shown=_SHOWN,
         classes_in="`classes.json`" if head_code else _CLASSES_IN.get(use, "`classifier.json`"),
@@ -64,20 +66,3 @@ def _shots(config: TuneConfig, images: int, classes: int) -> str:
         return ""
     whole = images == config.shots * classes
     return f", {config.shots} per class" if whole else f", fewer than {config.shots} of some classes"
-
-
-def _accuracies(
-    config: TuneConfig, metrics: Mapping[str, Any]
-) -> Iterator[tuple[str, Any, float | None, float | None]]:
-    """Yield rows of the table: name, number of classes, and accuracies in per cent."""
-    if config.test != "none":
-        for name, before in metrics["zero_shot"].items():
-            yield name, metrics["classes"].get(name, ""), before, metrics["tuned"].get(name)
-        return
-    held, count = metrics["validation"], next(iter(metrics["classes"].values()))
-    if held is None:
-        yield "no test; there is none", count, None, None
-    else:
-        chosen = "candidate and then train" if metrics["candidates"] else "epoch"
-        name = f"no test; {held['images']} validation images, which choose the {chosen}"
-        yield name, count, held["zero_shot"], held["tuned"]
