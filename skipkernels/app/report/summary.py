@@ -109,9 +109,8 @@ def choice(metrics: Metrics) -> str | None:
     if not metrics["candidates"]:
         return None
     because = f": {metrics['chosen_because']}" if metrics["chosen_because"] else ""
-    first = metrics["candidates"][0]  # zero-shot, which is not trained
     repeated = "was trained again, on" if metrics["steps"] else "was fitted again, to"
-    again = "" if first["chosen"] else f" Then it {repeated} all images."
+    again = "" if metrics["classifier"] == "zero-shot" else f" Then it {repeated} all images."
     return f"{classifier(metrics)} was chosen{because}.{again}"
 
 
@@ -142,10 +141,8 @@ def accuracy_table(metrics: Metrics) -> Table:
 
 
 def candidate_table(metrics: Metrics, best: int | None = None) -> Table:
-    """Table of the candidates of a run that chose its method; of the first `best`, the chosen one before others."""
-    found = metrics["candidates"]
-    if best is not None and len(found) > best:
-        found = sorted(found, key=lambda each: (each["chosen"], each["accuracy"], -each["loss"]), reverse=True)[:best]
+    """Table of the candidates of a run that chose its method, or of the `best`; the chosen one is the first."""
+    found = metrics["candidates"][:best]
     balanced = any(number(each["balanced_accuracy"]) != number(each["accuracy"]) for each in found)
     rows = []
     for each in found:

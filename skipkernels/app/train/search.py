@@ -71,6 +71,10 @@ class Trial:
         plain, of_classes = (accuracy(labels, top, balanced=each) for each in (False, True))
         return cls(candidate, plain, of_classes, F.cross_entropy(logits.double(), labels).item(), logits)
 
+    def score(self, *, balanced: bool) -> tuple[float, float]:
+        """Return the accuracy by which candidates are compared; of equal ones a lower loss is better."""
+        return round(self.balanced_accuracy if balanced else self.accuracy, 6), -self.loss
+
     def row(self, images: int, *, chosen: bool) -> dict[str, Any]:
         """Return what metrics.json has of the candidate."""
         return {
@@ -86,12 +90,9 @@ class Trial:
 
 def best(trials: Sequence[Trial], *, balanced: bool) -> tuple[Trial, int]:
     """Return the trial with the highest accuracy, and of equal ones the lowest loss; and the number of equal ones."""
-
-    def score(trial: Trial) -> float:
-        return round(trial.balanced_accuracy if balanced else trial.accuracy, 6)
-
-    top = max(trials, key=lambda trial: (score(trial), -trial.loss))
-    return top, sum(score(trial) == score(top) for trial in trials) - 1
+    top = max(trials, key=lambda trial: trial.score(balanced=balanced))
+    highest, _ = top.score(balanced=balanced)
+    return top, sum(trial.score(balanced=balanced)[0] == highest for trial in trials) - 1
 
 
 class Search:
@@ -224,7 +225,8 @@ class Search:
             because = "no class has two training images, so that none can be held out"
             return Choice(asked, candidate.settings, because)
         chosen, because = self._best()
-        first, images = self.trials[0], len(self.labels)
+        first, images, balanced = self.trials[0], len(self.labels), self.config.balances
+        ranked = sorted(self.trials, key=lambda one: (one is chosen, one.score(balanced=balanced)), reverse=True)
         assert first.logits is not None and chosen.logits is not None
         fields, thresholds = calibrate(chosen.logits, self.labels)
         accuracies = {"zero_shot": round(first.accuracy, 4), "tuned": round(chosen.accuracy, 4)}
@@ -233,7 +235,7 @@ class Search:
             asked,
             chosen.candidate.settings,
             because + (", of those before Ctrl-C" if stopped else ""),
-            candidates=[trial.row(images, chosen=trial is chosen) for trial in self.trials],
+            candidates=[trial.row(images, chosen=trial is chosen) for trial in ranked],
             calibration=fields,
             validation={"images": images, **accuracies, "thresholds": thresholds},
             by_class=[metrics_of_test(self.labels, top, classes) for top in tops],
