@@ -9,16 +9,18 @@ from .base import InputError
 
 if TYPE_CHECKING:
     from .choice import TaskOptions
+    from .in_python import from_datasets
     from .registry import open_source
     from .shots import few_shot
-    from .source import Source, from_datasets
+    from .source import Source
     from .tasks import Task, TestSet, load_task
 
 _NAMES = {
     "choice": ("TaskOptions",),
+    "in_python": ("from_datasets",),
     "registry": ("open_source",),
     "shots": ("few_shot",),
-    "source": ("Source", "from_datasets"),
+    "source": ("Source",),
     "tasks": ("Task", "TestSet", "load_task"),
 }
 __all__ = [

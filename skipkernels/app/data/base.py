@@ -1,8 +1,8 @@
-"""Type of datasets, and the error for unusable input."""
+"""Error for unusable input."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol, get_args
+from typing import Any, get_args
 
 from ...formatting import escaped
 
@@ -44,11 +44,3 @@ def check_choice(value: Any, literal: Any, argument: str, function: str) -> None
 def open_error(message: str, argument: str = "data") -> InputError:
     """Return an `InputError` of `open_source` about one of its arguments."""
     return InputError(message, argument, "open_source")
-
-
-class SizedDataset(Protocol):
-    """A map-style dataset of (image, label) with a length."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> tuple[Any, int]: ...

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from ...labels import whole_number
-from .base import InputError, SizedDataset
+from .base import InputError
 from .files import absolute_path
+from .map_style import SizedDataset, image_and_label, read_labels
 from .reading import from_pixels, read_ahead, read_image, to_rgb
 
 Transform = Callable[[Any], Any]
@@ -95,7 +95,7 @@ class Images:
     def __getitem__(self, index: int) -> tuple[Any, int]:
         """Load an image and its label."""
         item = self.indices[index]
-        image, label = _image_and_label(self.dataset, item)
+        image, label = image_and_label(self.dataset, item)
         if self._own_labels is not None and label != self._own_labels[item]:
             raise InputError(
                 f"{type(self.dataset).__name__}: item {item} has the label {label!r}, and the labels of the dataset "
@@ -158,48 +158,3 @@ def joined(parts: Sequence[Images]) -> Images:
 
     both: Any = ConcatDataset(parts)  # type: ignore[arg-type]  # any sequence is accepted
     return Images(both, [label for part in parts for label in part.labels], names)
-
-
-def _image_and_label(dataset: Any, index: int) -> tuple[Any, Any]:
-    """Return the image and the label of an item; a label of NumPy or PyTorch as a number."""
-    item = dataset[index]
-    if isinstance(item, Mapping) and "image" in item and "label" in item:
-        item = item["image"], item["label"]
-    if not isinstance(item, (tuple, list)) or len(item) != 2:
-        got = f"the keys {', '.join(map(str, item))}" if isinstance(item, Mapping) else type(item).__name__
-        raise InputError(
-            f"{type(dataset).__name__}: item {index} must be (image, label), or have the keys image and label; got "
-            f"{got}. Rename or convert them."
-        )
-    image, label = item
-    return image, label.item() if hasattr(label, "item") and getattr(label, "ndim", 0) == 0 else label
-
-
-def read_labels(dataset: Any) -> list[int]:
-    """Return the label of every item of a dataset.
-
-    Labels are read from the attribute `labels` or `targets`, as torchvision's datasets have, or from the column "label"
-    of a dataset of Hugging Face. Without them, every item is loaded.
-
-    >>> read_labels([("an image", 2), ("another", 0)])
-    [2, 0]
-    """
-    name = type(dataset).__name__
-    attributes = (getattr(dataset, attribute, None) for attribute in ("labels", "targets", "_labels"))
-    found = next((values for values in attributes if values is not None), None)
-    if found is None and "label" in (getattr(dataset, "column_names", None) or ()):
-        found = dataset["label"]
-    if found is None:
-        found = [_image_and_label(dataset, index)[1] for index in range(len(dataset))]
-    values = found.tolist() if hasattr(found, "tolist") else list(found)
-    labels = []
-    for index, value in enumerate(values):
-        label = whole_number(value)
-        if label is None:
-            raise InputError(
-                f"{name}: the label of item {index} must be an integer; got {value!r}. Number the classes from 0."
-            )
-        labels.append(label)
-    if len(labels) != len(dataset):
-        raise InputError(f"{name}: {len(dataset)} items have {len(labels)} labels. Give each item one.")
-    return labels

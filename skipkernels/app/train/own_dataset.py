@@ -11,8 +11,8 @@ from ...digests import digest_json
 from ...features.identity import dataset_identity
 from ..config import TuneConfig
 from ..data import InputError, Source, from_datasets
-from ..data.base import SizedDataset
 from ..data.files import file_name
+from ..data.map_style import SizedDataset
 from ..data.registry import IN_PYTHON
 from ..data.splits import listed_source
 

@@ -13,8 +13,8 @@ from rich.console import Console
 from ..config import CONFIG, TuneConfig
 from ..console import print_plain
 from ..data import InputError
-from ..data.base import SizedDataset
 from ..data.files import format_names
+from ..data.map_style import SizedDataset
 from ..data.registry import IN_PYTHON
 from ..results.files import existing_run
 from .evaluation import Accuracies, Evaluator

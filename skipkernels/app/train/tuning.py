@@ -15,7 +15,7 @@ from rich.console import Console
 from ...memory import out_of_memory
 from ..config import CONFIG, TuneConfig
 from ..console import print_plain
-from ..data.base import SizedDataset
+from ..data.map_style import SizedDataset
 from . import checkpoint
 from .model import check_model
 from .own_dataset import OwnData

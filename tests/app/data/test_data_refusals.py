@@ -14,7 +14,8 @@ import torch
 
 from skipkernels.app.data import TaskOptions, from_datasets, load_task, open_source
 from skipkernels.app.data.coop import DATASETS
-from skipkernels.app.data.images import Images, read_labels
+from skipkernels.app.data.images import Images
+from skipkernels.app.data.map_style import read_labels
 from skipkernels.app.data.templates import resolve_templates
 from tests.app.data.pictures import WNIDS, Listed, draw_image, make_coop, raises_input_error
 

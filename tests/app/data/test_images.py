@@ -17,7 +17,8 @@ import torch
 from PIL import EpsImagePlugin, ExifTags, Image
 from torch.utils.data import Subset, TensorDataset
 
-from skipkernels.app.data.images import Images, read_labels
+from skipkernels.app.data.images import Images
+from skipkernels.app.data.map_style import read_labels
 from skipkernels.app.data.reading import PIXELS, decode, read_ahead, read_image, to_rgb
 from tests.app.data.pictures import Listed, class_of, draw_image, encoded, raises_input_error
 
