@@ -22,7 +22,7 @@ from ..data import InputError
 from ..data.files import file_name
 from ..results.files import METRICS, read_metrics
 from ..train import tune
-from ..train.choice import Choice
+from ..train.candidates import Choice
 from ..train.reading import check_settings
 
 RUNS = "runs"

@@ -1,4 +1,4 @@
-"""Candidates between which a run chooses (`method="auto"`, `head="auto"`); see `search`.
+"""Candidates between which a run chooses (`method="auto"`, `head="auto"`), and the record of its choice; see `search`.
 
     frozen:     the texts, and each head, on the pretrained embeddings
     trained:    Skip Tuning with each of `FACTORS` of its learning rates, with the texts and each head
@@ -14,14 +14,20 @@ weights, with an anchored probe, if nothing is trained.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, get_args
 
+from ...formatting import first_line
 from ...options import HeadName
 from ..config import RATES, TuneConfig
+from ..data import InputError
 from ..methods.registry import AUTO
 from ..report.words import name_of_run
+from ..results.files import CANDIDATES
+from ..untrusted import read_object, validated
 
 FACTORS = (1.0, 3.0, 10.0)
 """Factors of the default learning rates."""
@@ -100,3 +106,32 @@ def untested(groups: Sequence[Sequence[Candidate]], *, tests_new: bool) -> Candi
     """
     candidates = [one for group in groups for one in group if (one.head, one.factor) != ("none", None)]
     return candidates[-1] if tests_new else min(candidates, key=lambda one: one.head != "anchored")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The chosen candidate, and how it came about: the contents of candidates.json."""
+
+    asked: dict[str, Any]  # `TuneConfig.identity` of the configuration that asked for a choice
+    settings: dict[str, Any]  # fields of the configuration, which replace those
+    because: str
+    candidates: list[dict[str, Any]] = field(default_factory=list)  # for metrics.json; none if no image was held out
+    calibration: dict[str, Any] = field(default_factory=dict)  # fields of a `Description`
+    validation: dict[str, Any] | None = None  # for metrics.json
+    by_class: list[dict[str, Any]] = field(default_factory=list)  # on the held-out images: zero-shot, chosen
+    seconds: float = 0.0  # of all trials
+
+    @classmethod
+    def read(cls, folder: Path) -> Choice | None:
+        """Read the choice of a run folder; None if it has none."""
+        path = folder / CANDIDATES
+        if not path.is_file():
+            return None
+        try:
+            return validated(cls, read_object(path))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: damaged ({first_line(error)}). Tune again with `overwrite=True`.") from error
+
+    def to_json(self) -> str:
+        """Contents of the file."""
+        return json.dumps(asdict(self), indent=2) + "\n"

@@ -18,8 +18,8 @@ import skipkernels
 from ..data.tasks import VALIDATION
 from ..report.words import name_of_run
 from ..results.files import MODEL
+from .candidates import Choice
 from .checkpoint import best_epoch
-from .choice import Choice
 from .evaluation import Evaluation, Evaluator
 from .setup import RunSetup
 

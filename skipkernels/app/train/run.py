@@ -25,8 +25,8 @@ from ..results import notes
 from ..results.class_metrics import BALANCED
 from ..results.files import CANDIDATES
 from . import checkpoint, weights
+from .candidates import Choice
 from .checkpoint import best_epoch
-from .choice import Choice
 from .description import describe, write_open_clip_config
 from .evaluation import Evaluation, Evaluator
 from .metrics import Trained, cost_of, metrics_of

@@ -20,8 +20,7 @@ from ..report.formats import plural
 from ..results.class_metrics import accuracy, metrics_of_test
 from ..results.predictions import top_classes
 from .calibration import calibrate
-from .candidates import Candidate, groups_of, untested
-from .choice import Choice
+from .candidates import Candidate, Choice, groups_of, untested
 from .setup import RunSetup
 from .trainer import REMEDY, Trainer
 from .weights import Interpolation

@@ -38,7 +38,7 @@ from ..results.files import (
 from ..results.predictions import prediction_lines, save
 from ..untrusted import OPEN_CLIP
 from . import checkpoint
-from .choice import Choice
+from .candidates import Choice
 from .description import Description, describe
 from .model_card import model_card
 from .reading import check_settings, has_run

@@ -19,7 +19,7 @@ from skipkernels.app.data import InputError
 from skipkernels.app.report.run_page import run_report
 from skipkernels.app.results.files import read_metrics
 from skipkernels.app.train import evaluate_run
-from skipkernels.app.train.choice import Choice
+from skipkernels.app.train.candidates import Choice
 from tests.app.runs import fails
 
 
