@@ -83,22 +83,7 @@ def rows_of(args: argparse.Namespace, case: Case, compiles: bool) -> list[dict[s
     published = Published(inputs, case.skip_layers)
     ours = skip_step(inputs, case.skip_layers, "fast", args.precision, published)
     floor = floor_of(ours, case.device)
-    steps: dict[str, Callable[[], Any]] = {OURS: with_update(ours, sk.FusedSGD)}
-    if compiles:
-        for mode, name in COMPILED.items():
-            steps[name] = with_update(published.compiled(args.precision, mode))
-    else:
-        steps[PUBLISHED] = with_update(published.step(args.precision))
-    graph = graphed_step(case, args.precision) if on_gpu else None
-    if graph is not None:
-        steps[GRAPHED] = graph.run
-    for run in steps.values():
-        for _ in range(WARMUP + 1):  # the last captures a graph
-            run()
-    note = ""
-    if graph is not None and not graph.step.is_captured:  # its steps are eager
-        del steps[GRAPHED]
-        note = "no graph was captured"
+    steps = steps_of(case, ours, published, compiles)
     seconds = measure.time_alternately(steps, args.rounds, case.device, calls=_CALLS if on_gpu else 1)
     best = seconds.get(GRAPHED, seconds[OURS])
     of_case = {"model": case.model, "B": case.batch, "C": case.classes, "K": ours.K, "skip_layers": case.skip_layers}
@@ -113,8 +98,26 @@ def rows_of(args: argparse.Namespace, case: Case, compiles: bool) -> list[dict[s
         rows.append(row)
     if GRAPHED in steps:
         rows[-1] |= launches_of(steps[GRAPHED], case.device)
-    rows[0]["note"] = note
+    rows[0]["note"] = "no graph was captured" if on_gpu and GRAPHED not in steps else ""
     return rows
+
+
+def steps_of(case: Case, ours: Step, published: Published, compiles: bool) -> dict[str, Callable[[], Any]]:
+    """The steps to time, with their updates, all of which have run; a graph that was not captured is left out."""
+    steps: dict[str, Callable[[], Any]] = {OURS: with_update(ours, sk.FusedSGD)}
+    if compiles:
+        steps |= {name: with_update(published.compiled(ours.precision, mode)) for mode, name in COMPILED.items()}
+    else:
+        steps[PUBLISHED] = with_update(published.step(ours.precision))
+    graph = graphed_step(case, ours.precision) if case.device.type == "cuda" else None
+    if graph is not None:
+        steps[GRAPHED] = graph.run
+    for run in steps.values():
+        for _ in range(WARMUP + 1):  # the last captures a graph
+            run()
+    if graph is not None and not graph.step.is_captured:
+        del steps[GRAPHED]
+    return steps
 
 
 def floor_of(step: Step, device: torch.device) -> float:
