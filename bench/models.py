@@ -57,6 +57,7 @@ def main() -> None:
         parser.error(f"--model must be a config of open_clip or one of {', '.join(OTHERS)}; got {min(unknown)}.")
     gc.freeze()  # modules are not searched after each model
     rows = [row_of(name) for name in track(args.model or [*sorted(configs, key=str.casefold), *OTHERS])]
+    gc.unfreeze()  # else nanobind reports leaks at the end of the process
     print(tables_of(rows))
     wrong = [row.name for row in rows if row.loss_error > LOSS or row.gradient_error > GRADIENT]
     if wrong:
