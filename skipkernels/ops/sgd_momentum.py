@@ -8,7 +8,8 @@ Learning rate, momentum, weight decay and the seed of stochastic rounding are te
 graph reads new values at each replay. Each product is rounded as in the reference: all kernels return the same bits.
 
 A list (a model has some 150 parameters, most of them small) is one parallel region on the CPU and one launch on a GPU.
-The kernel reads the addresses and sizes of the tensors from tables on the device, which are kept between calls.
+The kernel reads the addresses and sizes of the tensors from tables on the device, which are kept between calls, those
+of the gradients from a table of their own: they are other tensors in each step. A captured graph has its own tables.
 """
 
 from __future__ import annotations
@@ -34,6 +35,20 @@ MAX_TABLES = 512  # kept between calls; 8 bytes per number
 _TRITON_DTYPES = {
     getattr(torch, name): getattr(tl, name, None) for name in ("float32", "bfloat16", "float16", "float64")
 }
+
+
+class Call(NamedTuple):
+    """Arguments of the operator, in the order of its schema."""
+
+    weights: list[Tensor]
+    grads: list[Tensor]
+    momentum_buffers: list[Tensor]
+    lr: Tensor
+    momentum: Tensor
+    weight_decay: Tensor
+    seed: Tensor | None
+    offsets: Sequence[int] | None
+    casts: list[Tensor]
 
 
 class Variant(NamedTuple):
@@ -143,54 +158,48 @@ def _sgd_momentum_kernel(
         _update(row, grad, factors, seed, VARIANT, VECTORISED=False)
 
 
-class Call(NamedTuple):
-    """Arguments of the operator, in the order of its schema."""
-
-    weights: list[Tensor]
-    grads: list[Tensor]
-    momentum_buffers: list[Tensor]
-    lr: Tensor
-    momentum: Tensor
-    weight_decay: Tensor
-    seed: Tensor | None
-    offsets: Sequence[int] | None
-    casts: list[Tensor]
+# ---- launches of the kernel ------------------------------------------------------------------------------------------
 
 
 class _Tensors(NamedTuple):
-    """One tensor of the list, contiguous, with its copy, if any, and the offset of its random bits."""
+    """One tensor of the list as the kernel reads it: contiguous."""
 
     weight: Tensor
     grad: Tensor
     momentum_buffer: Tensor
     cast: Tensor | None
-    first: int
+    first: int  # offset of its random bits; 0 without a seed
+
+    def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
+        """Return the dtypes that may differ between the tensors of a list."""
+        return self.grad.dtype, self.momentum_buffer.dtype
 
 
 def _launch(*arguments: Any) -> None:
     call = Call(*arguments)
     alike: dict[tuple[torch.dtype, torch.dtype], list[_Tensors]] = {}
-    copies: list[tuple[Tensor, Tensor]] = []
-
-    def contiguous(tensor: Tensor) -> Tensor:
-        copy = tensor.contiguous()
-        if copy is not tensor:
-            copies.append((tensor, copy))
-        return copy
-
+    updated: list[tuple[Tensor, Tensor]] = []  # tensors of the call, and what the kernel writes
     first = 0
     lists = zip(call.weights, call.grads, call.momentum_buffers, strict=True)
     for number, (weight, grad, momentum_buffer) in enumerate(lists):
         first = first if call.offsets is None else call.offsets[number]
         if weight.numel() > 0:
             cast = call.casts[number] if call.casts and call.casts[number].numel() > 0 else None
-            tensors = _Tensors(contiguous(weight), grad.contiguous(), contiguous(momentum_buffer), cast, first)
-            alike.setdefault((grad.dtype, momentum_buffer.dtype), []).append(tensors)
+            x = _Tensors(
+                weight.contiguous(),
+                grad.contiguous(),
+                momentum_buffer.contiguous(),
+                cast,
+                first=0 if call.seed is None else first,
+            )
+            alike.setdefault(x.dtypes(), []).append(x)
+            updated += (weight, x.weight), (momentum_buffer, x.momentum_buffer)
         first += weight.numel()
-    for tensors_alike in alike.values():
-        _launch_alike(tensors_alike, call)
-    for tensor, copy in copies:
-        tensor.copy_(copy)
+    for tensors in alike.values():
+        _launch_alike(tensors, call)
+    for tensor, copy in updated:
+        if copy is not tensor:
+            tensor.copy_(copy)
 
 
 def _launch_alike(tensors: list[_Tensors], call: Call) -> None:
@@ -200,19 +209,18 @@ def _launch_alike(tensors: list[_Tensors], call: Call) -> None:
     device, lanes = weight.device, LANES if call.seed is None else LANES_RANDOM
     options = dict(launch_options("sgd_momentum", weight))
     block = options.pop("BLOCK")  # elements of a program
-    rows: list[int] = []
-    programs: list[int] = []  # number of programs of each tensor
+    # 1. Tables
+    rows: list[int] = []  # [tensors, COLUMNS]
+    grads = [x.grad.data_ptr() for x in tensors]
+    programs = [triton.cdiv(x.first % lanes + x.weight.numel(), block) for x in tensors]  # number of each tensor
     begin = 0
-    grad_addresses: list[int] = []
-    for x in tensors:
-        first = 0 if call.seed is None else x.first
+    for x, grad_address, count in zip(tensors, grads, programs, strict=True):
         addresses = x.weight.data_ptr(), x.momentum_buffer.data_ptr(), 0 if x.cast is None else x.cast.data_ptr()
-        grad_addresses.append(x.grad.data_ptr())
         numel = x.weight.numel()
-        vectorised = all(n % 16 == 0 for n in (*addresses, grad_addresses[-1], numel)) and first % lanes == 0
-        rows += (*addresses, numel, first, begin, vectorised)
-        programs.append(triton.cdiv(first % lanes + numel, block))
-        begin += programs[-1]
+        vectorised = all(n % 16 == 0 for n in (*addresses, grad_address, numel)) and x.first % lanes == 0
+        rows += (*addresses, numel, x.first, begin, vectorised)
+        begin += count
+    # 2. Launch
     launch(
         _sgd_momentum_kernel,
         (begin,),
@@ -220,7 +228,7 @@ def _launch_alike(tensors: list[_Tensors], call: Call) -> None:
         **options,
         fp_fusion=False,
         tensors_ptr=_table(rows, device),  # [tensors · COLUMNS]
-        grads_ptr=_table(grad_addresses, device),  # [tensors]
+        grads_ptr=_table(grads, device),  # [tensors]
         programs_ptr=_table(programs, device, repeat=True),  # [programs]
         lr_ptr=call.lr,
         momentum_ptr=call.momentum,
@@ -237,6 +245,39 @@ def _launch_alike(tensors: list[_Tensors], call: Call) -> None:
             lanes=lanes,
         ),
     )
+
+
+# ---- tables on the device --------------------------------------------------------------------------------------------
+
+
+def _table(numbers: Sequence[int], device: torch.device, *, repeat: bool = False) -> Tensor:
+    """Return int64 numbers on a device; with `repeat`, index i numbers[i] times. No host sync.
+
+    Within `tables_of_graph`, a launch that is captured gets a table that is not written yet.
+    """
+    captured = _of_graph
+    # The stream decides: other threads may launch on streams that are not captured.
+    if captured is not None and launching.is_captured(device):
+        return captured.allocate(_on_host(numbers, repeat), device)
+    return _kept_table(tuple(numbers), repeat, device, launching.current_stream(device))
+
+
+# A table is written, read and freed on one stream, so that no stream reads it too early, or while another one writes to
+# its memory.
+@functools.lru_cache(maxsize=MAX_TABLES)
+def _kept_table(numbers: tuple[int, ...], repeat: bool, device: torch.device, stream: int) -> Tensor:
+    """Return a table that is kept between calls."""
+    on_host = _on_host(numbers, repeat)
+    if not launching.runs_beside_host(device):
+        return on_host
+    if launching.is_captured(device):
+        raise RuntimeError(
+            "sgd_momentum_: a captured graph can only read tensors of an earlier call; got new addresses. Make "
+            "the same call before the capture, or capture the training step with skipkernels.graphed."
+        )
+    table = torch.empty_like(on_host, device=device)
+    _write(table, on_host)
+    return table
 
 
 class GraphTables:
@@ -279,33 +320,6 @@ def tables_of_graph() -> Iterator[GraphTables]:
             _of_graph = None
 
 
-def _table(numbers: Sequence[int], device: torch.device, *, repeat: bool = False) -> Tensor:
-    """Return int64 numbers on a device; with `repeat`, index i numbers[i] times. No host sync."""
-    captured = _of_graph
-    # The stream decides: other threads may launch on streams that are not captured.
-    if captured is not None and launching.is_captured(device):
-        return captured.allocate(_on_host(numbers, repeat), device)
-    return _kept_table(tuple(numbers), repeat, device, launching.current_stream(device))
-
-
-# A table is written, read and freed on one stream, so that no stream reads it too early, or while another one writes to
-# its memory.
-@functools.lru_cache(maxsize=MAX_TABLES)
-def _kept_table(numbers: tuple[int, ...], repeat: bool, device: torch.device, stream: int) -> Tensor:
-    """Return a table that is kept between calls."""
-    on_host = _on_host(numbers, repeat)
-    if not launching.runs_beside_host(device):
-        return on_host
-    if launching.is_captured(device):
-        raise RuntimeError(
-            "sgd_momentum_: a captured graph can only read tensors of an earlier call; got new addresses. Make "
-            "the same call before the capture, or capture the training step with skipkernels.graphed."
-        )
-    table = torch.empty_like(on_host, device=device)
-    _write(table, on_host)
-    return table
-
-
 def _on_host(numbers: Sequence[int], repeat: bool) -> Tensor:
     entries = [index for index, times in enumerate(numbers) for _ in range(times)] if repeat else numbers
     return torch.frombuffer(array.array("q", entries), dtype=torch.int64)  # an empty buffer is refused
@@ -313,6 +327,9 @@ def _on_host(numbers: Sequence[int], repeat: bool) -> Tensor:
 
 def _write(table: Tensor, numbers: Tensor) -> None:
     table.copy_(launching.pinned(numbers, table.device), non_blocking=True)
+
+
+# ---- registration ----------------------------------------------------------------------------------------------------
 
 
 def _fake(weights: list[Tensor], *_: object) -> None:
