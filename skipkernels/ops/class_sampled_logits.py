@@ -90,6 +90,9 @@ def _class_sampled_logits_fwd_kernel(
     tl.store(logits_row + offs_k[None, :], logits, mask=mask_b[:, None] & mask_k[None, :])  # [BLOCK_B, BLOCK_K]
 
 
+# ---- launches of the kernels -----------------------------------------------------------------------------------------
+
+
 def _launch(
     image: Tensor, text: Tensor, logit_scale: Tensor, class_ids: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -144,6 +147,9 @@ def _d_logit_scale(d_logits: Tensor, cosine: Tensor, logit_scale: Tensor) -> Ten
     return total.to(logit_scale.dtype).reshape(logit_scale.shape)
 
 
+# ---- plain PyTorch ---------------------------------------------------------------------------------------------------
+
+
 def _fallback(
     image: Tensor, text: Tensor, logit_scale: Tensor, class_ids: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -173,12 +179,7 @@ def _fake(image: Tensor, text: Tensor, logit_scale: Tensor, class_ids: Tensor | 
     return logits, logits.new_empty(B), logits.new_empty(K)
 
 
-class_sampled_logits_backward = registration.define(
-    f"class_sampled_logits_backward({registration.arguments_of(Backward)})"
-    " -> (Tensor d_image, Tensor d_text, Tensor d_logit_scale)",
-    fallback=_fallback_backward,
-    launch=_launch_backward,
-)
+# ---- registration ----------------------------------------------------------------------------------------------------
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -201,4 +202,10 @@ class_sampled_logits = registration.define(
     check=functools.partial(unit_rows.check_sample, "class_sampled_logits"),
     backward=autograd.GradientRule(_save, _backward),
     autocast_arguments=2,
+)
+class_sampled_logits_backward = registration.define(
+    f"class_sampled_logits_backward({registration.arguments_of(Backward)})"
+    " -> (Tensor d_image, Tensor d_text, Tensor d_logit_scale)",
+    fallback=_fallback_backward,
+    launch=_launch_backward,
 )

@@ -66,13 +66,13 @@ def _packed_layout_kernel(
         tl.store(row_numbers_ptr + offs, offs - stop, mask=offs < R)  # [BLOCK_J]
 
 
-def _launch_layout(
+def _launch(
     class_ids: Tensor, starts: Tensor, lengths: Tensor, prefix_length: int, row_count: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     K = len(class_ids)
     if not 0 < K <= MOST_PACKED:
         return NotImplemented
-    row_numbers, offsets, last_rows = _fake_layout(class_ids, starts, lengths, prefix_length, row_count)
+    row_numbers, offsets, last_rows = _fake(class_ids, starts, lengths, prefix_length, row_count)
     launch(
         _packed_layout_kernel,
         (K,),
@@ -93,7 +93,7 @@ def _launch_layout(
     return row_numbers, offsets, last_rows
 
 
-def _fallback_layout(
+def _fallback(
     class_ids: Tensor, starts: Tensor, lengths: Tensor, prefix_length: int, row_count: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     # index_select refuses ids below 0, unlike `lengths[class_ids]`
@@ -105,7 +105,7 @@ def _fallback_layout(
     return rows + shifts[torch.searchsorted(first_rows, rows, right=True)], offsets, first_rows[1:] - 1
 
 
-def _fake_layout(
+def _fake(
     class_ids: Tensor, starts: Tensor, lengths: Tensor, prefix_length: int, row_count: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     K = len(class_ids)
@@ -115,8 +115,8 @@ def _fake_layout(
 packed_layout = registration.define(
     "packed_layout(Tensor class_ids, Tensor starts, Tensor lengths, int prefix_length, SymInt row_count)"
     " -> (Tensor row_numbers, Tensor offsets, Tensor last_rows)",
-    fallback=_fallback_layout,
-    fake=_fake_layout,
-    launch=_launch_layout,
+    fallback=_fallback,
+    fake=_fake,
+    launch=_launch,
     fallback_note=f"more than {MOST_PACKED:,} classes",
 )

@@ -188,6 +188,9 @@ def _pooled_attention_bwd_kernel(
         tl.store(d_query_ptr + of_head * E + offs_e, d_query, mask=mask_e)  # [BLOCK_E]
 
 
+# ---- launches of the kernels -----------------------------------------------------------------------------------------
+
+
 def _launch(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     B, H, E = query.shape
     if E > MAX_WIDTH:
@@ -250,6 +253,9 @@ def _arguments(query: Tensor, key: Tensor, value: Tensor, scale: float) -> dict[
     )
 
 
+# ---- plain PyTorch ---------------------------------------------------------------------------------------------------
+
+
 def _fallback(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     out, lse = reference.pooled_attention_and_lse(query, key, value, scale)
     return out.contiguous(), lse.contiguous()
@@ -266,12 +272,7 @@ def _fake(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tens
     return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=lse_dtype)
 
 
-pooled_attention_backward = registration.define(
-    f"pooled_attention_backward({registration.arguments_of(Backward)})"
-    " -> (Tensor d_query, Tensor d_key, Tensor d_value)",
-    fallback=_fallback_backward,
-    launch=_launch_backward,
-)
+# ---- registration ----------------------------------------------------------------------------------------------------
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -293,4 +294,10 @@ pooled_attention = registration.define(
     fallback_note=f"fp64, heads of more than {MAX_WIDTH}",
     backward=autograd.GradientRule(_save, _backward),
     autocast_arguments=3,
+)
+pooled_attention_backward = registration.define(
+    f"pooled_attention_backward({registration.arguments_of(Backward)})"
+    " -> (Tensor d_query, Tensor d_key, Tensor d_value)",
+    fallback=_fallback_backward,
+    launch=_launch_backward,
 )

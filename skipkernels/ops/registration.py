@@ -95,12 +95,17 @@ def define(
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     operator = getattr(getattr(torch.ops, NAMESPACE), name).default
 
-    # 1. CUDA and ROCm devices, if Triton is installed
+    # 1. Without a kernel
+    def check_and_fall_back(*args: Any) -> Any:
+        check(*args)
+        return fallback(*args)
+
+    # 2. CUDA and ROCm devices, if Triton is installed
     def launch_or_fall_back(*args: Any) -> Any:
         results = NotImplemented if _first(args).dtype == torch.float64 else launch(*args)
         return check_and_fall_back(*args) if results is NotImplemented else results
 
-    # 2. All other devices. On the CPU the C++ kernel has precedence, once it is loaded: this is then reached only with
+    # 3. All other devices. On the CPU the C++ kernel has precedence, once it is loaded: this is then reached only with
     # tensors that it has no kernel for.
     def load_or_fall_back(*args: Any) -> Any:
         if _first(args).device.type == "cpu" and not has_cpp(name):
@@ -110,11 +115,6 @@ def define(
             if has_cpp(name):
                 return operator(*args)
         return check_and_fall_back(*args)
-
-    # 3. Without a kernel
-    def check_and_fall_back(*args: Any) -> Any:
-        check(*args)
-        return fallback(*args)
 
     _library.impl(name, load_or_fall_back, "CompositeExplicitAutograd")
     if launching.installed:

@@ -46,12 +46,12 @@ MAX_E = 128  # widest head: a tile holds whole heads
 
 
 class Options(NamedTuple):
-    """The options of the operator, in the order of its schema."""
+    """Options of forward and backward, in the order of their schemas."""
 
-    heads: int
-    prefix_length: int
-    offsets: Tensor | None
-    max_length: int
+    heads: int  # H
+    prefix_length: int  # P
+    offsets: Tensor | None  # [K + 1]
+    max_length: int  # tokens of the longest suffix, or more
     scale: float
 
 
@@ -466,6 +466,9 @@ def _shared_prefix_attention_bwd_sum_kernel(
     tl.store(rows_ptr, tl.sum(total, axis=0).to(d_packed_ptr.dtype.element_ty), mask=offs_n < N)  # [BLOCK_N]
 
 
+# ---- launches of the kernels -----------------------------------------------------------------------------------------
+
+
 def _launch(packed: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     tiling = _tiling("shared_prefix_attention_fwd", packed, Options(*options))
     if tiling is None:
@@ -549,17 +552,7 @@ def _tiling(kernel: str, packed: Tensor, options: Options) -> tuple[int, int, di
     return triton.cdiv(P, BLOCK_T) + tiles, H, arguments
 
 
-def _check(packed: Tensor, *options: Any) -> None:
-    _, prefix_length, offsets, max_length, _ = options
-    if offsets is None:
-        return
-    name, tokens = "shared_prefix_attention", len(packed) - prefix_length
-    in_range = (offsets >= 0) & (offsets <= tokens)
-    in_range[0] = offsets[0] == 0
-    check_values(name, "offsets", offsets, in_range, f"from 0 to at most {tokens}, the rows behind the prefix")
-    lengths = offsets.diff()
-    rising = (lengths >= 0) & (lengths <= max_length)
-    check_values(name, "offsets", lengths, rising, f"rising by 0 to max_length ({max_length})")
+# ---- plain PyTorch ---------------------------------------------------------------------------------------------------
 
 
 def _fallback(packed: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
@@ -580,11 +573,21 @@ def _fake(packed: Tensor, heads: int, *options: Any) -> tuple[Tensor, Tensor]:
 
 _OPTIONS = "SymInt heads, SymInt prefix_length, Tensor? offsets, SymInt max_length, float scale"
 
-shared_prefix_attention_backward = registration.define(
-    f"shared_prefix_attention_backward(Tensor d_out, Tensor packed, Tensor lse, {_OPTIONS}) -> Tensor d_packed",
-    fallback=_fallback_backward,
-    launch=_launch_backward,
-)
+
+# ---- registration ----------------------------------------------------------------------------------------------------
+
+
+def _check(packed: Tensor, *options: Any) -> None:
+    _, prefix_length, offsets, max_length, _ = options
+    if offsets is None:
+        return
+    name, tokens = "shared_prefix_attention", len(packed) - prefix_length
+    in_range = (offsets >= 0) & (offsets <= tokens)
+    in_range[0] = offsets[0] == 0
+    check_values(name, "offsets", offsets, in_range, f"from 0 to at most {tokens}, the rows behind the prefix")
+    lengths = offsets.diff()
+    rising = (lengths >= 0) & (lengths <= max_length)
+    check_values(name, "offsets", lengths, rising, f"rising by 0 to max_length ({max_length})")
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -609,4 +612,9 @@ shared_prefix_attention = registration.define(
     fallback_note=f"fp64, heads wider than {MAX_E}",
     backward=autograd.GradientRule(_save, _backward),
     autocast_arguments=1,
+)
+shared_prefix_attention_backward = registration.define(
+    f"shared_prefix_attention_backward(Tensor d_out, Tensor packed, Tensor lse, {_OPTIONS}) -> Tensor d_packed",
+    fallback=_fallback_backward,
+    launch=_launch_backward,
 )

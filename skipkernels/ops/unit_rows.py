@@ -19,6 +19,8 @@ from .. import dtypes, reference
 from ..checks import check_values
 from .launching import dot_precision, launch, launch_options, products_widen, tl, triton
 
+# ---- cosines ---------------------------------------------------------------------------------------------------------
+
 
 @triton.jit
 def cosine_tile(
@@ -70,6 +72,24 @@ def cosine_tile(
     return cosine, image_norm, text_norm
 
 
+def cosine_arguments(image: Tensor, text: Tensor, image_norm: Tensor, text_norm: Tensor) -> dict[str, Any]:
+    """Arguments of kernels with a `cosine_tile`; image and text have contiguous rows."""
+    return dict(
+        image_ptr=image,
+        text_ptr=text,
+        image_norm_ptr=image_norm,
+        text_norm_ptr=text_norm,
+        D=image.shape[1],
+        stride_image_b=image.stride(0),
+        stride_text_k=text.stride(0),
+        eps=reference.UNIT_NORM_EPS,
+        PRECISION=dot_precision(image.dtype, image.device),
+    )
+
+
+# ---- norms -----------------------------------------------------------------------------------------------------------
+
+
 @triton.jit
 def _row_norms_kernel(rows_ptr, ids_ptr, norm_ptr, C, D, stride_rows, BLOCK_D: tl.constexpr):
     """|x|. One program: one row, ids[i] or i; row 0 for ids out of range, which another kernel asserts."""
@@ -81,6 +101,59 @@ def _row_norms_kernel(rows_ptr, ids_ptr, norm_ptr, C, D, stride_rows, BLOCK_D: t
     offs_d = tl.arange(0, BLOCK_D)
     x = tl.load(rows_ptr + row * stride_rows + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)  # [BLOCK_D]
     tl.store(norm_ptr + pid, tl.sqrt(tl.sum(x * x, axis=0)))
+
+
+def row_norms(rows: Tensor, ids: Tensor | None = None) -> Tensor:
+    """Compute the norms of the rows, fp32 [n]."""
+    n, D = sample_size(rows, ids), rows.shape[1]
+    norm = torch.empty(n, dtype=torch.float32, device=rows.device)  # [n]
+    launch(
+        _row_norms_kernel,
+        (n,),
+        device=rows.device,
+        **launch_options("row_norms", rows, D=D),
+        rows_ptr=rows,
+        ids_ptr=ids,
+        norm_ptr=norm,
+        C=rows.shape[0],
+        D=D,
+        stride_rows=rows.stride(0),
+        BLOCK_D=triton.next_power_of_2(D),
+    )
+    return norm
+
+
+def norms_for(image: Tensor, text: Tensor, class_ids: Tensor | None, measure: bool) -> tuple[Tensor, Tensor]:
+    """Compute the norms of both, fp32 [B] and [K], or with `measure` allocate them for the kernel of the product.
+
+    That kernel saves two launches, and needs more registers to compute them.
+    """
+    if not measure:
+        return row_norms(image), row_norms(text, class_ids)
+    sizes = image.shape[0], sample_size(text, class_ids)
+    image_norm, text_norm = (torch.empty(n, dtype=torch.float32, device=image.device) for n in sizes)
+    return image_norm, text_norm
+
+
+def reference_norms(image: Tensor, text: Tensor, class_ids: Tensor | None) -> Iterator[Tensor]:
+    """Yield the norms of images and sampled rows, in fp32 (fp64 for fp64), in plain PyTorch."""
+    for rows in (image, reference.sampled(text, class_ids)):
+        yield torch.linalg.vector_norm(rows, dim=1, dtype=dtypes.wide_dtype(image.dtype))
+
+
+# ---- gradients -------------------------------------------------------------------------------------------------------
+
+
+def factors_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of a panel of factors; fp16 has too small a range for norms and small probabilities."""
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+
+def contract(factors: Tensor, rows: Tensor) -> Tensor:
+    """Compute factors · rows in fp32, [m, n] @ [n, D] -> [m, D]."""
+    if factors.dtype == torch.float32 or not products_widen(factors.device.type):
+        return factors.float() @ rows.float()
+    return torch.mm(factors, rows, out_dtype=torch.float32)
 
 
 @triton.jit
@@ -115,115 +188,8 @@ def _unit_rows_bwd_kernel(
     norm = tl.sqrt(tl.sum(x * x, axis=0))  # []
     unit = x / tl.maximum(norm, eps)  # [BLOCK_D]
     along = tl.where(norm < eps, 0.0, tl.sum(unit * total, axis=0))  # []
-    factor = tl.load(scale_ptr).to(tl.float32) * upstream_of(factor_ptr, divisor_ptr)
+    factor = tl.load(scale_ptr).to(tl.float32) * _upstream(factor_ptr, divisor_ptr)
     tl.store(d_rows_ptr + row * stride_d_rows + offs_d, factor * (total - unit * along), mask=mask_d)  # [BLOCK_D]
-
-
-@triton.jit
-def upstream_of(factor_ptr, divisor_ptr):
-    """Compute factor/divisor."""
-    factor = 1.0
-    if factor_ptr is not None:
-        factor = tl.load(factor_ptr).to(tl.float32)
-    if divisor_ptr is not None:
-        factor /= tl.load(divisor_ptr)
-    return factor
-
-
-@triton.jit
-def _total_kernel(parts_ptr, factor_ptr, divisor_ptr, total_ptr, n, BLOCK: tl.constexpr):
-    """factor/divisor · Σ of the parts, in order. A single program."""
-    total = tl.zeros([BLOCK], tl.float64)
-    for start in range(0, n, BLOCK):
-        offs = start + tl.arange(0, BLOCK)
-        total += tl.load(parts_ptr + offs, mask=offs < n, other=0.0).to(tl.float64)  # [BLOCK]
-    tl.store(total_ptr, tl.sum(total, axis=0) * upstream_of(factor_ptr, divisor_ptr))
-
-
-def total_of(parts: Tensor, total: Tensor, factor: Tensor | None = None, divisor: Tensor | None = None) -> Tensor:
-    """Write factor/divisor times the sum of fp32 parts to `total`, which has one element, and return it."""
-    launch(
-        _total_kernel,
-        (1,),
-        device=parts.device,
-        parts_ptr=parts,
-        factor_ptr=factor,
-        divisor_ptr=divisor,
-        total_ptr=total,
-        n=parts.numel(),
-        **launch_options("total", parts),
-    )
-    return total
-
-
-def sample_size(text: Tensor, class_ids: Tensor | None) -> int:
-    """Return K, the number of sampled rows."""
-    return (text if class_ids is None else class_ids).shape[0]
-
-
-def norms_for(image: Tensor, text: Tensor, class_ids: Tensor | None, measure: bool) -> tuple[Tensor, Tensor]:
-    """Compute the norms of both, fp32 [B] and [K], or with `measure` allocate them for the kernel of the product.
-
-    That kernel saves two launches, and needs more registers to compute them.
-    """
-    if not measure:
-        return row_norms(image), row_norms(text, class_ids)
-    sizes = image.shape[0], sample_size(text, class_ids)
-    image_norm, text_norm = (torch.empty(n, dtype=torch.float32, device=image.device) for n in sizes)
-    return image_norm, text_norm
-
-
-def row_norms(rows: Tensor, ids: Tensor | None = None) -> Tensor:
-    """Compute the norms of the rows, fp32 [n]."""
-    n, D = sample_size(rows, ids), rows.shape[1]
-    norm = torch.empty(n, dtype=torch.float32, device=rows.device)  # [n]
-    launch(
-        _row_norms_kernel,
-        (n,),
-        device=rows.device,
-        **launch_options("row_norms", rows, D=D),
-        rows_ptr=rows,
-        ids_ptr=ids,
-        norm_ptr=norm,
-        C=rows.shape[0],
-        D=D,
-        stride_rows=rows.stride(0),
-        BLOCK_D=triton.next_power_of_2(D),
-    )
-    return norm
-
-
-def reference_norms(image: Tensor, text: Tensor, class_ids: Tensor | None) -> Iterator[Tensor]:
-    """Yield the norms of images and sampled rows, in fp32 (fp64 for fp64), in plain PyTorch."""
-    for rows in (image, reference.sampled(text, class_ids)):
-        yield torch.linalg.vector_norm(rows, dim=1, dtype=dtypes.wide_dtype(image.dtype))
-
-
-def cosine_arguments(image: Tensor, text: Tensor, image_norm: Tensor, text_norm: Tensor) -> dict[str, Any]:
-    """Arguments of kernels with a `cosine_tile`; image and text have contiguous rows."""
-    return dict(
-        image_ptr=image,
-        text_ptr=text,
-        image_norm_ptr=image_norm,
-        text_norm_ptr=text_norm,
-        D=image.shape[1],
-        stride_image_b=image.stride(0),
-        stride_text_k=text.stride(0),
-        eps=reference.UNIT_NORM_EPS,
-        PRECISION=dot_precision(image.dtype, image.device),
-    )
-
-
-def factors_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of a panel of factors; fp16 has too small a range for norms and small probabilities."""
-    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-
-
-def contract(factors: Tensor, rows: Tensor) -> Tensor:
-    """Compute factors · rows in fp32, [m, n] @ [n, D] -> [m, D]."""
-    if factors.dtype == torch.float32 or not products_widen(factors.device.type):
-        return factors.float() @ rows.float()
-    return torch.mm(factors, rows, out_dtype=torch.float32)
 
 
 def through_unit_norm(
@@ -256,6 +222,51 @@ def through_unit_norm(
         BLOCK_D=triton.next_power_of_2(D),
     )
     return d_rows
+
+
+@triton.jit
+def _total_kernel(parts_ptr, factor_ptr, divisor_ptr, total_ptr, n, BLOCK: tl.constexpr):
+    """factor/divisor · Σ of the parts, in order. A single program."""
+    total = tl.zeros([BLOCK], tl.float64)
+    for start in range(0, n, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        total += tl.load(parts_ptr + offs, mask=offs < n, other=0.0).to(tl.float64)  # [BLOCK]
+    tl.store(total_ptr, tl.sum(total, axis=0) * _upstream(factor_ptr, divisor_ptr))
+
+
+def total_of(parts: Tensor, total: Tensor, factor: Tensor | None = None, divisor: Tensor | None = None) -> Tensor:
+    """Write factor/divisor times the sum of fp32 parts to `total`, which has one element, and return it."""
+    launch(
+        _total_kernel,
+        (1,),
+        device=parts.device,
+        parts_ptr=parts,
+        factor_ptr=factor,
+        divisor_ptr=divisor,
+        total_ptr=total,
+        n=parts.numel(),
+        **launch_options("total", parts),
+    )
+    return total
+
+
+@triton.jit
+def _upstream(factor_ptr, divisor_ptr):
+    """Compute factor/divisor; 1 for None."""
+    factor = 1.0
+    if factor_ptr is not None:
+        factor = tl.load(factor_ptr).to(tl.float32)
+    if divisor_ptr is not None:
+        factor /= tl.load(divisor_ptr)
+    return factor
+
+
+# ---- sampled rows ----------------------------------------------------------------------------------------------------
+
+
+def sample_size(text: Tensor, class_ids: Tensor | None) -> int:
+    """Return K, the number of sampled rows."""
+    return (text if class_ids is None else class_ids).shape[0]
 
 
 def check_sample(name: str, image: Tensor, text: Tensor, logit_scale: Tensor, class_ids: Tensor | None) -> None:

@@ -55,7 +55,7 @@ def test_opcheck(backend: Backend):
 def test_no_row_behind_the_last(backend: Backend, monkeypatch):
     """A caller may ask for fewer rows than the classes have, if it bounds them by those of different classes."""
     buffer = torch.full((40,), -1, device=backend.device)  # of which the result is the beginning
-    fake = "skipkernels.ops.packed_layout._fake_layout"
+    fake = "skipkernels.ops.packed_layout._fake"
     monkeypatch.setattr(fake, lambda ids, *_: (buffer[:9], ids.new_empty(3), ids.new_empty(2)))
     ids, lengths = (x.to(backend.device) for x in (torch.tensor([4, 4]), LENGTHS))
     rows, _, _ = packed_layout(ids, lengths.cumsum(0) - lengths, lengths, 0, 9)
