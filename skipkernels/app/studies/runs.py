@@ -8,7 +8,7 @@ import itertools
 import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,13 +65,8 @@ def run_variants(
         if metrics is None:
             title, started = f"{variant}, seed {config.seed}", time.perf_counter()
             console.print(plain(f"{number} of {len(planned)}", "bold"), plain(f" {title}"), soft_wrap=True)
-            try:
-                with _variant_in_errors(variant):
-                    metrics = _in_subprocess(_run, config)
-            except FloatingPointError:
-                if not keep_diverged:
-                    raise
-                metrics = {"status": "diverged", "cost": {"seconds_total": time.perf_counter() - started}}
+            with _variant_in_errors(variant):
+                metrics = _executed(config, keep_diverged)
             print_plain(console, f"{title}: {_outcome(metrics)}, {duration(time.perf_counter() - started)}")
         results.append(Result(variant, config.seed, metrics, _folder(variant, config.seed)))
     return results
@@ -112,10 +107,21 @@ def _outcome(metrics: Mapping[str, Any]) -> str:
 # ---- in a subprocess -------------------------------------------------------------------------------------------------
 
 
-def _in_subprocess(work: Callable[[Any], Any], argument: Any) -> Any:
+def _executed(config: TuneConfig, keep_diverged: bool) -> dict[str, Any]:
+    """Return the metrics of a run in a subprocess."""
+    started = time.perf_counter()
+    try:
+        return _in_subprocess(config)
+    except FloatingPointError:
+        if not keep_diverged:
+            raise
+        return {"status": "diverged", "cost": {"seconds_total": time.perf_counter() - started}}
+
+
+def _in_subprocess(config: TuneConfig) -> dict[str, Any]:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as process:
-        return process.submit(work, argument).result()
+        return process.submit(_run, config).result()
 
 
 def _run(config: TuneConfig) -> dict[str, Any]:

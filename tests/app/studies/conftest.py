@@ -16,7 +16,7 @@ def ran(monkeypatch):
     """Configurations of the runs that would have started. Each completes immediately."""
     found = []
 
-    def complete(work, config: TuneConfig) -> dict:
+    def complete(config: TuneConfig) -> dict:
         found.append(config)
         value = 10.0 * len(found)
         seconds = {"seconds_total": value, "seconds_tuning": value, "seconds_per_epoch": None}
@@ -50,4 +50,4 @@ def own(tmp_path):
 @pytest.fixture
 def in_process(monkeypatch):
     """Run in this process: a new one imports PyTorch for seconds."""
-    monkeypatch.setattr(runs, "_in_subprocess", lambda work, config: work(config))
+    monkeypatch.setattr(runs, "_in_subprocess", runs._run)

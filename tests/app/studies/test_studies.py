@@ -75,8 +75,8 @@ def test_compare_searches_rates_of_every_method_on_own_data(ran, own, tmp_path, 
     own = dataclasses.replace(own, class_weight="balanced" if measure == "balanced accuracy" else None)
     complete, recipe = runs._in_subprocess, own.with_method("full").resolved()
 
-    def measured(work, config):
-        metrics = complete(work, config)
+    def measured(config):
+        metrics = complete(config)
         if config.seed == SEARCH_SEED:
             factor = round(config.text_lr / own.with_method(config.method).resolved().text_lr, 3)
             accuracy = {"skip": {1.0: 80.0, 3.0: 80.0}, "full": {3.0: 90.0}, "lora": {}}[config.method].get(
