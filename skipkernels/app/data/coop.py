@@ -143,15 +143,14 @@ def _imagenet(
     dataset: str, key: str, images: Path, class_names: Mapping[str, str]
 ) -> tuple[list[str], dict[Split, Images]]:
     """Return the class names and the splits."""
-    folder_of: dict[Split, Path] = {"train": images / "train", "test": images / "val"}
-    if key != "imagenet":
-        folder_of = {"test": images}
-    folder_of = {split: path for split, path in folder_of.items() if path.is_dir()}
-    folders = sorted({name for path in folder_of.values() for name in subfolders(path) if re.fullmatch(r"n\d+", name)})
-    ids = tuple(folders)
+    parts: dict[Split, str] = {"train": "train", "test": "val"} if key == "imagenet" else {"test": ""}
+    folder_of = {split: images / part for split, part in parts.items() if (images / part).is_dir()}
     if key == "imagenetv2":  # its folders are 0, 1, …, in the order of the sorted WordNet ids
-        ids = tuple(sorted(class_names))
+        ids = sorted(class_names)
         folders = list(map(str, range(len(ids))))
+    else:
+        found = {name for path in folder_of.values() for name in subfolders(path) if re.fullmatch(r"n\d+", name)}
+        ids = folders = sorted(found)
     unnamed = [wnid for wnid in ids if wnid not in class_names]
     if unnamed or not ids:
         problem = f"classnames.txt has no name for {format_names(unnamed)}" if ids else f"no folders n… in {images}"
