@@ -14,7 +14,6 @@ import torch
 
 import skipkernels as sk
 from bench import infer, inputs, measure, published, step, training
-from bench.published import PublishedStep
 from bench.rows import KINDS, MACHINE
 from skipkernels import testing
 
@@ -92,20 +91,13 @@ def test_floor_is_the_longer_of_two_times(flops, moved, seconds):
 
 
 def scaled(factor: float) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Multiply the first result of a function, which is a loss."""
+    """Multiply the result of a function, a number or numbers by name."""
 
-    def wrong(right: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
-            loss, *others = out = right(*arguments)
-            return getattr(out, "_make", tuple)((factor * loss, *others))
+    def call(right: Callable[..., Any], *arguments: Any) -> Any:
+        found = right(*arguments)
+        return {name: factor * x for name, x in found.items()} if isinstance(found, dict) else factor * found
 
-        return call
-
-    return wrong
-
-
-def scaled_full_step(factor: float) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    return lambda right: lambda *of: lambda *batch: factor * right(*of)(*batch)
+    return lambda right: lambda *arguments: call(right, *arguments)
 
 
 def skip_step(random: inputs.Inputs) -> training.Step:
@@ -120,12 +112,12 @@ def prompts(random: inputs.Inputs) -> training.Step:
     return training.prompt_tuning(random, "fp32", open_clip.get_tokenizer("vit-tiny"))
 
 
-# A function, a wrong one from the right one, what refuses it, and the message.
+# A function, another in its place, what refuses its results, and the message.
 WRONG = {
-    "gradients": (PublishedStep, "__call__", scaled(1.1), skip_step, "two steps do not agree"),
-    "loss": (training, "full_step", scaled_full_step(0.999), full_step, "full fine-tuning has another loss"),
-    "nan": (training, "full_step", scaled_full_step(math.nan), full_step, "full fine-tuning has another loss"),
-    "prompts": (training.CoOp, "step", scaled(1.01), prompts, "prompt tuning has another loss"),
+    "gradients": (training.Published, "gradients", scaled(1.1), skip_step, "two steps do not agree"),
+    "loss": (training, "_own_loss", scaled(0.999), full_step, "full fine-tuning has another loss"),
+    "nan": (training, "_own_loss", scaled(math.nan), full_step, "full fine-tuning has another loss"),
+    "prompts": (training, "_own_loss", scaled(1.01), prompts, "prompt tuning has another loss"),
     "classes": (
         published, "choose_classes", lambda right: lambda *of: torch.arange(len(right(*of))),
         lambda _: step.main([*SMALL, *FEW]), "two steps choose other classes",
