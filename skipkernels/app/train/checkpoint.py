@@ -12,10 +12,11 @@ that is killed at any moment leaves the checkpoint of the earlier or of the new 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -65,7 +66,7 @@ def save(
 
     folder = run / FOLDER
     model, state = weights_of(run, len(rows)), _state_of(run, len(rows))
-    try:
+    with _disk_errors(folder):
         folder.mkdir(exist_ok=True)
         replace_tensors(model, weights)
         with replaced_file(state) as new:
@@ -78,6 +79,13 @@ def save(
         for path in folder.iterdir():
             if path.name not in (*files, CLASSIFIER, _INDEX):  # of an earlier epoch, or what a kill left
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@contextlib.contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    """Convert errors of writing to one that says what is left."""
+    try:
+        yield
     except (OSError, RuntimeError, SafetensorError) as error:
         # torch.save gives no reason, but the error before it does.
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
