@@ -56,25 +56,26 @@ class TunedModel(ClipMethod):
         **settings: Any,
     ):
         super().__init__(model, tokenizer, task, generator=generator)
-
-        def skip_clip(test: str, templates: list[Tensor], **training: Any) -> SkipCLIP:
-            several = len(templates) > 1
-            folder = None if cache is None else Path(cache, f"texts-{test}{'+templates' if several else ''}")
-            tokens = torch.stack(templates, dim=1) if several else templates[0]
-            try:
-                return SkipCLIP(model, tokens, text_cache=folder, **settings, **training)
-            except (ValueError, RuntimeError) as error:  # RuntimeError: of the comparison of SkipCLIP with the model
-                if isinstance(error, RuntimeError) and out_of_memory(error):
-                    raise
-                raise InputError(str(error)) from error
-
-        first = self._tokens[self._train_test][:1]
-        self.clip = skip_clip(self._train_test, first, generator=self._generator, class_weight=class_weight)
+        self._cache = cache
+        trained, first = self._train_test, self._tokens[self._train_test][:1]
+        self.clip = self._skip_clip(trained, first, generator=self._generator, class_weight=class_weight, **settings)
         self.class_sampler = self.clip.sampler
         self._clips = {
-            test: self.clip if test == self._train_test and len(templates) == 1 else skip_clip(test, templates)
+            test: self.clip if test == trained and len(templates) == 1 else self._skip_clip(test, templates, **settings)
             for test, templates in self._tokens.items()
         }
+
+    def _skip_clip(self, test: str, templates: list[Tensor], **settings: Any) -> SkipCLIP:
+        """Make a SkipCLIP over the classes of a test, with their prompts [C, L] by template."""
+        several = len(templates) > 1
+        folder = None if self._cache is None else Path(self._cache, f"texts-{test}{'+templates' if several else ''}")
+        tokens = torch.stack(templates, dim=1) if several else templates[0]
+        try:
+            return SkipCLIP(self.model, tokens, text_cache=folder, **settings)
+        except (ValueError, RuntimeError) as error:  # RuntimeError: of the comparison of SkipCLIP with the model
+            if isinstance(error, RuntimeError) and out_of_memory(error):
+                raise
+            raise InputError(str(error)) from error
 
     def train(self, training: bool) -> None:
         """Set the mode of the model, and check the weights below the cut; see `SkipCLIP.check_model`."""
