@@ -353,51 +353,64 @@ def _affine(unit: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _fallback_backward(*arguments: Any) -> BackwardResults:
-    # Not autograd of the reference: backward receives the statistics instead of eps.
     call = Backward(*arguments)
-    d_normed, d_hidden, hidden, mean, rstd, weight, bias, *_ = call
-    dtype, cast, needs = rstd.dtype, call.cast, (call.need_x, call.need_weight, call.need_bias)
-    hidden_wide, d_normed_wide, rstd = hidden.to(dtype).contiguous(), d_normed.to(dtype).contiguous(), rstd[..., None]
-
-    def unit() -> Tensor:
-        return (hidden_wide if call.rms else hidden_wide - mean[..., None]) * rstd
-
-    d_x: Tensor | None
-    if not call.rms:
-        d_x, d_weight, d_bias = torch.ops.aten.native_layer_norm_backward(
-            d_normed_wide,
-            hidden_wide,
-            hidden.shape[-1:],
-            mean[..., None],
-            rstd,
-            weight.to(dtype),
-            torch.zeros_like(weight, dtype=dtype),
-            needs,
-        )
-    else:
-        g = d_normed_wide * weight.to(dtype)
-        d_x = (g - unit() * (g * unit()).mean(dim=-1, keepdim=True)) * rstd if call.need_x else None
-        terms = (d_normed_wide * unit(), call.need_weight), (d_normed_wide, call.need_bias)
-        d_weight, d_bias = (x.flatten(0, -2).sum(dim=0) if need else None for x, need in terms)
-    if d_x is not None and d_hidden is not None:
-        d_x = d_x + d_hidden
-
-    def column_sum(x: Tensor | None) -> Tensor | None:
-        return x.to(dtype).flatten(0, -2).sum(dim=0) if call.need_sums and x is not None else None
-
-    def result(x: Tensor | None, like: torch.dtype) -> Tensor:
-        return hidden.new_empty(0, dtype=like) if x is None else x.to(like)
-
-    return BackwardResults(
-        d_x=result(d_x, hidden.dtype),
-        d_weight=result(d_weight, weight.dtype),
-        d_bias=result(d_bias, weight.dtype),
-        d_x_cast=result(None if cast is None else d_x, cast or hidden.dtype),
-        normed=result(_affine(unit(), weight, bias) if call.need_normed else None, d_normed.dtype),
-        d_hidden_sum=result(column_sum(d_hidden), weight.dtype),
-        d_x_sum=result(column_sum(d_x), weight.dtype),
-        partial_sums=rstd.new_empty(0),
+    d_x, d_weight, d_bias = _gradients(call)
+    if d_x is not None and call.d_hidden is not None:
+        d_x = d_x + call.d_hidden
+    normed = _affine(_unit(call), call.weight, call.bias) if call.need_normed else None
+    d_hidden_sum, d_x_sum = (
+        _sum_of_rows(x.to(call.rstd.dtype)) if call.need_sums and x is not None else None for x in (call.d_hidden, d_x)
     )
+
+    def result(x: Tensor | None, dtype: torch.dtype) -> Tensor:
+        return call.hidden.new_empty(0, dtype=dtype) if x is None else x.to(dtype)
+
+    stream, parameter = call.hidden.dtype, call.weight.dtype
+    return BackwardResults(
+        d_x=result(d_x, stream),
+        d_weight=result(d_weight, parameter),
+        d_bias=result(d_bias, parameter),
+        d_x_cast=result(None if call.cast is None else d_x, call.cast or stream),
+        normed=result(normed, call.d_normed.dtype),
+        d_hidden_sum=result(d_hidden_sum, parameter),
+        d_x_sum=result(d_x_sum, parameter),
+        partial_sums=call.rstd.new_empty(0),
+    )
+
+
+def _gradients(call: Backward) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Compute d_x without d_hidden, d_weight and d_bias in the dtype of the statistics; None if not needed."""
+    # Not autograd of the reference: backward receives the statistics instead of eps.
+    d_normed, hidden, weight = (x.to(call.rstd.dtype).contiguous() for x in (call.d_normed, call.hidden, call.weight))
+    rstd = call.rstd[..., None]  # [..., 1]
+    if not call.rms:
+        return torch.ops.aten.native_layer_norm_backward(
+            d_normed,
+            hidden,
+            hidden.shape[-1:],
+            call.mean[..., None],
+            rstd,
+            weight,
+            torch.zeros_like(weight),
+            (call.need_x, call.need_weight, call.need_bias),
+        )
+    unit, g = _unit(call), d_normed * weight  # [..., W] each
+    return (
+        (g - unit * (g * unit).mean(dim=-1, keepdim=True)) * rstd if call.need_x else None,
+        _sum_of_rows(d_normed * unit) if call.need_weight else None,
+        _sum_of_rows(d_normed) if call.need_bias else None,
+    )
+
+
+def _unit(call: Backward) -> Tensor:
+    """Compute x̂, [..., W], in the dtype of the statistics."""
+    hidden = call.hidden.to(call.rstd.dtype).contiguous()
+    return (hidden if call.rms else hidden - call.mean[..., None]) * call.rstd[..., None]
+
+
+def _sum_of_rows(x: Tensor) -> Tensor:
+    """Sum over all dimensions but the last: [..., W] → [W]. x may be a vector."""
+    return x.reshape(-1, x.shape[-1]).sum(dim=0)
 
 
 def _fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -251,10 +252,12 @@ def test_a_variance_that_underflows_is_that_of_pytorch(backend: Backend):
         torch.testing.assert_close(normed, expected, equal_nan=True)
 
 
-def test_more_than_two_dimensions(backend: Backend):
-    flat = OPERATOR.case((12, 33), backend.device)
-    rows = {name: flat.inputs[name].detach().view(3, 4, 33) for name in ("x", "residual")}
-    found, expected = OPERATOR.kernel(flat.with_inputs(**rows)), OPERATOR.kernel(flat)
+@pytest.mark.parametrize("norm", [OPERATOR, RMS], ids=["layer", "rms"])
+@pytest.mark.parametrize("shape", [(3, 4, 33), (33,)], ids=["three dimensions", "vector"])
+def test_rows_of_any_shape(backend: Backend, norm, shape):
+    flat = norm.case((math.prod(shape[:-1]), 33), backend.device)
+    rows = {name: flat.inputs[name].detach().view(shape) for name in ("x", "residual")}
+    found, expected = norm.kernel(flat.with_inputs(**rows)), norm.kernel(flat)
     assert all(torch.equal(x.view(expected[name].shape), expected[name]) for name, x in found.items())
 
 
