@@ -73,9 +73,9 @@ class OpenClipBlock(FusedBlock):
             if attention.attn_drop.p > 0 or attention.out_drop.p > 0:
                 return "a block's attention has dropout"
             width = attention._modules["out_proj"].in_features  # in_proj_weight may be a low-rank update
-            return (
-                None if attention.scale == (width // attention.num_heads) ** -0.5 else "a block's attention is scaled"
-            )
+            if attention.scale != (width // attention.num_heads) ** -0.5:
+                return "a block's attention is scaled"
+            return None
         if attention.dropout > 0 or attention.add_zero_attn or attention.bias_k is not None:
             return "a block's attention has dropout or an extra key"
         return None
