@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -40,3 +41,9 @@ def accumulation_dtype(device: torch.device) -> torch.dtype:
 def widened(x: Tensor) -> Tensor:
     """Convert to the `accumulation_dtype` of the device."""
     return x.to(accumulation_dtype(x.device))
+
+
+def in_same_dtype(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Apply a move or conversion to a tensor that keeps its dtype."""
+    moved = fn(x)
+    return moved if moved.dtype == x.dtype else x.to(moved.device)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import pickle
+import re
+from fractions import Fraction
 from types import SimpleNamespace
 
 import pytest
@@ -255,11 +257,20 @@ def test_option_set_after_a_draw_is_used(tail, name, value):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("keep_ratio", 0), ("max_keep", 0.5), ("decay", -1.0), ("tail", "none"), ("max_tail", -1)]
+    ("name", "value"),
+    [
+        ("keep_ratio", 0),
+        ("max_keep", 0.5),
+        ("decay", -1.0),
+        ("decay", Fraction(3, 10)),  # PyTorch divides no tensor by it
+        ("tail", "none"),
+        ("max_tail", -1),
+    ],
+    ids=str,
 )
 def test_option_is_checked_when_set(name, value):
     sampler = RankSampler()
     before = getattr(sampler, name)
-    with pytest.raises(ValueError, match=f"^RankSampler: {name} must be .*; got {value!r}"):
+    with pytest.raises(ValueError, match=f"^RankSampler: {name} must be .*; got {re.escape(repr(value))}"):
         setattr(sampler, name, value)
     assert getattr(sampler, name) == before

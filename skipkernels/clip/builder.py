@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..dtypes import without_autocast
 from ..options import AttentionName, Memory
 from ..towers import registry, xformers
 from ..towers.base import Cut
@@ -57,7 +58,7 @@ def build(
     containers = Containers(model, image, text)  # raises for hooks that would have no effect
     set_trainable(model, image, text, options)
     # 2. Encoders: text features at the cut, and prototypes, which are embeddings of all classes before tuning
-    with torch.autocast(model.logit_scale.device.type, enabled=False):
+    with without_autocast(model.logit_scale.device):
         images = ImageEncoder(image)
         folder = None if folder is None else Path(folder).absolute()  # of the working directory of now
         texts = _texts_of(text, tokens, options, folder, prototypes)
@@ -90,7 +91,7 @@ def build_texts(model: Any, texts: ClassTexts, tokens: Tensor, options: TrainOpt
         )
     tower = copy.copy(texts.tower)
     tower.cut = replace(tower.cut, runs=_number_of_templates(tokens))
-    with torch.autocast(model.logit_scale.device.type, enabled=False):
+    with without_autocast(model.logit_scale.device):
         found = _texts_of(tower, tokens, options)
         if tower.cut.lower_device is None:  # else the model itself cannot run
             verify(model, found)

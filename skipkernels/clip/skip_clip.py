@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..boundary import DEFAULT_CHUNK
 from ..digests import digest_tensors
+from ..dtypes import in_same_dtype, without_autocast
 from ..options import AttentionName, Memory, Tail, Trainable
 from ..selection import RankSampler
 from ..towers.fused_classes import fuse_blocks
@@ -19,7 +20,7 @@ from ..towers.modes import evaluating
 from . import checks
 from .state import Origin, forgive_missing_state, pack_state, unpack_state
 from .step import LossOptions, SkipOutput, compare_with_all, step
-from .texts import ClassTexts, in_same_dtype
+from .texts import ClassTexts, PromptEncoder
 from .trainable import TrainOptions, check_trained, trained_parameters
 
 if TYPE_CHECKING:
@@ -221,7 +222,7 @@ class SkipCLIP(nn.Module):
         if class_embeddings is not None:
             class_embeddings = checks.as_class_embeddings(class_embeddings, self.prototypes)
         image, classes = self._scaled_image_and_classes(pixel_values, class_embeddings)
-        with torch.autocast(image.device.type, enabled=False):  # bf16 logits at a scale of 100 are half a unit apart
+        with without_autocast(image.device):  # bf16 logits at a scale of 100 are half a unit apart
             return image @ classes.T
 
     @torch.no_grad()
@@ -234,7 +235,7 @@ class SkipCLIP(nn.Module):
         from ..retrieval import top_k_logits
 
         image, classes = self._scaled_image_and_classes(pixel_values)
-        with torch.autocast(image.device.type, enabled=False):
+        with without_autocast(image.device):
             return top_k_logits(image, classes, k)
 
     def class_embeddings(self, tokens: Tensor | None = None) -> Tensor:
@@ -248,7 +249,7 @@ class SkipCLIP(nn.Module):
             return self.texts.kept_embeddings().clone()  # the original is kept
         tokens = checks.as_tokens(tokens)
         checks.check_vocabulary("SkipCLIP", "tokens", tokens, self.texts.tower.vocabulary)
-        return self.texts.others(tokens).embeddings()
+        return PromptEncoder(self.texts.tower, tokens).embeddings()
 
     @torch.no_grad()
     def classifier(self, head: AffineHead | None = None) -> nn.Module:
@@ -267,7 +268,7 @@ class SkipCLIP(nn.Module):
         classes = self.texts.kept_embeddings() if classes is None else classes
         with evaluating([self.model]):
             image = self.images.encode(pixel_values)
-        with torch.autocast(image.device.type, enabled=False):
+        with without_autocast(image.device):
             image = nn.functional.normalize(image.to(classes.dtype), dim=-1)
             return self.scale.to(classes.dtype) * image, classes
 

@@ -41,8 +41,9 @@ class TextFeatures:
         self.below = Watch(tower.lower_parts)
         self._table: FeatureTable | None = None
         self.row_count = 0
+        self._first_rows: dict[Prompts, int] = {}
         for prompts in templates:
-            prompts.first_row, self.row_count = self.row_count, self.row_count + prompts.row_count
+            self._first_rows[prompts], self.row_count = self.row_count, self.row_count + prompts.row_count
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_table": None}  # not shared with other processes or copies
@@ -51,7 +52,7 @@ class TextFeatures:
         """Features [R, W] of some prompts of each template."""
         table, found = self.table(), []
         for of_template in selected:
-            start, row_numbers = of_template.prompts.first_row, of_template.row_numbers
+            start, row_numbers = self._first_rows[of_template.prompts], of_template.row_numbers
             found.append(table.rows(row_numbers + start if start else row_numbers).to(row_numbers.device))
         return found
 
@@ -82,15 +83,15 @@ class TextFeatures:
         table = features_in_folder(folder / "features", self, probe=self.tower.lower(first)[: first.last_rows[0] + 1])
         if device.type == "cpu" or len(table) * table.layout.row_bytes > _BYTES_ON_GPU:
             return table
-        return MemoryTable(table.rows(torch.arange(len(table))).to(device))
+        return MemoryTable(table.rows(torch.arange(len(table), device="cpu")).to(device))
 
     def chunks(self, missing: NDArray[np.bool_] | None = None) -> Iterator[tuple[int, Tensor, int]]:
         """Yield (first row, features [n, W], number of prompts) of each chunk, or of those with `missing` rows, [R].
 
         Packed by chunks: hidden states [C, L, W] of whole prompts would take several times as much memory.
         """
-        for prompts in self.templates:
-            first = start = prompts.first_row
+        for prompts, start in self._first_rows.items():
+            first = start
             ends = (start + prompts.starts + prompts.suffix_lengths).tolist()
             for class_ids in torch.arange(len(ends), device=prompts.starts.device).split(self.tower.cut.chunk):
                 end = ends[int(class_ids[-1])]  # the row behind the last suffix

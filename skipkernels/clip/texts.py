@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from .. import functional
-from ..dtypes import autocast_dtype
+from ..dtypes import autocast_dtype, in_same_dtype, without_autocast
 from ..features.table import FeatureTable, MemoryTable
 from ..reference import unit_norm
 from ..towers.modes import evaluating
@@ -146,7 +146,7 @@ class ClassTexts(PromptEncoder):
     def scores(self, image: Tensor, labels: Tensor | None) -> Tensor:
         """Highest cosine [C] of each prototype with an image [B, D], +∞ for classes of labels [B] or [B, C], if any."""
         prototypes = self.prototypes
-        with torch.autocast(image.device.type, enabled=False):  # autocast would cast all prototypes in each step
+        with without_autocast(image.device):  # autocast would cast all prototypes in each step
             image = image.to(prototypes.dtype)
             if labels is None or labels.ndim == 1:
                 return functional.class_scores(image, prototypes, labels)
@@ -163,10 +163,6 @@ class ClassTexts(PromptEncoder):
             above.start()
             self._kept = _Kept(embeddings, autocast, table, above)
         return self._kept.embeddings
-
-    def others(self, tokens: Tensor) -> PromptEncoder:
-        """Return an encoder of other prompts [n, L] or [n, T, L], by the same tower."""
-        return PromptEncoder(self.tower, tokens)
 
     def step_tensors(self) -> list[Tensor | None]:
         """Tensors that a step reads, besides those of the model; None in place of features in a folder."""
@@ -207,9 +203,3 @@ class FixedTexts(ClassTexts):
 
     def step_tensors(self) -> list[Tensor | None]:  # noqa: D102
         return [self.prototypes]
-
-
-def in_same_dtype(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Apply a move or conversion to a tensor that keeps its dtype."""
-    moved = fn(x)
-    return moved if moved.dtype == x.dtype else x.to(moved.device)

@@ -13,7 +13,7 @@ from ..checks import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, raise_if_above
 from ..reference import unit_norm
 from ..towers.fused_classes import unfused
 from ..towers.modes import deterministic_training, evaluating
-from ..towers.prompts import representative_classes
+from ..towers.prompts import Prompts
 from .images import ImageEncoder
 from .texts import ClassTexts
 
@@ -58,7 +58,7 @@ def _to_differentiate(parameters: list[nn.Parameter]) -> list[nn.Parameter] | No
 def _of_texts(texts: ClassTexts, template: int) -> _Comparison:
     """Compare the prompts of a few classes."""
     tower, prompts, tokens = texts.tower, texts.templates[template], texts.tokens
-    class_ids = representative_classes(prompts)
+    class_ids = _representative_classes(prompts)
     rows = (tokens[:, template] if tokens.ndim == 3 else tokens)[class_ids.to(tokens.device)]
     rows = rows.to(texts.device, torch.int64)
     parameters = list(tower.upper_parameters())
@@ -73,10 +73,16 @@ def _of_texts(texts: ClassTexts, template: int) -> _Comparison:
     return _Comparison("texts", lambda: tower.reference_forward(rows), actual, parameters)
 
 
+def _representative_classes(prompts: Prompts) -> Tensor:
+    """Class ids [K] of the first and the last class, and of those with the shortest and the longest prompt."""
+    ends = prompts.pooled
+    return torch.unique(torch.stack([ends.new_zeros(()), ends.argmin(), ends.argmax(), ends.new_tensor(len(ends) - 1)]))
+
+
 def _of_an_image(images: ImageEncoder) -> _Comparison:
     """Compare a random image."""
     tower, device = images.tower, images.tower.model.logit_scale.device
-    image = torch.randn(1, 3, *tower.image_size, generator=torch.Generator().manual_seed(0)).to(device)
+    image = torch.randn(1, 3, *tower.image_size, generator=torch.Generator().manual_seed(0), device="cpu").to(device)
     return _Comparison(
         "an image",
         lambda: tower.reference_forward(image.to(tower.dtype)),
@@ -118,7 +124,7 @@ def _differentiated(
             "torch.nn.MultiheadAttention reads the weight of its out_proj and does not call that layer, so an adapter "
             "of this layer has no effect. Adapt another layer."
         )
-    upstream = torch.randn(unit.shape, generator=torch.Generator().manual_seed(1)).to(unit)
+    upstream = torch.randn(unit.shape, generator=torch.Generator().manual_seed(1), device="cpu").to(unit)
     gradients = torch.autograd.grad((unit * upstream).sum(), parameters, materialize_grads=True)
     return unit.detach(), torch.cat([gradient.flatten() for gradient in gradients])
 

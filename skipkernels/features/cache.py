@@ -217,7 +217,7 @@ class FeatureCache(Dataset):
         if not -len(self) <= item < len(self):
             raise IndexError(f"FeatureCache: image {item} is outside 0…{len(self) - 1}.")
         item %= len(self)
-        return self.table.rows(torch.tensor([item]))[0], int(self.labels[item])
+        return self.table.rows(torch.tensor([item], device="cpu"))[0], int(self.labels[item])
 
     @property
     def table(self) -> FeatureTable:

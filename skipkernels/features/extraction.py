@@ -47,7 +47,7 @@ class Encoder:
     def probe(self) -> Tensor:
         """Features of a fixed image."""
         generator = torch.Generator().manual_seed(0)
-        return self(torch.randn(1, 3, *self._image_size, generator=generator))[0]
+        return self(torch.randn(1, 3, *self._image_size, generator=generator, device="cpu"))[0]
 
     def identity(self) -> dict[str, str | int]:
         """Return what features depend on below the cut: weights, buffers, the cut and autocast."""
@@ -114,7 +114,7 @@ class Images:
         advance: Callable[[int], object] = lambda count: None,
     ) -> tuple[MemoryTable, Tensor]:
         """Return the encodings of the images of an epoch, in memory, and their labels."""
-        labels = torch.empty(len(self), dtype=torch.int64)
+        labels = torch.empty(len(self), dtype=torch.int64, device="cpu")
         features: Tensor | None = None  # [n, …], allocated with the first batch
 
         def write(first: int, output: Tensor, of_batch: Tensor) -> None:
@@ -163,7 +163,7 @@ class _Batches(Dataset):
                         f"FeatureCache: the image of item {item} of the dataset must be {list(images[0].shape)}, like "
                         f"those before it; got {list(image.shape)}. Crop or resize it."
                     )
-            return _Batch(items[0], torch.stack(images), torch.tensor(labels))
+            return _Batch(items[0], torch.stack(images), torch.tensor(labels, device="cpu"))
         except CacheError as error:
             return error
 

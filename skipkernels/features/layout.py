@@ -85,7 +85,7 @@ def checksums(seed: int, row_numbers: Sequence[int], rows: NDArray[Any]) -> NDAr
 def probe_of(features: Tensor) -> tuple[float, ...]:
     """Some features of a fixed input: another activation or number of heads changes them, but no weight."""
     numbers = features.cpu().flatten()
-    return tuple(numbers[torch.linspace(0, len(numbers) - 1, _PROBED).long()].tolist())
+    return tuple(numbers[torch.linspace(0, len(numbers) - 1, _PROBED, device="cpu").long()].tolist())
 
 
 # ---- identity.json ---------------------------------------------------------------------------------------------------

@@ -99,7 +99,7 @@ class BatchSampler(Sampler[list[int]]):
         size = self.batch_size * self.world_size
         # 1. Draw the order of the n images.
         if self.kind == "sequential":
-            order = torch.arange(len(self.labels))  # [n]
+            order = torch.arange(len(self.labels), device="cpu")  # [n]
         elif self.kind == "balanced":
             _, classes, counts = self.labels.unique(return_inverse=True, return_counts=True)
             weights = 1 / counts[classes].double()  # [n]

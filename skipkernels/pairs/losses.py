@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import functional
 from ..clip import SkipCLIP, SkipOutput, check_clip
 from ..clip.step import select_and_encode
+from ..clip.texts import PromptEncoder
 from .checks import PairLoss, check_pair_loss, check_sigmoid_loss, check_texts
 from .chunked import Part, encoded_loss
 
@@ -67,7 +68,7 @@ def captions_part(clip: SkipCLIP, captions: Tensor) -> Part:
     """Captions, class ids [n] or tokens [n, L] cropped to the longest, as ids and what encodes these, with gradient."""
     if captions.ndim == 1:
         return Part(clip.texts.encode_repeated, captions.to(clip.texts.device, torch.int64))
-    texts = clip.texts.others(captions)
+    texts = PromptEncoder(clip.texts.tower, captions)
     return Part(texts.encode, texts.class_ids)
 
 

@@ -42,8 +42,8 @@ def tail_probabilities(tail: int, decay: float) -> Tensor:
     [1.0, 0.00024, 0.0]
     """
     if tail == 1:
-        return torch.ones(1, dtype=torch.float64)
-    x = torch.linspace(0.0, _TAIL_SPAN, tail, dtype=torch.float64)  # [tail]
+        return torch.ones(1, dtype=torch.float64, device="cpu")
+    x = torch.linspace(0.0, _TAIL_SPAN, tail, dtype=torch.float64, device="cpu")  # [tail]
     # The same quotient by expm1: the difference of the exponentials loses all digits for a large decay.
     return torch.exp(-x / decay) * (torch.expm1((x - _TAIL_SPAN) / decay) / math.expm1(-_TAIL_SPAN / decay)).abs()
 
@@ -75,9 +75,9 @@ def inclusion_probabilities(q: Tensor) -> Tensor:
     while certain < count:
         scale = (count - certain) / q[certain:].sum().item()
         if scale * q[certain] <= 1:
-            return torch.cat([torch.ones(certain, dtype=q.dtype), scale * q[certain:]])  # [tail]
+            return torch.cat([q.new_ones(certain), scale * q[certain:]])  # [tail]
         certain += 1
-    return torch.cat([torch.ones(certain, dtype=q.dtype), torch.zeros(len(q) - certain, dtype=q.dtype)])  # [tail]
+    return torch.cat([q.new_ones(certain), q.new_zeros(len(q) - certain)])  # [tail]
 
 
 def systematic_sample(ends: Tensor, points: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ class Intervals(NamedTuple):
         """Places in the tail [n] int64, n = ⌊Σπ⌋ or ⌈Σπ⌉, by a number in [0, 1)."""
         # The number of points start, start + 1, … below the total; bounded, since total − start may be rounded down.
         count = max(math.floor(self.total), math.ceil(self.total - start))
-        return systematic_sample(self.ends, start + torch.arange(count, dtype=torch.float64))
+        return systematic_sample(self.ends, start + torch.arange(count, dtype=torch.float64, device="cpu"))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from numbers import Integral, Real
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -155,8 +154,8 @@ class RankSampler:
         elif (intervals := law.intervals_of_one_size if one_size else law.intervals).total:
             tail = intervals.draw(self._uniform().item())  # [n]
         else:
-            tail = torch.empty(0, dtype=torch.int64)
-        return torch.cat([torch.arange(law.keep), law.keep + tail])  # [K]
+            tail = torch.empty(0, dtype=torch.int64, device="cpu")
+        return torch.cat([torch.arange(law.keep, device="cpu"), law.keep + tail])  # [K]
 
     def _uniform(self, *shape: int) -> Tensor:
         return torch.rand(shape, generator=self.generator, dtype=torch.float64, device=self.generator.device).cpu()
@@ -174,7 +173,10 @@ class RankSampler:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the state of the draws, for `load_state_dict`, as CPU tensors."""
-        state = {"generator": self.generator.get_state(), "largest_batch": torch.tensor(self._largest_batch)}
+        state = {
+            "generator": self.generator.get_state(),
+            "largest_batch": torch.tensor(self._largest_batch, device="cpu"),
+        }
         return state if self._fixed is None else state | {"fixed": self._fixed}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -211,11 +213,11 @@ def _to_device_of(scores: Tensor, ranks: Tensor) -> Tensor:
 
 
 def _is_real(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _is_whole(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 # Conditions of the options of RankSampler, each with its text

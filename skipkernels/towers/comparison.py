@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, raise_if_above
-from ..dtypes import wide_dtype
+from ..dtypes import wide_dtype, without_autocast
 from .block import FusedBlock
 from .fused_classes import unfused
 
@@ -28,7 +28,7 @@ def compare_with_own_forward(blocks: Iterable[FusedBlock]) -> None:
         if (kind := _kind(block)) in seen or any(x.is_meta or hasattr(x, "placements") for x in tensors):
             continue
         seen.add(kind)
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(tensors[0].device.type, enabled=False):
+        with torch.inference_mode(False), torch.enable_grad(), without_autocast(tensors[0].device):
             _compare(block)
 
 

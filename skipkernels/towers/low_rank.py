@@ -42,7 +42,7 @@ class LowRankUpdate(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """Return alpha and the updated parts, fp64."""
-        return torch.tensor([self.alpha, *self.updated], dtype=torch.float64)
+        return torch.tensor([self.alpha, *self.updated], dtype=torch.float64, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         """Raise a ValueError if the state dict is of another alpha or other parts: A and B are then another update."""

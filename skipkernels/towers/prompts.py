@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..dtypes import in_same_dtype
 from ..ops.packed_layout import packed_layout
 
 
@@ -37,7 +38,6 @@ class Prompts:
         max_suffix_length: S, the largest of the lengths.
         has_equal_suffixes: True if all lengths are S: the rows of K classes are then counted without the device.
         row_count: R.
-        first_row: The first of these rows in a table of several templates.
         most_rows: Upper bounds of the rows of any K different classes, by K: those of the K longest suffixes.
         why_not_cropped, why_not_shared: Why a reduction is not exact for the prompts; None where it is.
     """
@@ -52,13 +52,20 @@ class Prompts:
         self.tokens, self.prompt_length = tokens, max(tokens.shape[1], needed_length)
         # 2. The prefix
         self.prefix_length = P = 0 if pooling.why_not_shared else _shared_prefix_length(tokens, pooled)
-        self.why_not_shared = pooling.why_not_shared or (None if P else "the prompts begin with different tokens")
+        self.why_not_shared = pooling.why_not_shared
+        if P == 0 and self.why_not_shared is None:
+            first = int(pooled.min()) == 0
+            self.why_not_shared = "a pooled token is the first" if first else "the prompts begin with different tokens"
         # 3. Rows of the prefix and of the suffixes
         lengths = pooled + 1 - P if P else torch.full_like(pooled, self.prompt_length)  # [C]
         self.suffix_lengths, self.starts = lengths, P + lengths.cumsum(0) - lengths  # [C] each
-        self.row_count, self.first_row, self.max_suffix_length = P + int(lengths.sum()), 0, int(lengths.max())
+        self.row_count, self.max_suffix_length = P + int(lengths.sum()), int(lengths.max())
         self.has_equal_suffixes = bool((lengths == self.max_suffix_length).all())
         self.most_rows = [P, *(P + lengths.sort(descending=True)[0].cumsum(0)).tolist()]
+
+    def select(self, class_ids: Tensor) -> SelectedPrompts:
+        """Return the layout of the prompts of K different classes, `class_ids` [K]."""
+        return SelectedPrompts(self, class_ids)
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by name."""
@@ -67,11 +74,7 @@ class Prompts:
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Apply `fn`, such as a move to a device, to every tensor."""
         for name, value in self.tensors().items():
-            setattr(self, name, fn(value))
-
-    def select(self, class_ids: Tensor) -> SelectedPrompts:
-        """Return the layout of the prompts of K different classes, `class_ids` [K]."""
-        return SelectedPrompts(self, class_ids)
+            setattr(self, name, in_same_dtype(fn, value))
 
 
 def _shared_prefix_length(tokens: Tensor, pooled: Tensor) -> int:
@@ -149,9 +152,3 @@ class SelectedPrompts:
         # The backward of `expand` adds the gradients of the prefix in a fixed order.
         prefix = rows[:P].expand(K, P, W)  # [K, P, W]
         return torch.cat([prefix, rows.index_select(0, index.flatten()).view(K, -1, W)], dim=1)  # [K, L, W]
-
-
-def representative_classes(prompts: Prompts) -> Tensor:
-    """Class ids [K] of the first and the last class, and of those with the shortest and the longest prompt."""
-    ends = prompts.pooled
-    return torch.unique(torch.stack([ends.new_zeros(()), ends.argmin(), ends.argmax(), ends.new_tensor(len(ends) - 1)]))

@@ -24,7 +24,7 @@ class Watch:
 
         method     looks at                                                   called
         compare    contents of tensors, and settings of modules               at switches of the mode
-        is_stale   identities and versions; only if these changed, compares   in each step
+        is_stale   identities, versions, dtypes; compares if these changed    in each step
 
     Values that change back are valid again. Before the start nothing is kept, and nothing is stale.
 
@@ -56,10 +56,9 @@ class Watch:
         self._modules = [module for part in parts if isinstance(part, nn.Module) for module in part.modules()]
         # The dictionaries in which modules hold their children, each with what it held
         self._children = [(m._modules, list(m._modules.values())) for m in self._modules if m._modules]
-        # Those in which they hold tensors; and all tensors in this order, with their versions
+        # Those in which they hold tensors; and all tensors in this order, with their versions and dtypes
         self._held = [tensors for m in self._modules for tensors in (m._parameters, m._buffers) if tensors]
-        self._tensors = list(self._current())
-        self._versions = [x._version for x in self._tensors]
+        self._tensors = [(x, x._version, x.dtype) for x in self._current()]
 
     def _current(self) -> Iterator[Tensor]:
         """Yield the tensors of now."""
@@ -76,8 +75,8 @@ class Watch:
             return True
         now = list(self._current())
         return len(now) != len(self._tensors) or any(
-            x is not seen or x._version != version
-            for x, seen, version in zip(now, self._tensors, self._versions, strict=True)
+            x is not seen or x._version != version or x.dtype != dtype
+            for x, (seen, version, dtype) in zip(now, self._tensors, strict=True)
         )
 
     def is_stale(self) -> bool:
@@ -114,7 +113,7 @@ class Watch:
         """Digest of each tensor; None of those that FSDP2 manages, which frees the whole weights."""
         if self._is_sharded():
             return [None] * len(self._tensors)
-        return list(digests(x.detach() for x in self._tensors))
+        return list(digests(x.detach() for x, *_ in self._tensors))
 
     def _read_settings(self) -> list[Any]:
         """Types, children, hooks, replaced methods and other attributes of the modules."""

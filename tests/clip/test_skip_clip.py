@@ -66,6 +66,33 @@ def test_refresh_brings_the_lower_parts_to_the_device_of_the_model(monkeypatch):
     assert moves == [torch.device("cpu")] * 2 + ["read"] + [None] * 2
 
 
+@pytest.mark.parametrize("tail", ["resample", "fixed"])
+def test_tensors_are_not_made_on_the_default_device(tail, tmp_path):
+    """On the meta device a tensor has no values, so that reading one raises an error."""
+    images, labels = tiny_batch(4, C, torch.float32)
+    expected = make_clip(torch.float32, keep_ratio=0.4, tail=tail)(images, labels)
+    model, tokens = tiny_clip(torch.float32), tiny_tokens(C)
+    with torch.device("meta"):
+        clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=0.4, decay=3.0, tail=tail, text_cache=tmp_path)
+        out = clip(images, labels)
+        out.loss.backward()
+        sk.FusedSGD(clip.parameter_groups(text_lr=0.0, image_lr=0.0)).step()
+        assert clip.eval()(images, labels).logits.device == clip.predict(images).device == images.device
+        sk.pairs.pair_loss(clip.train(), images, labels)
+        clip.load_state_dict(clip.state_dict())
+        clip.refresh()
+    assert out.class_ids.equal(expected.class_ids) and out.loss.equal(expected.loss)
+
+
+@pytest.mark.parametrize("alone", [True, False], ids=["the model alone", "SkipCLIP"])
+def test_another_dtype_computes_the_text_features_again(alone):
+    images, labels = tiny_batch(4, C)
+    expected = make_clip()(images, labels).loss
+    clip = make_clip(torch.float32)
+    (clip.model.double() if alone else clip.type(torch.float64))
+    torch.testing.assert_close(clip(images, labels).loss, expected, rtol=1e-6, atol=0)  # weights rounded to fp32
+
+
 @pytest.mark.parametrize(
     "error",
     [

@@ -92,7 +92,7 @@ class OpenAITextTower(OpenClipTextTower):
         self.model = self.text = model
         self.blocks = model.transformer.resblocks
         length = len(model.positional_embedding)
-        triangle = torch.full((length, length), -torch.inf).triu(1)
+        triangle = torch.full((length, length), -torch.inf, device="cpu").triu(1)
         causal = all(x is not None and x[:length, :length].float().cpu().equal(triangle) for x in self.masks())
         self._why_not_causal = None if causal else "a block's mask is not the causal one"
 
