@@ -3,6 +3,10 @@
 A model family defines the embedding, the blocks and the head; this file runs the blocks below and above the cut. If all
 of these take rows (`block.why_takes_no_rows`), they are called with rows [R, W], packed tokens of any number of
 sequences, else as the model calls them, with sequences [n, tokens, W].
+
+    below the cut   _run_lower            the embedding and `_run_lower_blocks`, in chunks, without gradient
+    above the cut   _run_upper_rows       blocks that take rows
+                    _call_upper_blocks    other blocks
 """
 
 from __future__ import annotations

@@ -94,10 +94,10 @@ SDPA = AttentionBackend(_sdpa, functional.shared_prefix_attention)
 
 @dataclass(frozen=True, eq=False)
 class Sequences:
-    """Attention within n sequences of equal length. A mask is as in `BlockInput`; PyTorch adds it."""
+    """Attention within n sequences of equal length. PyTorch adds a mask to the logits."""
 
     n: int
-    mask: Tensor | None = None
+    mask: Tensor | None = None  # [1 or n, 1 or H, tokens, tokens]
     causal: bool = False
     backend: AttentionBackend = SDPA
     query_rows: ClassVar[None] = None

@@ -76,7 +76,7 @@ class TextTower(Tower):
             return [self.call_upper(*of_template) for of_template in templates]
         # Low-rank updates once, not for each template; not those of blocks that backward may call again
         with parametrize.cached():
-            return [self._run_upper(*of_template) for of_template in templates]
+            return [self.finish(self._run_upper(*of_template)) for of_template in templates]
 
     def call_upper(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:
         """Map rows [R, W] to embeddings [K, D] by blocks that are called as the model calls them."""
@@ -85,13 +85,10 @@ class TextTower(Tower):
         return self.finish(hidden[torch.arange(len(hidden), device=hidden.device), selected.pooled])
 
     def _run_upper(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:
-        """Map rows [R, W] to embeddings [K, D] by blocks that take rows."""
-        run = self._run_suffixes if selected.prompts.prefix_length else self._run_whole_prompts
-        return self.finish(run(rows, selected))
-
-    def _run_suffixes(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:
-        """Run the shared prefix and the suffixes; return hidden states [K, W] of the pooled tokens."""
+        """Map rows [R, W] to hidden states [K, W] of the pooled tokens, by blocks that take rows."""
         prompts = selected.prompts
+        if prompts.prefix_length == 0:
+            return self._run_whole_prompts(rows, selected)
         attention = Suffixes(
             backend=self.cut.backend,
             prefix_length=prompts.prefix_length,
@@ -102,7 +99,7 @@ class TextTower(Tower):
         return self._run_upper_rows(rows, RowsOptions(attention), last_attention=replace(attention, only_last=True))
 
     def _run_whole_prompts(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:
-        """Run whole prompts; return hidden states [K, W] of the pooled tokens."""
+        """As `_run_upper`, for prompts that share no prefix."""
         features, mask = selected.unpack(rows), self.mask(selected.tokens, selected.prompts)
         K, L, _ = features.shape
         class_numbers, positions = torch.arange(K, device=features.device), selected.pooled  # [K] each

@@ -27,10 +27,11 @@ from transformers.models.siglip2 import modeling_siglip2
 from ..alterations import Submodules, submodules
 from ..base import UnsupportedModel
 from ..block import BlockInput, FusedBlock
-from ..fused.weights import BlockSettings, GivenWeights, weights_of, weights_of_parts
+from ..fused.weights import BlockSettings, GivenWeights
 from ..image import ImageTower
 from ..prompts import Pooling, Prompts
 from ..text import TextTower
+from .reading import weights_of, weights_of_parts
 
 _TANH = type(modeling_clip.ACT2FN["gelu_pytorch_tanh"])  # its name differs between major versions
 _ACTIVATIONS = {GELUActivation: "gelu", QuickGELUActivation: "quick_gelu", _TANH: "gelu_tanh"}

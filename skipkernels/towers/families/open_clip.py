@@ -28,10 +28,11 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from ..alterations import Submodules, submodules
 from ..base import Part, UnsupportedModel
 from ..block import BlockInput, FusedBlock
-from ..fused.weights import BlockSettings, GivenWeights, activation, layer_scale, weights_of
+from ..fused.weights import BlockSettings, GivenWeights
 from ..image import ImageTower
 from ..prompts import Pooling, Prompts
 from ..text import TextTower
+from .reading import activation, layer_scale, weights_of
 
 _ACTIVATIONS = {QuickGELU: "quick_gelu", nn.GELU: "gelu"}
 _NORM, _SCALE = (LayerNorm, LayerNormFp32), (nn.Identity, LayerScale)

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from ..alterations import Submodules, submodules
 from ..block import BlockInput, FusedBlock
-from ..fused.weights import BlockSettings, GivenWeights, activation, layer_scale, weights_of, weights_of_parts
+from ..fused.weights import BlockSettings, GivenWeights
 from ..rows import Rotary
+from .reading import activation, layer_scale, weights_of, weights_of_parts
 
 _ACTIVATIONS = {nn.GELU: "gelu", GELU: "gelu", GELUTanh: "gelu_tanh", QuickGELU: "quick_gelu"}
 _NORM = (nn.LayerNorm, LayerNorm, RmsNorm)

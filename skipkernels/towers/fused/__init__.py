@@ -12,9 +12,10 @@ Options, as some families have them: a norm of each head of query and key (`quer
 embeddings of query and key (`Rotary`), a norm of the result of attention and one of the activation (`attention_norm`,
 `mlp_norm`), SwiGLU, where W_fc has gate and value side by side, RMSNorm in place of LayerNorm, and no biases.
 
-    weights.py   weights and settings of a block, read from its modules, and their gradients
-    node.py      `fused_block`, by a `torch.autograd.Function`; imported by the first block that runs
-    stages.py    norm_1 → in_proj → attention → out_proj → norm_2 → mlp, forward and backward, and what each saves
+    node.py        `fused_block`, by a `torch.autograd.Function`; imported by the first block that runs
+    stages.py      norm_1 → in_proj → attention → out_proj → norm_2 → mlp, forward and backward, and what each saves
+    weights.py     weights and settings of a block, as a family reads them and as the stages do
+    gradients.py   gradients of the weights
 
 `..rows` has what a tower passes to a block.
 """

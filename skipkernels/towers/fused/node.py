@@ -12,8 +12,9 @@ from ...dtypes import autocast_dtype, without_autocast
 from ...ops.launching import launches_on
 from ..rows import Hidden, RowsOptions
 from . import stages
+from .gradients import Gradients
 from .stages import BlockCall
-from .weights import BlockSettings, GivenWeights, Gradients, prepare
+from .weights import BlockSettings, GivenWeights, prepare
 
 
 def fused_block(given: GivenWeights, settings: BlockSettings, hidden: Hidden, options: RowsOptions) -> Hidden:

@@ -48,7 +48,8 @@ from ...ops.mlp_activation import KINDS, mlp_activation, mlp_activation_backward
 from ...ops.mlp_activation import Backward as ActivationBackward
 from ...ops.rotary_embedding import rotary_embedding
 from ..rows import Hidden, RowsOptions
-from .weights import ATTENTION_NORMS, BlockSettings, BlockWeights, Gradients
+from .gradients import Gradients
+from .weights import ATTENTION_NORMS, BlockSettings, BlockWeights
 
 # ---- a call, and what backward reads besides the weights -------------------------------------------------------------
 
@@ -388,7 +389,7 @@ def norm_backward(
     """
     (weight, bias), bias_name = call.weights.layer(name), f"{name}_bias"
     need_sums, need_weights = gradients.needs(*biases), gradients.needs(name, bias_name)
-    casts = d_residual is not None and call.dtype != saved.x.dtype
+    has_cast = d_residual is not None and call.dtype != saved.x.dtype
     arguments = NormBackward(
         d_normed,
         d_residual,
@@ -402,7 +403,7 @@ def norm_backward(
         need_bias=gradients.needs(bias_name),
         need_sums=need_sums,
         partial=gradients.partial and (need_weights or need_sums),
-        cast=call.dtype if casts else None,
+        cast=call.dtype if has_cast else None,
         need_normed=gradients.needs(_MULTIPLIED_BY[name]),
         rms=call.settings.rms,
     )
@@ -411,4 +412,4 @@ def norm_backward(
     if need_sums:
         sums |= zip(biases, (found.d_hidden_sum, found.d_x_sum), strict=True)
     gradients.set_sums(sums, found.partial_sums)
-    return found.d_x, found.d_x_cast if casts else found.d_x, found.normed
+    return found.d_x, found.d_x_cast if has_cast else found.d_x, found.normed
