@@ -233,10 +233,12 @@ def _backward_rows(call: Backward) -> tuple[int, int, Mapping[str, Any]]:
 def _outputs(call: Backward) -> tuple[Tensor, ...]:
     """Allocate the results: [0] where not needed, since an operator cannot return None."""
     partial = call.partial and call.need_bias
-    sums_shape = (_backward_rows(call)[0], call.x.shape[-1]) if partial else 0
     inputs = call.x, call.x if call.bias is None else call.bias, call.d_out
-    needs = call.need_x, call.need_bias and not partial, call.need_out
-    return *autograd.gradients_like(inputs, needs), call.x.new_empty(sums_shape, dtype=torch.float32)
+    d_x, d_bias, out = autograd.gradients_like(inputs, (call.need_x, call.need_bias and not partial, call.need_out))
+    partial_sums = d_bias.new_empty(0)
+    if partial:
+        partial_sums = d_bias.new_empty(_backward_rows(call)[0], call.x.shape[-1], dtype=torch.float32)
+    return d_x, d_bias, out, partial_sums
 
 
 # ---- plain PyTorch ---------------------------------------------------------------------------------------------------
@@ -249,10 +251,14 @@ def _fallback(x: Tensor, bias: Tensor | None, kind: int) -> Tensor:
 def _fallback_backward(*arguments: Any) -> tuple[Tensor, ...]:
     call = Backward(*arguments)
     x, function = call.x.contiguous(), functools.partial(reference.mlp_activation, kind=KINDS[call.kind])
-    inputs, needs = ((x,), (call.need_x,)) if call.bias is None else ((x, call.bias), (call.need_x, call.need_bias))
-    d_x, *d_bias = autograd.reference_gradients(function, inputs, needs, call.d_out)
+    if call.bias is None:
+        (d_x,) = autograd.reference_gradients(function, (x,), (call.need_x,), call.d_out)
+        d_bias = x.new_empty(0)
+    else:
+        needs = call.need_x, call.need_bias
+        d_x, d_bias = autograd.reference_gradients(function, (x, call.bias), needs, call.d_out)
     out = function(x, call.bias) if call.need_out else x.new_empty(0)
-    return d_x, d_bias[0] if d_bias else x.new_empty(0), out, x.new_empty(0, dtype=torch.float32)
+    return d_x, d_bias, out, d_bias.new_empty(0)
 
 
 def _fake(x: Tensor, bias: Tensor | None, kind: int) -> Tensor:

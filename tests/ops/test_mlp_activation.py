@@ -167,3 +167,14 @@ def test_backward_of_a_block(backend: Backend, shape, kind):
                 else:  # fp32 sums of numbers near 1, then rounded: a step of the dtype
                     sums = column_sums([found[3]], torch.float32).to(d_bias.dtype)
                     torch.testing.assert_close(sums, d_bias, rtol=4 * SLACK[dtype], atol=2e-6 * shape[0])
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_opcheck_of_backward_in_each_dtype(backend: Backend, bias):
+    """Results that are not needed are empty, in the dtype that a compiled call expects."""
+    for dtype in backend.dtypes:
+        x, *vector = (
+            x.detach() for x in OPERATOR.case((3, 10), backend.device, dtype=dtype, bias=bias).inputs.values()
+        )
+        arguments = torch.ones_like(x), x, vector[0] if bias else None, 0, True, bias
+        backend.opcheck(mlp_activation_backward, arguments, compiled=False)
