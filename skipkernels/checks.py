@@ -15,12 +15,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 FEATURE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Largest distance between two unit-norm embeddings, or relative error of the output of a block. Another order of
-# operations changes about 1e-6 in fp32 over twelve blocks; some fp64 models compute a softmax in fp32. A wrong
-# activation in one block changes at least 2e-3.
-OUTPUT_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
-# Largest relative error of a gradient; in fp32, at most 5e-4 was measured for norms and biases over all of open_clip.
-GRADIENT_TOLERANCE = {torch.float64: 1e-5, torch.float32: 5e-3}
+
+
+# ---- tensors ---------------------------------------------------------------------------------------------------------
 
 
 def check_shape(
@@ -65,20 +62,6 @@ def check_dtype(function: str, argument: str, tensor: Tensor, dtypes: Sequence[t
         raise TypeError(f"{function}: {argument} must be {names}; got {tensor.dtype}. {remedy}")
 
 
-def check_one_dtype(
-    function: str, argument: str, tensor: Tensor, like: tuple[str, Tensor], *, narrower: bool = False
-) -> None:
-    """Raise a TypeError unless tensors have one dtype, or autocast casts them to one. `narrower`: 16 bits also pass."""
-    name, other = like
-    dtypes, kind = [other.dtype], other.device.type
-    if narrower and other.dtype == torch.float32:
-        dtypes += [torch.bfloat16, torch.float16]
-    if tensor.dtype != other.dtype and other.dtype != torch.float64:
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-            dtypes = [dtype for dtype in FEATURE_DTYPES if dtype != torch.float64]
-    check_dtype(function, argument, tensor, dtypes, f"Convert one of {argument} and {name}.")
-
-
 def check_device(function: str, argument: str, tensor: Tensor, like: tuple[str, Tensor]) -> None:
     """Raise a ValueError unless two tensors are on the same device."""
     name, other = like
@@ -87,19 +70,6 @@ def check_device(function: str, argument: str, tensor: Tensor, like: tuple[str, 
             f"{function}: {argument} must be on {other.device}, where {name} is; got {tensor.device}. "
             f"Use {argument}.to({str(other.device)!r})."
         )
-
-
-def check_alike(
-    function: str, argument: str, tensor: Tensor, like: tuple[str, Tensor], *, narrower: bool = False
-) -> None:
-    """Raise unless two tensors have the same shape, device and dtype (see `check_one_dtype`)."""
-    name, other = like
-    if tensor.shape != other.shape:
-        raise ValueError(
-            f"{function}: {argument} must be {list(other.shape)}, the shape of {name}; got {list(tensor.shape)}."
-        )
-    check_one_dtype(function, argument, tensor, like, narrower=narrower)
-    check_device(function, argument, tensor, like)
 
 
 def check_features(
@@ -112,10 +82,33 @@ def check_features(
         check_device(function, argument, tensor, like)
 
 
-def check_like(function: str, argument: str, tensor: Tensor, like: tuple[str, Tensor], **sizes: int | None) -> None:
-    """Check the sizes of a tensor, and that its dtype and device are those of `like`."""
-    check_shape(function, argument, tensor, like, **sizes)
-    check_one_dtype(function, argument, tensor, like)
+def check_like(
+    function: str,
+    argument: str,
+    tensor: Tensor,
+    like: tuple[str, Tensor],
+    *,
+    narrower: bool = False,
+    **sizes: int | None,
+) -> None:
+    """Check that a tensor has the dtype and device of `like`, and the given sizes; if there are none, its shape.
+
+    `narrower`: 16 bits pass beside fp32.
+    """
+    name, other = like
+    if sizes:
+        check_shape(function, argument, tensor, like, **sizes)
+    elif tensor.shape != other.shape:
+        raise ValueError(
+            f"{function}: {argument} must be {list(other.shape)}, the shape of {name}; got {list(tensor.shape)}."
+        )
+    dtypes, kind = [other.dtype], other.device.type
+    if narrower and other.dtype == torch.float32:
+        dtypes += [torch.bfloat16, torch.float16]
+    if tensor.dtype != other.dtype and other.dtype != torch.float64:
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):  # which casts both to one dtype
+            dtypes = [dtype for dtype in FEATURE_DTYPES if dtype != torch.float64]
+    check_dtype(function, argument, tensor, dtypes, f"Convert one of {argument} and {name}.")
     check_device(function, argument, tensor, like)
 
 
@@ -140,6 +133,9 @@ def as_scalar(
     check_dtype(function, argument, value, allowed, f"Use {argument}.to({dtype}).")
     check_device(function, argument, value, like)
     return value
+
+
+# ---- values ----------------------------------------------------------------------------------------------------------
 
 
 def check_choice(function: str, argument: str, value: Any, literal: Any) -> None:
@@ -167,23 +163,6 @@ def check_values(function: str, argument: str, values: Tensor, valid: Tensor, ex
     except RuntimeError:  # on the CPU
         pass
     raise ValueError(f"{message}; got {values[~valid][0]}. {remedy}".rstrip())
-
-
-def warn_caller(message: str) -> None:
-    """Issue a UserWarning at the line of the caller outside this package and PyTorch."""
-    frame, level, inside = sys._getframe(), 1, ("skipkernels", "torch")
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in inside:
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, UserWarning, stacklevel=level)
-
-
-def raise_if_above(what: str, measure: str, value: float, allowed: float) -> None:
-    """Raise a RuntimeError if a difference from the caller's model is above its tolerance, or not a number."""
-    if not value <= allowed:
-        raise RuntimeError(
-            f"{what}: {measure} {value:.2e}, allowed {allowed:.0e}. A part of the model (a hook, a changed forward, a "
-            "mask or activation) is not what its type implies, so training would be silently wrong."
-        )
 
 
 # ---- lists of `sgd_momentum_` ----------------------------------------------------------------------------------------
@@ -255,3 +234,34 @@ def as_casts(function: str, weights: Sequence[Tensor], casts: Sequence[Tensor | 
                 f"{list(weight.shape)}."
             )
     return [first.new_empty(0) if x is None else x for x in casts]
+
+
+# ---- comparison with the caller's model ------------------------------------------------------------------------------
+
+
+# Largest distance between two unit-norm embeddings, or relative error of the output of a block. Another order of
+# operations changes about 1e-6 in fp32 over twelve blocks; some fp64 models compute a softmax in fp32. A wrong
+# activation in one block changes at least 2e-3.
+OUTPUT_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
+# Largest relative error of a gradient; in fp32, at most 5e-4 was measured for norms and biases over all of open_clip.
+GRADIENT_TOLERANCE = {torch.float64: 1e-5, torch.float32: 5e-3}
+
+
+def raise_if_above(what: str, measure: str, value: float, allowed: float) -> None:
+    """Raise a RuntimeError if a difference from the caller's model is above its tolerance, or not a number."""
+    if not value <= allowed:
+        raise RuntimeError(
+            f"{what}: {measure} {value:.2e}, allowed {allowed:.0e}. A part of the model (a hook, a changed forward, a "
+            "mask or activation) is not what its type implies, so training would be silently wrong."
+        )
+
+
+# ---- warnings --------------------------------------------------------------------------------------------------------
+
+
+def warn_caller(message: str) -> None:
+    """Issue a UserWarning at the line of the caller outside this package and PyTorch."""
+    frame, level, inside = sys._getframe(), 1, ("skipkernels", "torch")
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in inside:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UserWarning, stacklevel=level)

@@ -25,7 +25,6 @@ from .checks import (
     FEATURE_DTYPES,
     as_casts,
     as_scalar,
-    check_alike,
     check_device,
     check_dtype,
     check_features,
@@ -238,7 +237,7 @@ def contrastive_loss(image: Tensor, text: Tensor, logit_scale: Tensor | float, *
     """
     name = "contrastive_loss"
     check_features(name, "image", image, B=None, D=None)
-    check_alike(name, "text", text, ("image", image))
+    check_like(name, "text", text, ("image", image))
     labels = torch.arange(len(image), device=image.device)
     image_to_text = class_sampled_ce(image, text, labels, logit_scale, reduction=reduction)
     return (image_to_text + class_sampled_ce(text, image, labels, logit_scale, reduction=reduction)) / 2
@@ -330,7 +329,7 @@ def pairwise_sigmoid_loss(
     """
     name = "pairwise_sigmoid_loss"
     check_features(name, "image", image, B=None, D=None)
-    check_alike(name, "text", text, ("image", image))
+    check_like(name, "text", text, ("image", image))
     labels = torch.arange(len(image), device=image.device)
     return pairwise_sigmoid(image, text, labels, logit_scale, logit_bias) / image.shape[0]
 
@@ -371,7 +370,7 @@ def add_layer_norm(
     """
     name = "add_layer_norm"
     _check_norm(name, x, residual, weight, eps, out_dtype)
-    check_alike(name, "bias", bias, ("weight", weight))
+    check_like(name, "bias", bias, ("weight", weight))
     hidden, normed, _, _ = _add_layer_norm(x, residual, weight, bias, eps, out_dtype)
     return x if residual is None else hidden, normed
 
@@ -408,7 +407,7 @@ def _check_norm(
 ) -> None:
     check_features(name, "x", x, rest=None, W=None)
     if residual is not None:
-        check_alike(name, "residual", residual, ("x", x), narrower=True)
+        check_like(name, "residual", residual, ("x", x), narrower=True)
     check_features(name, "weight", weight, ("x", x), W=x.shape[-1])
     if not 0 <= eps < math.inf:
         raise ValueError(f"{name}: eps must be finite and at least 0; got {eps}.")
@@ -486,7 +485,7 @@ def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, *, heads: int, interle
     angle_dtype = dtypes.wide_dtype(x.dtype)
     check_dtype(name, "cos", cos, [angle_dtype], f"Use cos.to({angle_dtype}).")
     check_device(name, "cos", cos, ("x", x))
-    check_alike(name, "sin", sin, ("cos", cos))
+    check_like(name, "sin", sin, ("cos", cos))
     T, E = cos.shape[0], 2 * cos.shape[1]
     if x.dim() != 2 or x.shape[0] % T != 0 or x.shape[1] % E != 0 or x.shape[1] == 0:
         raise ValueError(
