@@ -99,7 +99,7 @@ class TextTower(Tower):
         return self._run_upper_rows(rows, RowsOptions(attention), last_attention=replace(attention, only_last=True))
 
     def _run_whole_prompts(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:
-        """As `_run_upper`, for prompts that share no prefix."""
+        """Run prompts that share no prefix; see `_run_upper`."""
         features, mask = selected.unpack(rows), self.mask(selected.tokens, selected.prompts)
         K, L, _ = features.shape
         class_numbers, positions = torch.arange(K, device=features.device), selected.pooled  # [K] each

@@ -15,8 +15,8 @@ from skipkernels.ops import row_sums
 from skipkernels.testing import relative_error, saved_bytes
 from skipkernels.towers.block import FusedBlock
 from skipkernels.towers.families.timm_blocks import rotary_of_tokens
+from skipkernels.towers.fused import gradients as gradients_module
 from skipkernels.towers.fused import node
-from skipkernels.towers.fused import weights as weights_module
 from skipkernels.towers.rows import SDPA, Hidden, RowsOptions, Sequences, SingleQuery
 from tests.ops.backends import INTERPRETED
 from tests.towers.blocks import (
@@ -243,7 +243,7 @@ def test_block_completes_its_sums_by_one_call(backend, name, query_rows, monkeyp
         calls.append(arguments)
         return row_sums.column_sums(*arguments)
 
-    monkeypatch.setattr(weights_module, "column_sums", column_sums)
+    monkeypatch.setattr(gradients_module, "column_sums", column_sums)
     hidden = hidden_states(torch.float32)
     expected = gradients(block, hidden, run_rows, query_rows=query_rows)
     assert not calls
