@@ -123,7 +123,7 @@ FUSED, POOLED = "image.fused_block", "image.pooled_last_block"
 POOLS = {POOLED: "the tower pools over all tokens"}
 STAGES = {FUSED: "blocks in stages run their own forward", POOLED: "blocks in stages run their own forward"}
 NOT_CAUSAL = {"text.text_crop": "lets a token see later ones", "text.shared_prefix": "is not the causal one"}
-NO_PREFIX = {"text.shared_prefix": "the prompts begin with different tokens"}
+POOLS_FIRST = {"text.shared_prefix": "a pooled token is the first"}
 NO_SELF = {"text.shared_prefix": "does not see itself"}
 NO_MASK = {"text.text_crop": "every token sees every other", "text.shared_prefix": "there is no mask"}
 
@@ -179,7 +179,7 @@ WHOLE = {
     "coca": Family(tiny_coca, POOLS | NO_SELF, tokens=COCA_TOKENS),
     "coca_correct": Family(lambda: tiny_coca(correct=True), POOLS, tokens=COCA_TOKENS),
     "avg-last": variant({"pool_type": "avg"}, {"pool_type": "last", "no_causal_mask": True}, POOLS | NOT_CAUSAL),
-    "no_ln_pre-first": variant({"no_ln_pre": True}, {"pool_type": "first"}, NO_PREFIX)._replace(tokens=FIRST_DIFFERS),
+    "no_ln_pre-first": variant({"no_ln_pre": True}, {"pool_type": "first"}, POOLS_FIRST)._replace(tokens=FIRST_DIFFERS),
     "final_ln-eos": variant({"final_ln_after_pool": True}, {"pool_type": "eos", "eos_id": 59}),
     "layer_scale": variant({"ls_init_value": 0.3}, {"ls_init_value": 0.2}),
     "attn_pool-linear": variant(ATTENTIONAL, {"proj_bias": True, "proj_type": "linear"}, POOLS),
