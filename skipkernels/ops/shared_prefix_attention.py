@@ -470,28 +470,38 @@ def _shared_prefix_attention_bwd_sum_kernel(
 
 
 def _launch(packed: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    tiling = _tiling("shared_prefix_attention_fwd", packed, Options(*options))
-    if tiling is None:
+    call = Options(*options)
+    if not _has_kernel(packed, call):
         return NotImplemented
-    tiles, H, arguments = tiling
-    R, width = packed.shape
+    (R, width), H = packed.shape, call.heads
+    tiles, arguments = _tiles_and_arguments("shared_prefix_attention_fwd", packed, call)
     out, lse = packed.new_empty(R, width // 3), packed.new_empty((R, H), dtype=torch.float64)  # [R, W], [R, H]
-    arguments |= dict(R=R, out_ptr=out, lse_ptr=lse)
-    launch(_shared_prefix_attention_fwd_kernel, (tiles, H), debug=True, **arguments)  # debug compiles the assertion
+    launch(
+        _shared_prefix_attention_fwd_kernel,
+        (tiles, H),
+        debug=True,  # compiles the assertion
+        **arguments,
+        R=R,
+        out_ptr=out,
+        lse_ptr=lse,
+    )
     return out, lse
 
 
 def _launch_backward(d_out: Tensor, packed: Tensor, lse: Tensor, *options: Any) -> Tensor:
-    tiling = _tiling("shared_prefix_attention_bwd", packed, Options(*options))
-    if tiling is None:
+    call = Options(*options)
+    if not _has_kernel(packed, call):
         return NotImplemented
-    tiles, H, arguments = tiling
-    R, P, W, BLOCK_T = packed.shape[0], arguments["P"], packed.shape[1] // 3, arguments["BLOCK_T"]
+    (R, width), H, P = packed.shape, call.heads, call.prefix_length
+    W = width // 3
+    tiles, arguments = _tiles_and_arguments("shared_prefix_attention_bwd", packed, call)
+    BLOCK_T = arguments["BLOCK_T"]
     long = max(P, arguments["max_length"]) > BLOCK_T
-    d_out = with_contiguous_rows(d_out)
-    d_packed = packed.new_empty(packed.shape)  # [R, 3W]
+    # 1. Gradients of the tiles; of the keys of the prefix, parts of a sum
     slots = 1 + tiles - triton.cdiv(P, BLOCK_T)
     partial = packed.new_empty((slots, P, 2, W), dtype=torch.float32)
+    d_packed = packed.new_empty(packed.shape)  # [R, 3W]
+    d_out = with_contiguous_rows(d_out)
     arguments |= dict(
         d_out_ptr=d_out,
         stride_d_out_r=d_out.stride(0),
@@ -501,10 +511,12 @@ def _launch_backward(d_out: Tensor, packed: Tensor, lse: Tensor, *options: Any) 
         partial_ptr=partial,
     )
     launch(_shared_prefix_attention_bwd_kernel, (tiles, H), **arguments, R=R, LONG=long)
+    # 2. Gradients of the keys of sequences that are longer than a tile
     if long:
         del arguments["BLOCK_P"]  # of the first kernel alone
         arguments |= launch_options("shared_prefix_attention_bwd_key", packed, E=arguments["E"])
         launch(_shared_prefix_attention_bwd_key_kernel, (tiles, H), **arguments)
+    # 3. Sum of the parts
     sum_options = launch_options("shared_prefix_attention_bwd_sum", partial)
     launch(
         _shared_prefix_attention_bwd_sum_kernel,
@@ -520,20 +532,23 @@ def _launch_backward(d_out: Tensor, packed: Tensor, lse: Tensor, *options: Any) 
     return d_packed
 
 
-def _tiling(kernel: str, packed: Tensor, options: Options) -> tuple[int, int, dict[str, Any]] | None:
-    """Number of tiles, H, and the arguments of a kernel; None if the fallback is to be used."""
-    H, P, offsets, max_length, scale = options
+def _has_kernel(packed: Tensor, call: Options) -> bool:
+    """Return True if the heads have a Triton kernel."""
+    return packed.shape[1] // (3 * call.heads) <= MAX_E
+
+
+def _tiles_and_arguments(kernel: str, packed: Tensor, call: Options) -> tuple[int, dict[str, Any]]:
+    """Return the number of tiles of rows, and the arguments that the kernels of both directions share."""
+    packed, (H, P, offsets, _, scale) = with_contiguous_rows(packed), call
     R, width = packed.shape
     E = width // (3 * H)
-    if E > MAX_E:
-        return None
-    packed = with_contiguous_rows(packed)
-    launched = launch_options(kernel, packed, E=E)
-    BLOCK_T, BLOCK_E = launched["BLOCK_T"], max(triton.next_power_of_2(E), 16)
-    max_length = min(max_length, R)
+    options = launch_options(kernel, packed, E=E)
+    BLOCK_T, BLOCK_E = options["BLOCK_T"], max(triton.next_power_of_2(E), 16)
+    max_length = min(call.max_length, R)
     K = (R - P) // max_length if offsets is None else offsets.shape[0] - 1
-    tiles = triton.cdiv(K, max(BLOCK_T // max_length, 1)) * triton.cdiv(max_length, BLOCK_T)
-    arguments: dict[str, Any] = dict(launched) | dict(
+    # A tile has several suffixes, or a suffix several tiles.
+    suffix_tiles = triton.cdiv(K, max(BLOCK_T // max_length, 1)) * triton.cdiv(max_length, BLOCK_T)
+    arguments: dict[str, Any] = dict(options) | dict(
         device=packed.device,
         packed_ptr=packed,
         offsets_ptr=contiguous_or_none(offsets),
@@ -545,11 +560,11 @@ def _tiling(kernel: str, packed: Tensor, options: Options) -> tuple[int, int, di
         scale=scale,
         E=E,
         BLOCK_E=BLOCK_E,
-        CHUNK_E=min(BLOCK_E, launched["CHUNK_E"]),
+        CHUNK_E=min(BLOCK_E, options["CHUNK_E"]),
         HAS_OFFSETS=offsets is not None,
         PRECISION=dot_precision(packed.dtype, packed.device),
     )
-    return triton.cdiv(P, BLOCK_T) + tiles, H, arguments
+    return triton.cdiv(P, BLOCK_T) + suffix_tiles, arguments
 
 
 # ---- plain PyTorch ---------------------------------------------------------------------------------------------------
