@@ -70,8 +70,8 @@ def test_options_of_the_cross_entropy_are_refused(options):
 
 
 EMBEDDINGS: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"text": torch.ones(4, 8)}, ValueError, r"text must be \[B=3, D=8\] to match image \[3, 8\]; got \[4, 8\]"),
-    ({"text": torch.ones(3, 7)}, ValueError, r"text must be \[C, D=8\]"),
+    ({"text": torch.ones(4, 8)}, ValueError, r"text must be \[3, 8\], the shape of image; got \[4, 8\]"),
+    ({"text": torch.ones(3, 7)}, ValueError, r"text must be \[3, 8\], the shape of image; got \[3, 7\]"),
     ({"image": torch.ones(3, 8).long()}, TypeError, "image must be float32"),
 ]
 
