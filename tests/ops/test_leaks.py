@@ -44,6 +44,11 @@ def test_no_operator_leaks(name):
                 torch.autograd.grad(total, inputs)
 
     run(100)
-    before = bytes_in_use()
-    run(CALLS)
-    assert bytes_in_use() - before < NOISE
+    grown = []
+    for _ in range(3):  # what threads of the process allocate meanwhile is counted too, but not each time
+        before = bytes_in_use()
+        run(CALLS)
+        grown.append(bytes_in_use() - before)
+        if grown[-1] < NOISE:
+            break
+    assert min(grown) < NOISE
