@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from skipkernels.optimizer import FusedSGD
     from skipkernels.selection import ClassSelection, RankSampler
     from skipkernels.towers.base import UnsupportedModel
-    from skipkernels.towers.fusing import fuse, unfuse
+    from skipkernels.towers.fuse import fuse, unfuse
 
 __version__ = "0.2.0"
 
@@ -75,7 +75,7 @@ _find = lazy_names(
         "selection": ("ClassSelection", "RankSampler"),
         "app.serve": ("Classifier", "blend", "export"),
         "towers.base": ("UnsupportedModel",),
-        "towers.fusing": ("fuse", "unfuse"),
+        "towers.fuse": ("fuse", "unfuse"),
         "app.config": ("TuneConfig",),
         "app.train": ("tune",),
     },

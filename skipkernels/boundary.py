@@ -1,4 +1,7 @@
-"""LSkip: each tower has a cut. The blocks below it are frozen, and run a bounded number of samples at a time."""
+"""LSkip, layer-wise skipping: each tower has a cut, below which the blocks are frozen.
+
+They run a bounded number of samples at a time.
+"""
 
 from __future__ import annotations
 

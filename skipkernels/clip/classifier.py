@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+import copy
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
-
-from .images import sharing_weights
 
 if TYPE_CHECKING:
     from .skip_clip import SkipCLIP
@@ -51,8 +50,13 @@ class ImageClassifier(nn.Module):
 
 def classifier_of(clip: SkipCLIP, head: AffineHead | None) -> ImageClassifier:
     """Return the module of the image tower and a head, or the class embeddings; see `SkipCLIP.classifier`."""
-    encoder = sharing_weights(clip.images.tower.encoder(), clip.model)
+    encoder = _sharing_weights(clip.images.tower.encoder(), clip.model)
     if head is not None:
         return ImageClassifier(encoder, head.weight, head.bias).eval()
     text = clip.class_embeddings()
     return ImageClassifier(encoder, clip.scale.to(text.dtype) * text).eval()
+
+
+def _sharing_weights(part: Any, model: nn.Module) -> Any:
+    """Copy a part of a model: the copies have their own mode, and share the parameters and buffers of the model."""
+    return copy.deepcopy(part, {id(x): x for x in (*model.parameters(), *model.buffers())})

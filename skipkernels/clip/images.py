@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..boundary import LostGradient
 from ..memory import out_of_memory
@@ -83,8 +82,3 @@ class ImageEncoder:
         raise ValueError(
             f"SkipCLIP: pixel_values must be images [B, 3, height, width]{features}; got {list(pixel_values.shape)}."
         )
-
-
-def sharing_weights(part: Any, model: nn.Module) -> Any:
-    """Copy a part of a model: the copies have their own mode, and share the parameters and buffers of the model."""
-    return copy.deepcopy(part, {id(x): x for x in (*model.parameters(), *model.buffers())})

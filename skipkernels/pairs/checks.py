@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -62,9 +63,9 @@ def _bias_of(function: str, clip: SkipCLIP, logit_bias: Any) -> Tensor | float:
         logit_bias = 0.0 if bias is None else bias
     if isinstance(logit_bias, Tensor) and logit_bias.numel() == 1:
         return logit_bias.reshape(())  # that of transformers has one dimension
-    if not isinstance(logit_bias, (int, float)):
+    if not isinstance(logit_bias, (int, float)) or isinstance(logit_bias, bool) or not math.isfinite(logit_bias):
         found = list(logit_bias.shape) if isinstance(logit_bias, Tensor) else repr(logit_bias)
-        raise ValueError(f"{function}: logit_bias must be a number or a tensor of one element; got {found}.")
+        raise ValueError(f"{function}: logit_bias must be a finite number or a tensor of one element; got {found}.")
     return logit_bias
 
 
@@ -82,7 +83,7 @@ def _refuse_loss_options(function: str, clip: SkipCLIP) -> None:
 def _check_many_labels(labels: Any, batch: Tensor, num_classes: int, max_labels: int) -> None:
     """Raise unless labels are [B, C] of 0 and 1, with at most `max_labels` per image."""
     name, shape = "sigmoid_loss", (len(batch), num_classes)
-    if not isinstance(max_labels, int) or max_labels < 1:
+    if isinstance(max_labels, bool) or not isinstance(max_labels, int) or max_labels < 1:
         raise ValueError(f"{name}: max_labels must be a whole number, at least 1; got {max_labels!r}.")
     if not isinstance(labels, Tensor) or labels.shape != shape or labels.is_complex():
         raise ValueError(

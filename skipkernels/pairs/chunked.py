@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import get_device_states, set_device_states
 
 from ..dtypes import without_autocast
 
@@ -68,7 +67,9 @@ class _Encoder:
         self.encode, self.chunk, self.device = encode, chunk, device
         self.dtype, self.casts = torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type)
         self.cpu_state = torch.get_rng_state()
-        self.devices, self.device_states = get_device_states(torch.empty(0, device=device))
+        # Of the device, if it has a generator of its own. torch.utils.checkpoint saves it too, but not on MPS.
+        self.devices = [] if device.type == "cpu" else [device]
+        self.device_states = [torch.get_device_module(x).get_rng_state(x) for x in self.devices]
 
     def first_pass(self, batch: Tensor) -> Tensor:
         """Embeddings [B, D] of a batch, without a graph."""
@@ -78,9 +79,10 @@ class _Encoder:
     def second_pass(self, batch: Tensor, d_embedding: Tensor, trained: Sequence[Tensor]) -> list[Tensor | None]:
         """Gradients of the trained parameters, from those of the embeddings [B, D]."""
         sums: list[Tensor | None] = [None] * len(trained)
-        with torch.random.fork_rng(self.devices):
+        with torch.random.fork_rng(self.devices, device_type=self.device.type):
             torch.set_rng_state(self.cpu_state)
-            set_device_states(self.devices, self.device_states)
+            for device, state in zip(self.devices, self.device_states, strict=True):
+                torch.get_device_module(device).set_rng_state(state, device)
             for x, d_rows in zip(batch.split(self.chunk), d_embedding.split(self.chunk), strict=True):
                 with torch.enable_grad(), self._autocast():
                     embedding = self.encode(x)

@@ -81,7 +81,7 @@ def sigmoid_loss(
     # 1. The image embeddings of all processes, [B, D], and the labels of this one, [b, C]
     image, labels = gather_rows(clip.images.encode(x)[: len(pixel_values)], sizes, group), labels != 0
     # 2. The same selection on every process, and text embeddings of own selected classes: [K_r, D], [K], [b, K], [K_r]
-    text, class_ids, own_targets, positions = clip.select_and_encode(image, labels, len(image) * max_labels)
+    text, class_ids, own_targets, positions = clip.select_and_encode_own(image, labels, len(image) * max_labels)
     # 3. The loss over all images
     targets = gather_rows(own_targets.byte(), sizes, group)[:, positions]  # [B, K_r]
     elements, text = len(image) * len(class_ids), text.to(image.dtype)

@@ -16,7 +16,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..clip import SkipCLIP, SkipOutput
-from ..clip.checks import as_class_weight, as_tokens, check_image_embeddings, check_labels, check_vocabulary
+from ..clip.builder import build_texts
+from ..clip.checks import (
+    as_class_weight,
+    as_tokens,
+    check_image_embeddings,
+    check_labels,
+    check_vocabulary,
+    refuse_inference_mode,
+)
 from ..clip.state import Origin
 from ..clip.step import LossOptions, compare_with_all
 from ..digests import digest_json, digest_tensors, digests
@@ -132,7 +140,7 @@ class ShardedSkipCLIP(SkipCLIP):
         # 1. The labels and image embeddings of all processes: [B], [B, D]
         labels, image = gather_rows(labels, sizes, group), gather_rows(image, sizes, group)
         # 2. The same selection on every process, and text embeddings of own selected classes
-        text, class_ids, targets, positions = self.select_and_encode(image, labels)
+        text, class_ids, targets, positions = self.select_and_encode_own(image, labels)
         # 3. The loss over all images
         loss = sharded_cross_entropy(
             image,
@@ -145,7 +153,7 @@ class ShardedSkipCLIP(SkipCLIP):
         )
         return SkipOutput(loss, None, class_ids, targets[own_rows(sizes, group)])
 
-    def select_and_encode(
+    def select_and_encode_own(
         self, image: Tensor, labels: Tensor, max_labels: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Select classes for images [B, D] of all processes, and embed those of this process; collective.
@@ -245,6 +253,7 @@ class ShardedSkipCLIP(SkipCLIP):
     def set_classes(self, tokens: Tensor, class_weight: Tensor | None = None) -> None:
         """Replace the classes of the task in place, on every process; see `SkipCLIP.set_classes`."""
         with self.announced_errors():
+            refuse_inference_mode("ShardedSkipCLIP: set_classes cannot be called")
             tokens = as_tokens(tokens)
             check_vocabulary("ShardedSkipCLIP", "tokens", tokens, self.texts.tower.vocabulary)
             shards = replace(self.shards, num_classes=len(tokens))
@@ -252,8 +261,10 @@ class ShardedSkipCLIP(SkipCLIP):
         self._compare_calls("set_classes")
         digest = digest_tensors([("tokens", tokens)])
         self._check_agreement(shards, digest, weight)
-        super().set_classes(tokens[shards.owned])
-        self.shards, self._digest, self.class_weight = shards, digest, weight
+        with self.announced_errors():  # such as too little memory on one process: all keep their classes
+            texts = build_texts(self.model, self.texts, tokens[shards.owned], self.train_options)
+        self._compare_calls("set_classes")
+        self.texts, self.shards, self._digest, self.class_weight = texts, shards, digest, weight
 
     def _origin(self) -> Origin:
         return Origin(self._digest, self.prototypes.shape[1], self.shards.size)

@@ -1,4 +1,4 @@
-"""CSkip: selection of the classes of a step.
+"""CSkip, class-wise skipping: selection of the classes of a step.
 
     law → ranks [K] of the descending scores → classes at these ranks (`ops.classes_at_ranks`)
 

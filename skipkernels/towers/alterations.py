@@ -1,4 +1,7 @@
-"""Alterations of a block that its fused forward would not follow: hooks, adapters, replaced methods, other children."""
+"""Alterations of a block that its fused forward would not follow: hooks, adapters, replaced methods, other children.
+
+Each step asks for each block above the cut, so `why_altered` reads dictionaries in place of attributes.
+"""
 
 from __future__ import annotations
 

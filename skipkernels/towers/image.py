@@ -27,11 +27,7 @@ class ImageTower(Tower):
 
     def lower(self, images: Tensor) -> Tensor:
         """Map images [n, 3, height, width], in any dtype, to hidden states at the cut; with a cut constants."""
-
-        def run(images: Tensor) -> Tensor:
-            return self._run_lower_blocks(self.embed(images))
-
-        return self._run_lower(run, images.to(self.dtype))
+        return self._run_lower(lambda images: self._run_lower_blocks(self.embed(images)), images.to(self.dtype))
 
     @abstractmethod
     def finish(self, hidden: Tensor) -> Tensor:
@@ -46,7 +42,7 @@ class ImageTower(Tower):
         features = features.to(self.dtype)
         if not self.takes_rows_above:
             return self.finish(self._call_upper_blocks(features))
-        of_first_tokens = SingleQuery(slice(None, None, features.shape[1]))  # of the sequences, among their rows
+        of_first_tokens = SingleQuery(slice(None, None, features.shape[1]))  # such as the class token, among the rows
         last_attention = of_first_tokens if self.why_not_pooled() is None else None
         rows = self._run_upper_rows(features.flatten(0, 1), self._of_sequences(features), last_attention)
         return self.finish(rows.unflatten(0, (len(features), -1)))  # [n, 1 or tokens, W]

@@ -73,18 +73,18 @@ class TextTower(Tower):
         """Map rows [R, W] at the cut of the prompts of each template to text embeddings [K, D], not normalised."""
         templates = zip(rows, selected, strict=True)
         if not self.takes_rows_above:
-            return [self.call_upper(*of_template) for of_template in templates]
+            return [self.upper_by_calls(*of_template) for of_template in templates]
         # Low-rank updates once, not for each template; not those of blocks that backward may call again
         with parametrize.cached():
-            return [self.finish(self._run_upper(*of_template)) for of_template in templates]
+            return [self.finish(self._upper_by_rows(*of_template)) for of_template in templates]
 
-    def call_upper(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:
+    def upper_by_calls(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:
         """Map rows [R, W] to embeddings [K, D] by blocks that are called as the model calls them."""
         mask = self.mask(selected.tokens, selected.prompts)
         hidden = self._call_upper_blocks(selected.unpack(rows), mask)  # [K, L, W]
         return self.finish(hidden[torch.arange(len(hidden), device=hidden.device), selected.pooled])
 
-    def _run_upper(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:
+    def _upper_by_rows(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:
         """Map rows [R, W] to hidden states [K, W] of the pooled tokens, by blocks that take rows."""
         prompts = selected.prompts
         if prompts.prefix_length == 0:
@@ -99,7 +99,7 @@ class TextTower(Tower):
         return self._run_upper_rows(rows, RowsOptions(attention), last_attention=replace(attention, only_last=True))
 
     def _run_whole_prompts(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:
-        """Run prompts that share no prefix; see `_run_upper`."""
+        """Run prompts that share no prefix; see `_upper_by_rows`."""
         features, mask = selected.unpack(rows), self.mask(selected.tokens, selected.prompts)
         K, L, _ = features.shape
         class_numbers, positions = torch.arange(K, device=features.device), selected.pooled  # [K] each

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import pytest
@@ -31,7 +32,7 @@ PAIRS: list[tuple[dict[str, Any], str]] = [
     ({"captions": torch.zeros(4, 20, dtype=torch.int64)}, r"as long as the model's context; got \[4, 20\]"),
     ({"loss": "hinge"}, "loss must be one of softmax, sigmoid; got 'hinge'"),
     ({"logit_bias": -10.0}, 'logit_bias is for loss="sigmoid"'),
-    ({"loss": "sigmoid", "logit_bias": torch.ones(2)}, r"logit_bias must be a number .*; got \[2\]"),
+    ({"loss": "sigmoid", "logit_bias": torch.ones(2)}, r"logit_bias must be a finite number .*; got \[2\]"),
     ({"chunk": 0}, "chunk must be a whole number of pairs, at least 1, or None; got 0"),
     ({"chunk": True}, "chunk must be a whole number .* got True"),
 ]
@@ -50,7 +51,10 @@ SIGMOID: list[tuple[dict[str, Any], str]] = [
     ({"labels": LABELS.to("meta")}, "labels must be on cpu, where pixel_values is; got meta"),
     ({"max_labels": 2}, "max_labels must be at least 3, the labels of an image; got 2"),
     ({"max_labels": 0}, "max_labels must be a whole number, at least 1; got 0"),
-    ({"logit_bias": torch.zeros(4)}, r"logit_bias must be a number or a tensor of one element; got \[4\]"),
+    ({"max_labels": True}, "max_labels must be a whole number, at least 1; got True"),
+    ({"logit_bias": torch.zeros(4)}, r"logit_bias must be a finite number or a tensor of one element; got \[4\]"),
+    ({"logit_bias": True}, "logit_bias must be a finite number .*; got True"),
+    ({"logit_bias": math.inf}, "logit_bias must be a finite number .*; got inf"),
 ]
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from datetime import timedelta
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
 import skipkernels as sk
+from skipkernels.parallel import sharded_clip
 from tests.models import tiny_batch, tiny_clip, tiny_tokens
 from tests.parallel.sharded import CLASSES, small_clip
 from tests.processes import run_in_processes
@@ -57,6 +59,11 @@ def errors(rank: int) -> dict[str, Any]:
     found["set_classes"] = caught(clip.set_classes, tiny_tokens(6, seed=rank))
     tokens = tiny_tokens(6)
     found["new tokens of one"] = caught(clip.set_classes, tokens.float() if rank else tokens)
+    build = sharded_clip.build_texts
+    if rank:
+        sharded_clip.build_texts = mock.Mock(side_effect=ValueError("not enough memory"))
+    found["new texts of one"] = caught(clip.set_classes, tokens)
+    sharded_clip.build_texts = build
     unknown = tokens.index_put((torch.tensor(1), torch.tensor(1)), torch.tensor(10**6))  # of a class of process 1
     found["unknown token"] = caught(clip.set_classes, unknown)
     found["classes"] = clip.num_classes
@@ -108,6 +115,7 @@ OF_ONE = {
     "k of one": "k must be",
     "predict of one": "NaN",
     "new tokens of one": "SkipCLIP: tokens must be",
+    "new texts of one": "not enough memory",
 }
 
 

@@ -41,7 +41,7 @@ class EncoderTextTower(TextTower):
         """Apply the part of the encoder behind its last block."""
         return hidden
 
-    def call_upper(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:
+    def upper_by_calls(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:
         tokens = selected.tokens
         hidden, mask = rows.unflatten(0, (len(tokens), -1)), self.mask(tokens, selected.prompts)
         hidden = self.finish_encoder(self._call_upper_blocks(hidden, mask))

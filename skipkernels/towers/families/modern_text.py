@@ -72,7 +72,7 @@ class ModernTextTower(TextTower):
         out, values = block(hidden, rope_embed=positions, key_bias=mask, is_causal=mask is None, v_first=values)
         return out if values is None else torch.cat([out, values.transpose(1, 2).flatten(2)], dim=2)
 
-    def call_upper(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:
+    def upper_by_calls(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:
         tokens = selected.tokens
         mask = self.mask(tokens, selected.prompts)
         hidden = self._call_upper_blocks(selected.unpack(rows), mask)

@@ -46,10 +46,11 @@ class _BlockFunction(torch.autograd.Function):
         # Backward reads the weights in the dtype of the products. If they were cast, their casts are saved, by the
         # fields of `BlockWeights`; else the weights as given, which are no copies. "min" casts them again.
         was_cast = ctx.weight_dtype != call.dtype
-        to_save = {k: x for k, x in vars(call.weights).items() if x is not None} if record and was_cast else given
+        fields = {name: x for name, x in vars(call.weights).items() if x is not None}
+        saved_weights = fields if record and was_cast else given
         ctx.call = call._replace(weights=None)  # type: ignore[arg-type]
-        ctx.saved_names = tuple(to_save)
-        ctx.save_for_backward(*to_save.values(), *stages.to_save(call, saved))
+        ctx.saved_names = tuple(saved_weights)
+        ctx.save_for_backward(*saved_weights.values(), *stages.to_save(call, saved))
         # The graph of attention is no tensor. Backward frees it; a second backward records another.
         ctx.attention_graph = saved.attention_graph
         return out.stream, out.branch
@@ -57,6 +58,7 @@ class _BlockFunction(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_stream: Tensor, d_branch: Tensor) -> tuple[Tensor | None, ...]:
+        # Stream and branch are terms of one sum, so that d_stream and d_branch are one gradient, in two dtypes.
         # 1. The saved tensors by name
         tensors, count = ctx.saved_tensors, len(ctx.saved_names)
         saved_weights = dict(zip(ctx.saved_names, tensors[:count], strict=True))
