@@ -65,7 +65,7 @@ class SkipOutput(NamedTuple):
 
     Attributes:
         loss: [], mean cross-entropy over the batch, weighted if SkipCLIP has class weights.
-        logits: [B, K]; in training None, but with `return_logits` and for soft labels.
+        logits: [B, K]; in training None, except with `return_logits` and for soft labels.
         class_ids: [K] int64, ascending, the kept classes; in evaluation all classes, K = C.
         targets: [B] int64, positions of the labels in `class_ids`; of soft labels the labels themselves, [B, K].
     """

@@ -47,7 +47,11 @@ class TextsOnStream:
     """
 
     def __init__(self, texts: ClassTexts, stream: Any):
-        self._texts, self._stream, self.scores = texts, stream, texts.scores
+        self._texts, self._stream = texts, stream
+
+    def scores(self, image: Tensor, labels: Tensor) -> Tensor:
+        """Highest cosine [C] of each class with image embeddings [B, D], +∞ for labels [B]."""
+        return self._texts.scores(image, labels)
 
     def encode(self, class_ids: Tensor) -> Tensor:
         """Class ids [K] to text embeddings [K, D]."""
