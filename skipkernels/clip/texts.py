@@ -61,7 +61,8 @@ class PromptEncoder:
 
     def encode(self, class_ids: Tensor) -> Tensor:
         """Different class ids [K] to text embeddings [K, D], any norm, with gradient."""
-        return mean_of_templates(self.encode_templates(class_ids))
+        embeddings = self.encode_templates(class_ids)
+        return mean_of_templates(embeddings).to(embeddings[0].dtype)
 
     def encode_repeated(self, class_ids: Tensor) -> Tensor:
         """Class ids [K] that may repeat to text embeddings [K, D], as `encode`; on a GPU with a host sync."""

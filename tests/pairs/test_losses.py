@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import skipkernels as sk
 from skipkernels.selection import base_keep
 from tests import naive
+from tests.clip.clips import C, three_templates
 from tests.models import tiny_batch, tiny_clip, tiny_tokens
 from tests.naive_step import assert_same_loss, plain_copy
 
@@ -82,6 +83,15 @@ def test_pair_loss_under_autocast_and_in_evaluation(kind, tmp_path):
     assert half.dtype == torch.float32 and half.item() == pytest.approx(expected.item(), abs=14 * 2**-6)
     clip.eval()
     torch.testing.assert_close(sk.pairs.pair_loss(clip, images, captions), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_pair_loss_of_templates_in_half_precision(dtype):
+    """The mean over templates has the dtype of the images' embeddings."""
+    clip = sk.SkipCLIP(tiny_clip(torch.float32).to(dtype), three_templates(), skip_layers=1)
+    images, ids = tiny_batch(4, C)
+    assert clip.encode_classes(ids).dtype == clip.encode_image(images.to(dtype)).dtype == dtype
+    assert sk.pairs.pair_loss(clip, images.to(dtype), ids).isfinite()
 
 
 def test_example_improves_recall(capsys):
