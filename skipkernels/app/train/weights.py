@@ -36,7 +36,10 @@ def load_run_model(folder: Path, described: Description, file: Path, device: tor
     else:
         check_source(folder / CLASSIFIER, "model", name, trust)
         check_source(folder / CLASSIFIER, "pretrained", pretrained or "", trust)
-    loaded = load_model(name, pretrained, device, architecture_only=described.whole_model, trust=trust)
+    try:
+        loaded = load_model(name, pretrained, device, architecture_only=described.whole_model, trust=trust)
+    except InputError as error:  # the caller gave a folder, and no model
+        raise InputError(f"{folder / CLASSIFIER}: {error.about(error.argument)}") from error
     if described.whole_model:
         load_weights(loaded[0], file)
     return loaded

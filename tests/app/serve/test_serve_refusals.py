@@ -86,6 +86,9 @@ CALLS: list[tuple[Callable[[Given], object], str]] = [
         ("{", "damaged: not JSON"), ("{}", "damaged: format must be 1; got None"),
     )),
     (lambda on: sk.Classifier.load(without(on.copy, "classifier.json")), "no such file"),
+    (lambda on: sk.Classifier.load(described(without(on.copy, "open_clip_config.json"), model="local-dir:/moved"),
+                                   trust=True),
+     r"^/.*classifier\.json: model: local-dir:/moved: no folder /moved"),
     *((lambda on, use=use: use(written(on.copy, "model.safetensors", "x")),
        "model.safetensors: missing or damaged: it does not match classifier.json. Copy the whole folder")
       for use in (sk.Classifier.load, evaluate_run)),
