@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ...formatting import first_line
 from ..data import InputError
+from ..data.files import format_names
 from .loading import TunedRun
 
 _TOLERANCE = 1e-4  # largest distance between unit-norm embeddings before and after the conversion
@@ -25,27 +26,29 @@ _BLOCK |= {"attn.out_proj": "self_attn.out_proj"}
 def write(run: TunedRun, folder: Path) -> list[str]:
     """Write a CLIPModel with its processor; return notes on the classes with other tokens in transformers."""
     try:
-        import transformers
+        from transformers import CLIPProcessor, PreTrainedModel
     except ImportError:
         raise InputError(
             "hugging-face needs transformers: pip install 'skipkernels[hugging-face]'.", "to", "export"
         ) from None
-    if isinstance(run.model, transformers.PreTrainedModel):  # the run's model came from such a folder
+    if isinstance(run.model, PreTrainedModel):  # the run's model came from such a folder
         run.model.save_pretrained(folder)
         run.tokenizer.save_pretrained(folder)
         return []
-    converted, tokenizer = convert(run, transformers), _tokenizer(run, transformers)
-    processor = transformers.CLIPProcessor(_image_processor(run, transformers), tokenizer)
+    converted, tokenizer = convert(run), _tokenizer(run)
+    processor = CLIPProcessor(_image_processor(run), tokenizer)
     converted.save_pretrained(folder)
     processor.save_pretrained(folder)
     return _other_tokens(run, tokenizer)
 
 
-def convert(run: TunedRun, transformers: Any) -> Any:
+def convert(run: TunedRun) -> Any:
     """Return a CLIPModel with the weights of the model, after a comparison of the embeddings of both."""
+    from transformers import CLIPConfig, CLIPModel
+
     _check(run)
     try:
-        converted = transformers.CLIPModel(transformers.CLIPConfig(**config(run.model)))
+        converted = CLIPModel(CLIPConfig(**config(run.model)))
         converted.load_state_dict(state_dict(run.model))
     except (AttributeError, KeyError, RuntimeError) as error:
         raise _error(f"it has no counterpart there ({first_line(error)})") from error
@@ -165,20 +168,24 @@ def _compare(run: TunedRun, converted: Any) -> None:
             raise _error(f"its {side} embeddings differ by {error:.1e} after the conversion")
 
 
-def _tokenizer(run: TunedRun, transformers: Any) -> Any:
+def _tokenizer(run: TunedRun) -> Any:
+    from transformers import CLIPTokenizer
+
     own = run.tokenizer
     special = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
     vocabulary = {special.get(token, token): number for token, number in own.encoder.items()}
     merges = sorted(own.bpe_ranks, key=own.bpe_ranks.__getitem__)
-    return transformers.CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=run.model.context_length)
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=run.model.context_length)
 
 
-def _image_processor(run: TunedRun, transformers: Any) -> Any:
+def _image_processor(run: TunedRun) -> Any:
+    from transformers import CLIPImageProcessor
+
     settings = run.model.visual.preprocess_cfg
     size = run.model.visual.image_size[0]
     square = {"height": size, "width": size}
     squash = _resize_mode(run) == "squash"
-    return transformers.CLIPImageProcessor(
+    return CLIPImageProcessor(
         size=square if squash else {"shortest_edge": size},
         crop_size=square,
         do_center_crop=not squash,
@@ -196,4 +203,4 @@ def _other_tokens(run: TunedRun, tokenizer: Any) -> list[str]:
     differing = [name for name, equal in zip(run.classes, same, strict=True) if not equal]
     if not differing:
         return []
-    return [f"transformers' tokenizer splits the prompts of these classes in other ways: {', '.join(differing[:5])}"]
+    return [f"transformers' tokenizer splits the prompts of these classes in other ways: {format_names(differing)}"]
