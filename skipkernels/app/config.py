@@ -19,7 +19,7 @@ from pydantic_core import PydanticCustomError, to_jsonable_python
 from ..formatting import first_line
 from .data.base import InputError
 from .data.files import file_name
-from .data.registry import is_own
+from .data.registry import default_protocol, is_own
 from .devices import resolved_precision, usable_device
 from .methods.registry import AUTO, METHODS
 from .settings import Settings
@@ -90,7 +90,7 @@ class TuneConfig(Settings):
             device=device,
             precision=resolved_precision(self.precision, device),
             validation="none" if self.validation == "auto" and not self.own_data else self.validation,
-            protocol=self.protocol or ("few-shot" if self.own_data else "base-to-new"),
+            protocol=self.protocol or default_protocol(self.data),
             shots=("all" if self._pictograms else _SHOTS) if self.shots is None else self.shots,
             head=self.head or ("auto" if self._resolved_method == AUTO else "none"),
             out=self.folder,

@@ -38,26 +38,27 @@ class CheckCommand:
     """File of all findings, .csv. By default the first of each kind are printed."""
 
     def execute(self, out: Terminal, err: Terminal) -> int:
-        """Check the dataset. Returns 0, or 1 if a file could not be read, or tune refuses the dataset."""
-        from skipkernels.app.data.check import facts, findings
+        """Check the dataset, and print the results. Returns the exit code."""
+        from skipkernels.app.data.check import facts, findings, nonempty_splits
         from skipkernels.app.serve.output import check_file
 
         if self.out is not None:
             check_file(self.out, "check")
         source = self._open()
-        total = sum(len(source.images(split)) for split in ("train", "val", "test") if source.has_split(split))
+        total = sum(len(source.images(split)) for split in nonempty_splits(source))
         with progress("images", total) as advance:
             images = facts(source, lambda: advance(1))
         for note in source.notes:
             err.print(f"note: {note}", soft_wrap=True)
         out.print(_table(images, str(source.name)))
-        for line in _about_classes(source, images):
+        trained = Counter(one.label for one in images if one.split == "train" and one.reason is None)
+        for line in _about_classes(source, images, trained):
             out.print(line, soft_wrap=True)
         problems = findings(images)
         self._print_findings(problems, out)
         if self.out is not None:
             _write_findings(self.out, problems)
-        refused = _refused(source, images)
+        refused = self._refused(source, trained)
         if refused is not None:
             out.print(f"tune refuses this dataset: {refused}", soft_wrap=True)
         return 1 if refused is not None or any(one.kind == "unreadable" for one in problems) else 0
@@ -82,14 +83,32 @@ class CheckCommand:
             if count > _SHOWN:
                 out.print(f"  and {count - _SHOWN:,} more" + ("" if self.out else ": --out FILE has all"))
 
+    def _refused(self, source: Source, trained: Counter[str]) -> str | None:
+        """Return why `tune` refuses the dataset with its default protocol; None if it does not."""
+        from skipkernels.app.data import InputError, TaskOptions, load_task
+        from skipkernels.app.data.files import format_names
+        from skipkernels.app.data.registry import default_protocol, is_own
 
-def _about_classes(source: Source, images: list[Fact]) -> Iterator[str]:
-    """Yield a line on classes with few training images, and one on classes of different size."""
+        protocol = default_protocol(self.data)
+        options = TaskOptions(protocol=protocol, shots=_FEW, validation="auto" if is_own(self.data) else "none")
+        try:
+            task = load_task(source, options)
+        except InputError as error:
+            return with_flags(error)
+        if without := [name for name in task.tests[0].classes if not trained[name]]:
+            return f"no training image of {format_names(without)} can be read, also not with --unreadable skip."
+        return None
+
+
+def _about_classes(source: Source, images: list[Fact], trained: Counter[str]) -> Iterator[str]:
+    """Yield a line on classes with few training images, and one on classes of different size.
+
+    `trained` has the number of readable training images of each class.
+    """
     from skipkernels.app.data.files import format_names
     from skipkernels.app.data.shots import class_sizes_note
     from skipkernels.app.report.formats import plural
 
-    trained = _trained(images)
     few = [f"{name} {trained[name]}" for name in source.classes if trained[name] < _FEW] if trained else []
     if few:
         classes = plural(len(source.classes), "class", "classes")
@@ -101,31 +120,11 @@ def _about_classes(source: Source, images: list[Fact]) -> Iterator[str]:
         yield sizes
 
 
-def _trained(images: list[Fact]) -> Counter[str]:
-    """Number of readable training images of each class."""
-    return Counter(one.label for one in images if one.split == "train" and one.reason is None)
-
-
 def _write_findings(path: Path, problems: list[Finding]) -> None:
     from skipkernels.app.data.check import Finding
     from skipkernels.folders import replace_text
 
     replace_text(path, "".join(csv_line(map(escaped, row)) for row in [Finding._fields, *problems]))
-
-
-def _refused(source: Source, images: list[Fact]) -> str | None:
-    """Return why `tune` refuses the dataset; None if it does not."""
-    from skipkernels.app.data import InputError, TaskOptions, load_task
-    from skipkernels.app.data.files import format_names
-
-    try:
-        load_task(source, TaskOptions(protocol="few-shot", shots=_FEW, validation="auto"))
-    except InputError as error:
-        return with_flags(error)
-    trained = _trained(images)
-    if without := [name for name in source.classes if not trained[name]]:
-        return f"no training image of {format_names(without)} can be read, also not with --unreadable skip."
-    return None
 
 
 def _table(images: list[Fact], title: str) -> Any:

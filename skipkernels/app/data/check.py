@@ -33,6 +33,11 @@ class Finding(NamedTuple):
     detail: str
 
 
+def nonempty_splits(source: Source) -> list[Split]:
+    """Return the splits that have images."""
+    return [split for split in get_args(Split) if source.has_split(split)]
+
+
 def facts(source: Source, advance: Callable[[], object] = lambda: None) -> list[Fact]:
     """Read all images of a dataset; `advance` is called after each."""
 
@@ -40,7 +45,7 @@ def facts(source: Source, advance: Callable[[], object] = lambda: None) -> list[
         return image.size, digest_bytes(image.tobytes() + repr(image.size).encode())
 
     found = []
-    for split in (each for each in get_args(Split) if source.has_split(each)):
+    for split in nonempty_splits(source):
         images = source.images(split)
         for name, label, result in zip(images.names, images.labels, images.each(examined), strict=True):
             about = split, name, source.classes[label]

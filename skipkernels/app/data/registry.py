@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from ...options import Protocol
 from .base import open_error
 from .templates import Templates
 
@@ -40,6 +41,11 @@ def is_own(data: str) -> bool:
     """Return True if a dataset is the user's own, not a published or packaged one."""
     kind = data.partition(":")[0]
     return kind == IN_PYTHON or (kind in KINDS and KINDS[kind].own)
+
+
+def default_protocol(data: str) -> Protocol:
+    """Return the protocol of a run on a dataset, where none is given."""
+    return "few-shot" if is_own(data) else "base-to-new"
 
 
 def is_remote(data: str) -> bool:
