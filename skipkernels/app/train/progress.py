@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -64,9 +65,12 @@ class ProgressDisplay:
     def __exit__(self, *_: object) -> None:
         self._bars.stop()
 
-    def features(self, total: int) -> Callable[[float], None]:
-        """Add a bar for the features of `total` images; return a function that advances it by a number of images."""
-        return partial(self._bars.advance, self._bars.add_task("features", total=total, loss=""))
+    @contextlib.contextmanager
+    def features(self, total: int) -> Iterator[Callable[[float], None]]:
+        """Show a bar for the features of `total` images; yield a function that advances it by a number of images."""
+        bar = self._bars.add_task("features", total=total, loss="")
+        yield partial(self._bars.advance, bar)
+        self._bars.update(bar, completed=total)  # features of a store are not counted
 
     def candidates(self, steps: int) -> Callable[[], None]:
         """Add a bar for the training steps of candidates; return a function that advances it by one."""
@@ -80,13 +84,11 @@ class ProgressDisplay:
 
     def begin(self, *, epochs: int, steps_per_epoch: int, zero_shot: Mapping[str, float | None], done: int = 0) -> None:
         """Begin the epochs, of which an earlier process completed `done`."""
-        for features in self._bars.tasks:  # features of a store were not counted
-            self._bars.update(features.id, completed=features.total)
-        self._epochs, self._zero_shot = epochs, zero_shot
         total, completed = epochs * steps_per_epoch, done * steps_per_epoch
         self._steps = self._bars.add_task("steps", total=total, completed=completed, loss="")
         if known := self._accuracies(zero_shot):
             self._line("zero-shot", *known)
+        self._epochs, self._zero_shot = epochs, zero_shot
 
     def step(self) -> None:
         """Count a step, without output and without a host sync."""
@@ -110,10 +112,10 @@ class ProgressDisplay:
         print_plain(self._console, "  ".join(parts))
 
     def _accuracies(self, accuracy: Mapping[str, float | None]) -> list[str]:
-        """Accuracies with their change."""
+        """Accuracies with their change since `begin`, which itself shows none."""
         parts = []
         for name, after in ((name, value) for name, value in accuracy.items() if finite(value)):
             before = self._zero_shot.get(name)
-            change = f" ({after - before:+.1f})" if accuracy is not self._zero_shot and finite(before) else ""
+            change = f" ({after - before:+.1f})" if finite(before) else ""
             parts.append(f"{name} {after:.1f} %{change}")
         return parts

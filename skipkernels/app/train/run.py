@@ -120,9 +120,9 @@ class Run:
     # ---- steps -------------------------------------------------------------------------------------------------------
 
     def _embed(self) -> Embedded:
-        advance = self.display.features(self.setup.images)
-        test, held = self.setup.test_features(advance), self.setup.validation_features(advance)
-        train = self.setup.train_features(advance)
+        with self.display.features(self.setup.images) as advance:
+            test, held = self.setup.test_features(advance), self.setup.validation_features(advance)
+            train = self.setup.train_features(advance)
         evaluator = Evaluator(self.setup, test, held)
         when = "for the pretrained weights. Check `pretrained`, or use `precision=fp32`."
         return Embedded(train, evaluator, evaluator.evaluate(self.setup.zero_shot, when))

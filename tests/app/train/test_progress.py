@@ -26,7 +26,8 @@ def row(epoch: int, **accuracy: float | None) -> dict:
 def shown(on: Console, epochs: int = 2) -> list[str]:
     """Lines of a run of two epochs."""
     with ProgressDisplay(on, title=TITLE) as display:
-        display.features(30)(10)
+        with display.features(30) as advance:
+            advance(10)
         display.begin(epochs=epochs, steps_per_epoch=5, zero_shot=ZERO_SHOT)
         for epoch in range(epochs):
             for _ in range(5):
@@ -55,7 +56,17 @@ def test_display_terminal_has_the_same_lines_above_bars():
     written = re.sub(r"\x1b\[[?\d;]*\w", "", on.file.getvalue())
     assert all(line in written for line in shown(console(terminal=False)))
     bars = written.rpartition("features")[2]
-    assert " 30/30 " in bars and " 10/10 loss 0." in bars, "features of a store are not counted"
+    assert " 30/30 " in bars and " 10/10 loss 0." in bars
+
+
+def test_display_completes_features_of_a_store_but_not_interrupted_candidates():
+    on = console(terminal=True)
+    with ProgressDisplay(on, title="letters") as display:
+        with display.features(30):
+            pass  # all from the store
+        display.candidates(8)()
+        display.begin(epochs=4, steps_per_epoch=5, zero_shot=ZERO_SHOT)
+    assert " 30/30 " in on.export_text(clear=False) and " 1/8 " in on.export_text()
 
 
 def test_display_resumed_run_starts_at_its_epoch():
