@@ -10,15 +10,15 @@ pass, in turn. Appends to bench/results/DEVICE/fuse.csv.
 
 from __future__ import annotations
 
-import argparse
 import copy
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import skipkernels as sk
 from skipkernels.app.devices import autocast
@@ -28,25 +28,34 @@ from . import measure
 from .inputs import Inputs, parser, random_inputs
 from .rows import save
 
+Loss = Callable[[], Tensor]
+EAGER = "eager"  # the model as it is, with which the others are compared
 PARTS = ("image", "pairs")
 # Difference of all gradients from those of the model's own blocks, relative to their norm: two orders of summation.
 _SLACK = {"fp32": 1e-4, "bf16": 5e-2}
 
 
-def implementations(model: Any, names: Sequence[str]) -> dict[str, nn.Module]:
-    """Models with equal weights, by name."""
-    made: dict[str, Callable[[Any], Any]] = {
-        "eager": lambda copied: copied,
-        "checkpointing": _with_checkpointing,
-        "compile": lambda copied: copied,  # compiled with its step
-        **{f"fuse-{memory}": partial(sk.fuse, memory=memory) for memory in ("fast", "balanced", "min")},
-    }
-    return {name: made[name](copy.deepcopy(model)) for name in names}
-
-
 def _with_checkpointing(model: Any) -> Any:
     model.set_grad_checkpointing(True)
     return model
+
+
+class Implementation(NamedTuple):
+    """Changes that make an implementation of a copy of the model, and of its loss."""
+
+    model: Callable[[Any], Any] = lambda model: model
+    loss: Callable[[Loss], Loss] = lambda loss: loss
+
+
+IMPLEMENTATIONS = {
+    EAGER: Implementation(),
+    "checkpointing": Implementation(model=_with_checkpointing),
+    "compile": Implementation(loss=torch.compile),
+    **{
+        f"fuse-{memory}": Implementation(model=partial(sk.fuse, memory=memory))
+        for memory in ("fast", "balanced", "min")
+    },
+}
 
 
 def loss_of(model: Any, inputs: Inputs, part: str, precision: str) -> Tensor:
@@ -60,58 +69,58 @@ def loss_of(model: Any, inputs: Inputs, part: str, precision: str) -> Tensor:
         return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
-def gradients_of(model: Any, loss: Callable[[], Tensor]) -> Tensor:
+def gradients_of(model: Any, loss: Loss) -> Tensor:
     """Gradient of all weights in one vector."""
     return torch.cat([gradient.flatten() for gradient in gradients(model, loss()).values()])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parser(__doc__ or "", model=["ViT-B-32"], batch=[8], precision=["fp32"], rounds=7)
-    names = ("eager", "checkpointing", "compile", "fuse-fast", "fuse-balanced", "fuse-min")
-    options.add_argument("--implementations", nargs="+", choices=names, default=names, help="eager must be one of them")
+    options.add_argument(
+        "--implementations",
+        nargs="+",
+        choices=IMPLEMENTATIONS,
+        default=list(IMPLEMENTATIONS),
+        help=f"compared with {EAGER}, which always runs",
+    )
     options.add_argument("--part", nargs="+", choices=PARTS, default=PARTS, help="image tower alone, or both on pairs")
     args = options.parse_args(arguments)
-    cases = [(model, B, precision) for model in args.model for B in args.batch for precision in args.precision]
-    for model, B, precision in cases:
-        save(args, rows_of(args, model, B, precision, args.implementations, args.part), "fuse")
+    names = list(dict.fromkeys((EAGER, *args.implementations)))
+    for model, B, precision in itertools.product(args.model, args.batch, args.precision):
+        inputs = random_inputs(model, B, B, args.device)
+        inputs.model.train().requires_grad_(True)
+        case = {"model": model, "B": B, "precision": precision, "rounds": args.rounds}
+        rows = [row for part in args.part for row in rows_of(names, inputs, part, precision, args.rounds)]
+        save(args, [row | case for row in rows], "fuse")
 
 
-def rows_of(
-    args: argparse.Namespace, model: str, B: int, precision: str, names: Sequence[str], parts: Sequence[str]
-) -> list[dict[str, Any]]:
-    """A row of each implementation and part of a model."""
-    inputs = random_inputs(model, B, B, args.device)
-    inputs.model.train().requires_grad_(True)
-    case = {"model": model, "B": B, "precision": precision}
-    return [
-        row | case
-        for part in parts
-        for row in rows_of_part(args, implementations(inputs.model, names), inputs, part, precision)
-    ]
-
-
-def rows_of_part(
-    args: argparse.Namespace, models: dict[str, Any], inputs: Inputs, part: str, precision: str
-) -> list[dict[str, Any]]:
+def rows_of(names: Sequence[str], inputs: Inputs, part: str, precision: str, rounds: int) -> list[dict[str, Any]]:
     """Check the gradients, then measure each implementation."""
-    losses = {name: partial(loss_of, model, inputs, part, precision) for name, model in models.items()}
-    if "compile" in losses:
-        losses["compile"] = torch.compile(losses["compile"])
-    expected = gradients_of(models["eager"], losses["eager"])
-    for name, model in models.items():
-        error = relative_error(gradients_of(model, losses[name]), expected)
-        if not error <= _SLACK[precision]:
-            raise SystemExit(f"{name}: gradients differ by {error:.1e} from those of the model: no measurement")
+    losses, steps = {}, {}
+    for name in names:
+        implementation = IMPLEMENTATIONS[name]
+        model = implementation.model(copy.deepcopy(inputs.model))
+        losses[name] = implementation.loss(partial(loss_of, model, inputs, part, precision))
+        steps[name] = partial(gradients_of, model, losses[name])
+    expected = steps[EAGER]()
+    for name in names:
+        refuse_if_wrong(name, steps[name](), expected, precision)
     saved = {name: saved_bytes(loss) for name, loss in losses.items()}
-    rows = [{"implementation": name, "part": part, "saved_mib": round(size / 2**20, 1)} for name, size in saved.items()]
-    steps = {name: partial(gradients_of, model, losses[name]) for name, model in models.items()}
-    seconds = measure.time_alternately(steps, args.rounds, args.device)
-    for row in rows:
-        name = row["implementation"]
-        row |= measure.milliseconds(seconds[name])
-        size, time = saved[name] / saved["eager"], measure.median_ratio(seconds[name], seconds["eager"])
+    seconds = measure.time_alternately(steps, rounds, inputs.images.device)
+    rows = []
+    for name in names:
+        row = {"implementation": name, "part": part, "saved_mib": round(saved[name] / 2**20, 1)}
+        rows.append(row | measure.milliseconds(seconds[name]))
+        size, time = saved[name] / saved[EAGER], measure.median_ratio(seconds[name], seconds[EAGER])
         print(f"{part:6} {name:14} {row['saved_mib']:8} MiB, {size:.2f} of the bytes, {time:.2f} of the time of eager")
     return rows
+
+
+def refuse_if_wrong(name: str, found: Tensor, expected: Tensor, precision: str) -> None:
+    """Exit if the gradients differ from those of the model as it is by more than rounding."""
+    error = relative_error(found, expected)
+    if not error <= _SLACK[precision]:
+        raise SystemExit(f"{name}: gradients differ by {error:.1e} from those of the model: no measurement")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ COMMANDS = {
     "cache": ("--model vit-tiny --classes 20 --batch 4 --skip-layers 3", {}),
     "default": ("--rounds 1", {"COMMANDS": {"help": ("--help",)}}),
     "equivalence": ("--steps 1 --precision fp32", {"_CASES": equivalence._CASES[:1]}),
-    "fuse": ("--model vit-tiny --batch 2 --rounds 1 --part image --implementations eager fuse-min", {}),
+    "fuse": ("--model vit-tiny --batch 2 --rounds 1 --part image --implementations fuse-min", {}),
     "gpu_model": ("", SMALL_GPU_MODEL),
     "models": ("--model ViT-S-32-alt", {}),
     "when.__main__": ("--methods zero-shot --tasks activities --seeds 1 --workers 1", {}),

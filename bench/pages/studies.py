@@ -13,8 +13,8 @@ FUSED |= {f"fuse-{memory}": f"sk.fuse, {memory}" for memory in ("fast", "balance
 
 
 def fused() -> str:
-    """Saved bytes and time of training a whole model, relative to its own blocks; models ran on several CPUs."""
-    rows, lines = latest_rows("fuse"), []
+    """Saved bytes and time of training a model in fp32, relative to its own blocks; models ran on several CPUs."""
+    rows, lines = latest_rows("fuse", precision="fp32"), []
     for (model, batch, part), of in grouped(rows, "model B part").items():
         found = {row["implementation"]: (float(row["saved_mib"]), float(row["p50_ms"])) for row in of}
         saved, step = found["eager"]
