@@ -46,13 +46,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(options: Sequence[str]) -> tuple[float, float]:
-    """Run `skipkernels tune` in a process, and return its seconds and its peak in MiB."""
+    """Run `skipkernels tune` on the CPU in a process, and return its seconds and its peak in MiB."""
     with tempfile.TemporaryDirectory() as folder:
-        line = [sys.executable, "-m", "skipkernels", "tune", *options, "--out", str(Path(folder, "run"))]
+        line = [
+            sys.executable,
+            "-m",
+            "skipkernels",
+            "tune",
+            *options,
+            "--device",
+            str(CPU),
+            "--out",
+            str(Path(folder, "run")),
+        ]
         begin = time.perf_counter()
         process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)  # resources of this child alone
         seconds = time.perf_counter() - begin
+        process.returncode = os.waitstatus_to_exitcode(status)  # unknown to Popen, which did not wait
     if status:
         raise SystemExit(f"{' '.join(line)} failed: run it to see why")
     return seconds, usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

@@ -52,11 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for model, batch, classes in itertools.product(args.model, args.batch, args.classes):
         inputs = random_inputs(model, args.images, classes, args.device)
         weights = sum(weight.nbytes for weight in inputs.model.parameters())
+        truth = logits_of(partial(published, inputs, batch), "fp32", args.device)
         runs = {}
         for precision in args.precision:
             found = runs_of(inputs, batch, args.skip_layers, precision)
-            truth = runs_of(inputs, batch, args.skip_layers, "fp32")[PUBLISHED]()
-            refuse_if_wrong({name: found[name]() for name in {PUBLISHED, *args.implementation}}, truth, precision)
+            names = dict.fromkeys((PUBLISHED, *args.implementation))
+            refuse_if_wrong({name: found[name]() for name in names}, truth, precision)
             runs |= {(name, precision): found[name] for name in args.implementation}
         flops = {key: flops_of(run) for key, run in runs.items()}
         rows = []
@@ -71,28 +72,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def runs_of(inputs: Inputs, batch: int, skip_layers: int, precision: str) -> dict[str, Callable[[], Tensor]]:
     """Logits [images, C] by implementation, without gradients."""
-
-    @torch.no_grad()
-    def run(evaluation: Evaluation) -> Tensor:
-        # Entered for each call: its cache of cast weights is dropped at exit.
-        with autocast(precision, inputs.images.device):
-            return torch.cat(evaluation())
-
     evaluations = evaluations_of(inputs, batch, skip_layers, precision)
-    return {name: partial(run, evaluation) for name, evaluation in evaluations.items()}
+    return {
+        name: partial(logits_of, evaluation, precision, inputs.images.device)
+        for name, evaluation in evaluations.items()
+    }
+
+
+@torch.no_grad()
+def logits_of(evaluation: Evaluation, precision: str, device: torch.device) -> Tensor:
+    """Logits [images, C] of an evaluation without gradients."""
+    # Entered for each call: its cache of cast weights is dropped at exit.
+    with autocast(precision, device):
+        return torch.cat(evaluation())
 
 
 def evaluations_of(inputs: Inputs, batch: int, skip_layers: int, precision: str) -> dict[str, Evaluation]:
     """The implementations to time, by name."""
-    model, tokens = inputs.model, inputs.tokens
     # A copy, since SkipCLIP freezes weights, and autocast caches casts of trainable weights only.
-    clip = sk.SkipCLIP(copy.deepcopy(model), tokens, skip_layers=skip_layers)
+    clip = sk.SkipCLIP(copy.deepcopy(inputs.model), inputs.tokens, skip_layers=skip_layers)
     batches = inputs.images.split(batch)
     with autocast(precision, inputs.images.device):
         at_the_cut = [clip.encode_lower(images) for images in batches]
-
-    def published() -> list[Tensor]:
-        return [model.get_logits(images, tokens)[0] for images in batches]
 
     def nothing_kept() -> list[Tensor]:
         clip.texts.drop()
@@ -104,7 +105,12 @@ def evaluations_of(inputs: Inputs, batch: int, skip_layers: int, precision: str)
         text["params"][0].mul_(1 + 2**-20)  # a change, as by a step: class embeddings are computed again
         return [clip.predict(features) for features in at_the_cut]
 
-    return dict(zip(IMPLEMENTATIONS, (published, nothing_kept, features_kept), strict=True))
+    return dict(zip(IMPLEMENTATIONS, (partial(published, inputs, batch), nothing_kept, features_kept), strict=True))
+
+
+def published(inputs: Inputs, batch: int) -> list[Tensor]:
+    """Logits [batch, C] of the published evaluation."""
+    return [inputs.model.get_logits(images, inputs.tokens)[0] for images in inputs.images.split(batch)]
 
 
 def refuse_if_wrong(logits: dict[str, Tensor], truth: Tensor, precision: str) -> None:
