@@ -120,10 +120,15 @@ class Recording(TorchDispatchMode):
         yield from within.launches
 
     def _nbytes(self, values: Any) -> int:
-        """Bytes of the tensors among some values, each memory once."""
+        """Bytes of the tensors among some values: each view once, and of each memory at most its bytes."""
         tensors = [x for x in tree_leaves(values) if isinstance(x, Tensor) and x.device.type == self._device]
-        memories = {(id(x._base) if x._base is not None else id(x)): x for x in tensors}
-        return sum(x.numel() * x.element_size() for x in memories.values())
+        views: dict[int, dict[Any, int]] = {}  # bytes by memory, then by place
+        limits: dict[int, int] = {}
+        for x in tensors:
+            memory = id(x if x._base is None else x._base)
+            views.setdefault(memory, {})[x.storage_offset(), x.shape, x.stride()] = x.numel() * x.element_size()
+            limits[memory] = x.untyped_storage().nbytes()
+        return sum(min(sum(sizes.values()), limits[memory]) for memory, sizes in views.items())
 
 
 def waits(operator: torch._ops.OpOverload, args: Sequence[Any]) -> bool:

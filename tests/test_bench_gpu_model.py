@@ -39,3 +39,12 @@ def test_times_follow_the_assumptions():
     few = launch._replace(warps=gpu_model.PROCESSORS * gpu_model.WARPS // 2)
     assert gpu_model.graph([launch, few]) == pytest.approx(1 + 2 + 2 * (gpu_model.START + gpu_model.GAP))
     assert gpu_model.floor([launch, few]) == pytest.approx(2)
+
+
+def test_bytes_of_views():
+    """Parts of a tensor add up; views of the same elements count once, as do views that overlap in all."""
+    x = torch.empty(4, 8, device="meta")
+    nbytes = recording.Recording()._nbytes
+    assert nbytes((x[:1], x[1:])) == nbytes(x) == 4 * 8 * 4
+    assert nbytes((x[:1], x[:1])) == 8 * 4
+    assert nbytes((x, x.T)) == nbytes(x)
