@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import struct
 import threading
-import time
 import warnings
 from pathlib import Path
 
@@ -138,7 +137,7 @@ def test_limit_of_pixels_is_that_of_the_header():
 
 def test_read_ahead_ends_with_its_consumer():
     """Images of which the reading has not begun are not read."""
-    done, closed, before = [], threading.Event(), threading.active_count()
+    done, closed, before = [], threading.Event(), set(threading.enumerate())
 
     def read(index: int) -> int:
         if index > 1:
@@ -148,10 +147,12 @@ def test_read_ahead_ends_with_its_consumer():
 
     found = read_ahead(read, 100, workers=2)
     assert [next(found), next(found)] == [0, 1]
+    workers = set(threading.enumerate()) - before
     found.close()
     closed.set()
-    while threading.active_count() > before:
-        time.sleep(0.01)
+    for worker in workers:
+        worker.join(timeout=60)
+        assert not worker.is_alive()
     assert set(done) <= {0, 1, 2, 3}
 
 
