@@ -1,4 +1,4 @@
-"""Models with their weights in a folder: of open_clip and of transformers."""
+"""Models with random weights, or their own in a folder: of open_clip and of transformers."""
 
 from __future__ import annotations
 
@@ -45,6 +45,13 @@ def folder(tmp_path_factory):
     clip = CLIP(16, CLIPVisionCfg(**CONFIG["vision_cfg"]), CLIPTextCfg(**CONFIG["text_cfg"]), quick_gelu=True)
     save_file(clip.state_dict(), folder / "open_clip_model.safetensors")
     return folder
+
+
+def test_load_model_random_weights_follow_seed():
+    first, again, other = (
+        model.load_model("pictogram-tiny", "random", CPU, seed=seed)[0].positional_embedding for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 def test_local_dir(folder, tmp_path):

@@ -6,7 +6,6 @@ import contextlib
 import io
 import json
 import re
-from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -18,8 +17,7 @@ from skipkernels.app.config import TuneConfig
 from skipkernels.app.data.base import InputError
 from skipkernels.app.methods.skip import Skip
 from skipkernels.app.train import evaluate_run, trainer, tune
-from skipkernels.app.train.model import load_model
-from tests.app.runs import files, losses, results, rows, small, without_cost
+from tests.app.runs import files, losses, results, rows, small
 
 FILES = {"config.yaml", "metrics.json", "metrics.jsonl", "model.safetensors", "report.html", "predictions.csv"}
 FILES |= {"classifier.json", "open_clip_config.json", "README.md", "predictions.safetensors"}
@@ -62,14 +60,17 @@ def test_tune_graphed_gives_the_same_results(run, tmp_path, graphed_steps):
 
 
 @pytest.mark.parametrize(
-    ("changes", "note"),
-    [({"graph": False}, ""), ({"precision": "fp16"}, "note: steps run without a CUDA graph: the gradient scaler")],
+    ("changes", "reasons"),
+    [({"graph": False}, []), ({"precision": "fp16"}, ["the gradient scaler"])],
     ids=["graph", "fp16"],
 )
-def test_tune_without_graph(tmp_path, graphed_steps, changes, note):
+def test_tune_without_graph(tmp_path, graphed_steps, changes, reasons):
+    """Only a step that was to be captured has a note."""
     console = Console(file=io.StringIO())
     tune(small(tmp_path, epochs=1, max_classes=4, **changes), console)
-    assert not graphed_steps and note in " ".join(console.file.getvalue().split())
+    printed = " ".join(console.file.getvalue().split())
+    assert not graphed_steps
+    assert re.findall("note: steps run without a CUDA graph: (the gradient scaler)?", printed) == reasons
 
 
 def test_tune_beats_zero_shot_on_drawings_of_another_designer(tmp_path):
@@ -92,13 +93,13 @@ def test_eval_reproduces_accuracy(run, capsys):
 
 
 def test_tune_is_deterministic(run, tmp_path):
-    folder, metrics = run
+    folder, _ = run
     torch.manual_seed(7)  # the caller's generator has no effect
     expected = torch.rand(1)
     torch.manual_seed(7)
-    again = tune(small(tmp_path / "again"))
+    tune(small(tmp_path / "again"))
     assert torch.rand(1) == expected, "the caller's generator is restored"
-    assert without_cost(again) == without_cost(metrics) and losses(tmp_path / "again") == losses(folder)
+    assert results(tmp_path / "again") == results(folder)
     tune(small(tmp_path / "other", seed=1, epochs=1))
     assert losses(tmp_path / "other")[0] != losses(folder)[0]
 
@@ -129,14 +130,6 @@ def test_tune_methods_without_steps(run, tmp_path, method):
     else:
         assert metrics["tuned"] == metrics["zero_shot"] and metrics["parameters"]["trained"] == 0
     assert files(tmp_path) >= {"report.html", "metrics.json"}
-
-
-def test_load_model_random_weights_follow_seed():
-    first, again, other = (
-        load_model("pictogram-tiny", "random", torch.device("cpu"), seed=seed)[0].positional_embedding
-        for seed in (1, 1, 2)
-    )
-    assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 @pytest.mark.parametrize(
@@ -181,10 +174,3 @@ def test_step_does_not_synchronize(tmp_path, monkeypatch, precision):
     monkeypatch.setattr(trainer.Trainer, "_step", watched)
     tune(small(tmp_path, epochs=1, device="cuda", precision=precision))
     assert len(steps) == 6
-
-
-def test_to_training_mode_keeps_batch_norm_statistics():
-    """A batch of one class has no representative statistics."""
-    model = torch.nn.Sequential(torch.nn.BatchNorm1d(2), torch.nn.Dropout())
-    trainer.to_training_mode(SimpleNamespace(model=model, train=model.train))
-    assert [module.training for module in model] == [False, True]
