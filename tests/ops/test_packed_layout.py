@@ -18,7 +18,6 @@ LENGTHS = torch.tensor([3, 1, 200, 2, 7, 1, 129])
 @pytest.mark.parametrize(("P", "spare"), [(0, 0), (2, 0), (5, 1), (140, 300)])
 def test_packed_layout(backend: Backend, class_ids, P, spare):
     """Spare rows begin again at the first row; a program writes several hundred of them."""
-    lengths = torch.stack([LENGTHS, LENGTHS], dim=1)[:, 1]  # not contiguous
     starts = P + LENGTHS.cumsum(0) - LENGTHS
     rows, offsets, ends = list(range(P)), [0], []
     for class_id in class_ids:
@@ -26,8 +25,9 @@ def test_packed_layout(backend: Backend, class_ids, P, spare):
         offsets.append(len(rows) - P)
         ends.append(len(rows) - 1)
     rows += range(spare)
-    tensors = (x.to(backend.device) for x in (torch.tensor(class_ids), starts, lengths))
-    found = packed_layout(*tensors, P, len(rows))
+    ids, starts, lengths = (x.to(backend.device) for x in (torch.tensor(class_ids), starts, LENGTHS))
+    lengths = torch.stack([lengths, lengths], dim=1)[:, 1]  # not contiguous; .to would make it contiguous
+    found = packed_layout(ids, starts, lengths, P, len(rows))
     assert [x.tolist() for x in found] == [rows, offsets, ends]
 
 
