@@ -110,8 +110,9 @@ def step(args: argparse.Namespace) -> None:
             continue
         try:
             rows = rows_of(args, case, compiles)
-            if rows[-1]["implementation"] == GRAPHED and not compiles and (B, C) == shapes[0]:
-                rows[-1] |= differences(case, args.precision)
+            for row in rows:
+                if row["implementation"] == GRAPHED and not compiles and (B, C) == shapes[0]:
+                    row |= differences(case, args.precision)
         except torch.AcceleratorError:  # the device is lost: no other shape would run
             raise
         except (RuntimeError, SystemExit) as error:  # such as too little memory, or gradients that differ

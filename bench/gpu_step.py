@@ -27,6 +27,8 @@ from .training import Published, Step, skip_step, with_update
 
 GRAPHED, PUBLISHED = "skipkernels as a graph", "published"
 COMPILED = {"default": "published, compiled", "reduce-overhead": "published, compiled with CUDA graphs"}  # by mode
+# PyTorch allocates nothing in a replay, so a peak above the memory before it would be about 0.
+_REPLAYED = (GRAPHED, COMPILED["reduce-overhead"])
 _CALLS = 10  # steps between two events, as in training: the host does not wait between them
 # Least number of times that a step with its update reads or writes its weights: read in forward and in backward, and
 # the gradient written; then weight, gradient and momentum read, weight and momentum written.
@@ -91,14 +93,17 @@ def rows_of(args: argparse.Namespace, case: Case, compiles: bool) -> list[dict[s
     for name, times in seconds.items():
         row = {"implementation": name, **of_case, "precision": args.precision}
         row |= measure.milliseconds(times, 3) | {"rounds": args.rounds}
-        row["peak_mib"] = round(testing.peak_bytes(steps[name], case.device, warm_up=False) / 2**20)
+        row["peak_mib"] = "" if name in _REPLAYED else peak_mib(steps[name], case.device)
         row |= {"floor_ms": round(1000 * floor, 3), "above_floor": round(measure.quantile(times, 0.5) / floor, 2)}
         if name not in (OURS, GRAPHED):
             row["faster"] = round(measure.median_ratio(times, best), 2)
+        if name == GRAPHED:
+            row |= launches_of(steps[name], case.device)
+        if name == OURS:
+            row["note"] = "no graph was captured" if on_gpu and GRAPHED not in steps else ""
+        if name in _REPLAYED:
+            row["note"] = "a replay allocates nothing, so peak_mib is empty"
         rows.append(row)
-    if GRAPHED in steps:
-        rows[-1] |= launches_of(steps[GRAPHED], case.device)
-    rows[0]["note"] = "no graph was captured" if on_gpu and GRAPHED not in steps else ""
     return rows
 
 
@@ -118,6 +123,11 @@ def steps_of(case: Case, ours: Step, published: Published, compiles: bool) -> di
     if graph is not None and not graph.step.is_captured:
         del steps[GRAPHED]
     return steps
+
+
+def peak_mib(run: Callable[[], Any], device: torch.device) -> int:
+    """Peak memory of a call that has run before, above the memory before it."""
+    return round(testing.peak_bytes(run, device, warm_up=False) / 2**20)
 
 
 def floor_of(step: Step, device: torch.device) -> float:

@@ -23,7 +23,7 @@ def test_step_on_a_gpu(monkeypatch, capsys, tmp_path, captured):
     monkeypatch.setattr(gpu_step, "floor_of", lambda step, device: 0.005)
     monkeypatch.setattr(graphed_step.GraphedStep, "is_captured", captured)
     monkeypatch.setattr(measure, "seconds_of", lambda function, device, calls=1, before=None: 0.001 * calls)
-    monkeypatch.setattr(testing, "peak_bytes", lambda function, device, **_: 0)
+    monkeypatch.setattr(testing, "peak_bytes", lambda function, device, **_: 2**20)
     monkeypatch.setattr(rows, "machine_columns", lambda device: {"device": "NVIDIA H100 PCIe"})
     monkeypatch.setattr(training.Published, "compiled", lambda published, precision, mode: published.step(precision))
     gpu.main([*STEP, str(tmp_path)])
@@ -33,6 +33,8 @@ def test_step_on_a_gpu(monkeypatch, capsys, tmp_path, captured):
     assert [row["implementation"] for row in found] == names
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("result: ")]
     assert len(printed) == len(found) and sum("no graph was captured" in line for line in printed) == 2 * (not captured)
+    replayed = {gpu_step.GRAPHED, gpu_step.COMPILED["reduce-overhead"]}
+    assert {row["implementation"] for row in found if row["peak_mib"] == ""} == replayed & set(names)
     assert {row["floor_ms"] for row in found} == {"5.0"} and {row["K"] for row in found} == {"11"}
 
 
