@@ -11,7 +11,7 @@ from PIL import Image
 
 import skipkernels as sk
 from skipkernels.app.train import tune
-from tests.app.runs import shortened, small
+from tests.app.runs import small
 from tests.models import tiny_batch, tiny_clip, tiny_tokens
 
 C = 7
@@ -42,8 +42,7 @@ def _break_off_a_loader(folder):
 
 
 def _tune_and_break_off_predictions(folder):
-    with shortened():
-        tune(small(folder / "run", epochs=1, cache=folder / "cache"))
+    tune(small(folder / "run", epochs=1, cache=folder / "cache"))
     for number in range(20):
         Image.new("RGB", (32, 32)).save(folder / f"{number}.png")
     next(sk.Classifier.load(folder / "run").predict_batches(folder, batch_size=2))

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import pytest
 from safetensors.torch import load_file
 
@@ -23,10 +20,8 @@ from skipkernels.app.methods import Method
 from skipkernels.app.methods.skip import Skip
 from skipkernels.app.train import tune
 from skipkernels.digests import digest_tensors
-from tests.models import uncompared
 
 SMALL = TuneConfig(method="skip", shots=2, max_classes=24, epochs=2, device="cpu")  # two epochs of six steps
-_get_tokenizer = functools.cache(open_clip.get_tokenizer)
 
 
 @contextlib.contextmanager
@@ -37,18 +32,6 @@ def published_optimizer() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for method, fields in (("skip", recipe), ("full", full)):
             patch.setitem(pictogram_tiny.RECIPES, method, fields)
-        yield
-
-
-@contextlib.contextmanager
-def shortened() -> Iterator[None]:
-    """Leave out waiting for the disk, and the comparison of a SkipCLIP with its model, always the packaged one.
-
-    They have tests of their own. The tokenizer is made once.
-    """
-    with published_optimizer(), uncompared(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(open_clip, "get_tokenizer", _get_tokenizer)
-        patch.setattr(os, "fsync", lambda descriptor: None)
         yield
 
 

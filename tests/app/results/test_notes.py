@@ -9,7 +9,7 @@ import pytest
 
 from skipkernels.app.cli.main import main
 from skipkernels.app.results import notes
-from tests.app.runs import SMALL, shortened
+from tests.app.runs import SMALL
 
 
 @pytest.mark.parametrize(
@@ -31,8 +31,7 @@ def test_below_zero_shot(before, after, method, expected):
 
 def test_tune_below_zero_shot_warns(tmp_path, capsys):
     rates = ["--text-lr", "1", "--image-lr", "1", "--epochs", "1", "--warmup-epochs", "0"]
-    with shortened():
-        assert main(["tune", "--method", "skip", "--max-classes", "12", *rates, "--out", str(tmp_path)]) == 0
+    assert main(["tune", "--method", "skip", "--max-classes", "12", *rates, "--out", str(tmp_path)]) == 0
     (note,) = json.loads((tmp_path / "metrics.json").read_text())["notes"]
     assert "below zero-shot" in note and "Lower --text-lr and --image-lr" in note
     assert f"warning: {note}" in " ".join(capsys.readouterr().err.split())

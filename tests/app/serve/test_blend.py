@@ -21,7 +21,6 @@ from skipkernels.app.train.calibration import fit_none_logit, fit_temperature
 from skipkernels.app.train.model import load_model
 from skipkernels.app.train.setup import build_run
 from skipkernels.app.train.weights import Interpolation
-from tests.app.runs import shortened
 
 ALPHA = 0.25000001  # more digits than tables show
 
@@ -90,7 +89,6 @@ def test_report(run, blended):
     assert main(["report", str(blended)]) == 0 and (blended / "report.html").read_text() == page
 
 
-@shortened()
 def test_tune_chooses_alpha_and_temperature_on_validation_images(run, tmp_path, capsys):
     images = run.task.train
     for number, (image, label) in enumerate(images):

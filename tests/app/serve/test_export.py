@@ -27,7 +27,6 @@ from skipkernels.app.serve.exporting import Exported
 from skipkernels.app.serve.loading import TunedRun, load_plain
 from skipkernels.app.train import model_card, tune
 from skipkernels.app.train.description import Description
-from tests.app.runs import shortened
 from tests.app.serve.conftest import CONFIG, NATIVE, PREPROCESS
 
 ATOL = 1e-4  # of logits up to the logit scale, in fp32
@@ -36,8 +35,7 @@ ATOL = 1e-4  # of logits up to the logit scale, in fp32
 @pytest.fixture(scope="module")
 def lora(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("lora") / "run"
-    with shortened():
-        tune(dataclasses.replace(CONFIG, method="lora", shots=1, max_classes=4, out=folder))
+    tune(dataclasses.replace(CONFIG, method="lora", shots=1, max_classes=4, out=folder))
     state = load_file(folder / "model.safetensors")
     assert any(name.endswith(".lora_B") and tensor.abs().max() > 0 for name, tensor in state.items())  # it was trained
     return folder
@@ -150,8 +148,7 @@ def head_run(request, native_run, tmp_path_factory) -> Path:
         "max_classes": 4,
         "out": folder,
     }
-    with shortened():
-        tune(dataclasses.replace(CONFIG, **changes))
+    tune(dataclasses.replace(CONFIG, **changes))
     values = json.loads((folder / "classifier.json").read_text())
     (folder / "classifier.json").write_text(json.dumps(values | {"temperature": 0.7}))
     return folder

@@ -21,7 +21,7 @@ from skipkernels.app.train import candidates, evaluate_run, search, tune
 from skipkernels.app.train.candidates import FACTORS, Candidate
 from skipkernels.app.train.search import Search, Trial, held_out_masks
 from skipkernels.app.train.setup import build_run
-from tests.app.runs import at_step, files, interrupt, results, shortened, small, stopped
+from tests.app.runs import at_step, files, interrupt, results, small, stopped
 
 TINY = small(None, method="auto").resolved()
 AUTO = {"method": "auto", "epochs": 1, "max_classes": 12, "protocol": "few-shot"}
@@ -30,8 +30,7 @@ AUTO = {"method": "auto", "epochs": 1, "max_classes": 12, "protocol": "few-shot"
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("auto") / "run"
-    with shortened():
-        return folder, tune(small(folder, **AUTO))
+    return folder, tune(small(folder, **AUTO))
 
 
 def search_of(**changes) -> Search:
@@ -58,8 +57,7 @@ def test_the_chosen_run_is_that_of_its_settings(run, tmp_path):
     """Equal bits of the weights and the head, trained with the settings of config.yaml alone, and the same name."""
     folder, metrics = run
     assert metrics["classifier"] == next(row["name"] for row in metrics["candidates"] if row["chosen"])
-    with shortened():
-        assert main(["tune", "--config", str(folder / "config.yaml"), "--out", str(tmp_path / "again")]) == 0
+    assert main(["tune", "--config", str(folder / "config.yaml"), "--out", str(tmp_path / "again")]) == 0
     assert read_metrics(tmp_path / "again")["classifier"] == metrics["classifier"]
     for name in ("model.safetensors", "head.safetensors"):
         if (folder / name).exists():
@@ -112,17 +110,16 @@ def winning(monkeypatch, chosen):
 def test_a_resumed_run_does_not_choose_again(run, tmp_path, monkeypatch):
     """Killed in the last training. The search of the second start would raise."""
     changes = AUTO | {"head": "anchored", "epochs": 2, "batch_size": 4}
-    with shortened():
-        monkeypatch.setattr(candidates, "BLENDS", (1.0,))
-        winning(monkeypatch, lambda candidate: candidate.factor is not None)
-        tune(small(tmp_path / "whole", **changes))
-        steps = len(FACTORS) * 2 * 2 * 3  # of the search: trainings, splits, epochs, steps of an epoch
-        stopped(tmp_path / "cut", step=steps + 9, **changes)
-        monkeypatch.setattr(Search, "run", None)
-        tune(resume=tmp_path / "cut")
+    monkeypatch.setattr(candidates, "BLENDS", (1.0,))
+    winning(monkeypatch, lambda candidate: candidate.factor is not None)
+    tune(small(tmp_path / "whole", **changes))
+    steps = len(FACTORS) * 2 * 2 * 3  # of the search: trainings, splits, epochs, steps of an epoch
+    stopped(tmp_path / "cut", step=steps + 9, **changes)
+    monkeypatch.setattr(Search, "run", None)
+    tune(resume=tmp_path / "cut")
     assert results(tmp_path / "cut") == results(tmp_path / "whole")
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
-    with pytest.raises(InputError, match="seed is 0 in the run in .*, and 1 here"), shortened():
+    with pytest.raises(InputError, match="seed is 0 in the run in .*, and 1 here"):
         tune(resume=tmp_path / "cut", seed=1)
 
 
@@ -139,8 +136,7 @@ def test_a_resumed_run_does_not_choose_again(run, tmp_path, monkeypatch):
 def test_a_choice_is_a_valid_configuration(tmp_path, monkeypatch, changes, chosen, settings, by):
     """It is read again, and keeps a head that is given."""
     winning(monkeypatch, chosen)
-    with shortened():
-        metrics = tune(small(tmp_path / "run", **AUTO | changes))
+    metrics = tune(small(tmp_path / "run", **AUTO | changes))
     assert metrics["chosen_because"] == f"highest {by} on 24 held-out images"
     compared = [row[by.replace(" ", "_")] for row in metrics["candidates"][1:]]
     assert compared == sorted(compared, reverse=True), "behind the chosen one"
@@ -153,24 +149,22 @@ def test_a_choice_of_another_run_is_not_taken_over(run, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(run[0], copy)
     config = dataclasses.replace(TuneConfig.from_yaml(copy / "config.yaml"), seed=1, out=copy, overwrite=True)
-    with shortened():
-        metrics = tune(config)
+    metrics = tune(config)
     assert metrics["candidates"] is None and not (copy / "candidates.json").exists()
 
 
 def test_a_run_that_was_stopped_before_its_first_epoch_starts_again(tmp_path):
     changes = AUTO | {"head": "none"}
-    with shortened():
-        stopped(tmp_path / "run", step=20, **changes)  # in the last training, after three of three steps on each half
-        shutil.copytree(tmp_path / "run", tmp_path / "copy")
-        (tmp_path / "copy" / "candidates.json").unlink()
-        assert tune(small(tmp_path / "run", **changes))["status"] == "complete"
-        assert tune(resume=tmp_path / "copy")["candidates"] is None
+    stopped(tmp_path / "run", step=20, **changes)  # in the last training, after three of three steps on each half
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    (tmp_path / "copy" / "candidates.json").unlink()
+    assert tune(small(tmp_path / "run", **changes))["status"] == "complete"
+    assert tune(resume=tmp_path / "copy")["candidates"] is None
 
 
 def test_ctrl_c_keeps_the_best_so_far(tmp_path):
     console = Console(record=True, width=400)
-    with shortened(), at_step(9, interrupt):  # in the second training
+    with at_step(9, interrupt):  # in the second training
         metrics = tune(small(tmp_path / "run", **AUTO), console)
     assert metrics["status"] == "complete" and len(metrics["candidates"]) == 12
     assert metrics["chosen_because"].endswith("of those before Ctrl-C")
@@ -235,14 +229,13 @@ def test_of_equal_candidates_that_with_the_lowest_loss_is_chosen(rights, chosen,
 def test_a_val_split_chooses_and_then_trains(tmp_path):
     """The training images of few-shot, and those of the val split."""
     images = [(torch.rand(3, 32, 32), n % 3) for n in range(12)]
-    with shortened():
-        metrics = tune(
-            small(tmp_path / "run", **{"method": "auto", "epochs": 0, "max_classes": None}),
-            dataset=images[:6],
-            validation=images[6:9],
-            test=images[9:],
-            classes=["a", "b", "c"],
-        )
+    metrics = tune(
+        small(tmp_path / "run", **{"method": "auto", "epochs": 0, "max_classes": None}),
+        dataset=images[:6],
+        validation=images[6:9],
+        test=images[9:],
+        classes=["a", "b", "c"],
+    )
     assert metrics["candidates"][0]["images"] == 3 and metrics["images"]["train"] == 9
 
 
@@ -256,16 +249,14 @@ def test_a_val_split_chooses_and_then_trains(tmp_path):
     ],
 )
 def test_without_two_images_of_a_class_only_open_settings_are_chosen(tmp_path, changes, classifier, epochs):
-    with shortened():
-        metrics = tune(small(tmp_path / "run", **AUTO | {"shots": 1} | changes))
+    metrics = tune(small(tmp_path / "run", **AUTO | {"shots": 1} | changes))
     assert metrics["candidates"] == [] and metrics["classifier"] == classifier
     assert TuneConfig.from_yaml(tmp_path / "run" / "config.yaml").epochs == epochs == bool(metrics["steps"])
     assert metrics["chosen_because"].startswith("no class has two training images")
 
 
 def test_the_head_of_a_given_method_is_chosen(tmp_path):
-    with shortened():
-        metrics = tune(small(tmp_path / "run", **AUTO | {"method": "lora", "head": "auto"}))
+    metrics = tune(small(tmp_path / "run", **AUTO | {"method": "lora", "head": "auto"}))
     chosen, *others = [row["name"] for row in metrics["candidates"]]
     names = {"zero-shot", "LoRA", "LoRA + anchored probe", "LoRA + Gaussian head", "LoRA + linear probe"}
     assert {chosen, *others} == names and chosen == metrics["classifier"] != "zero-shot" and metrics["method"] == "lora"

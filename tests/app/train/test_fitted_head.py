@@ -15,7 +15,7 @@ from skipkernels.app.data import InputError
 from skipkernels.app.demo import pictogram_tiny
 from skipkernels.app.train import evaluate_run, tune
 from skipkernels.app.train.setup import build_task
-from tests.app.runs import shortened, small
+from tests.app.runs import small
 
 # Settings of a run with each head: tuned, blended, of a method that adds weights, and of the pretrained model.
 RUNS = {
@@ -45,8 +45,7 @@ class HeadRun(NamedTuple):
 @pytest.fixture(scope="module", params=RUNS)
 def run(request, tmp_path_factory) -> HeadRun:
     folder = tmp_path_factory.mktemp("head") / "run"
-    with shortened():
-        return HeadRun(folder, tune(small(folder, **RUNS[request.param])), RUNS[request.param], NAMES[request.param])
+    return HeadRun(folder, tune(small(folder, **RUNS[request.param])), RUNS[request.param], NAMES[request.param])
 
 
 def test_a_run_with_a_head_is_read_as_it_was_tested(run):
@@ -102,8 +101,7 @@ def test_blend_fits_the_head_again(run, tmp_path):
         with pytest.raises(InputError, match="run must have tuned the weights of the model; it kept the pretrained"):
             sk.blend(run.folder, out=tmp_path / "blend")
         return
-    with shortened():
-        blended = sk.blend(run.folder, 0.0, out=tmp_path / "blend")
+    blended = sk.blend(run.folder, 0.0, out=tmp_path / "blend")
     assert evaluate_run(tmp_path / "blend") == blended["tuned"]
     for test, curve in blended["blend"]["accuracy"].items():  # each with the head that is fitted to its weights
         assert (curve[0], curve[-1]) == (blended["tuned"][test], run.metrics["tuned"][test])

@@ -18,7 +18,7 @@ from skipkernels.app.report import run_page
 from skipkernels.app.train import checkpoint, evaluate_run, trainer, tune
 from skipkernels.app.train.evaluation import Evaluator
 from skipkernels.app.train.reading import unfinished
-from tests.app.runs import fails, files, results, rows, shortened, small, stopped
+from tests.app.runs import fails, files, results, rows, small, stopped
 from tests.test_folders import Killed, stopped_at
 
 ADAMW = {"optimizer": "adamw", "text_lr": 1e-4, "image_lr": 1e-4, "warmup_epochs": 1, "warmup_lr": 1e-5}
@@ -129,8 +129,7 @@ def test_resume_by_folder_of_killed_run(run, copy):
 def interrupted(tmp_path_factory):
     """Run that was interrupted in its second epoch; no test changes it."""
     folder = tmp_path_factory.mktemp("interrupted")
-    with shortened():
-        stopped(folder)
+    stopped(folder)
     return folder
 
 
