@@ -1,4 +1,4 @@
-"""Train with the published step and with SkipCLIP from the same weights and batches; compare both after every step.
+"""Train with the published step and with SkipCLIP; compare the losses of each step, and the weights at the end.
 
     python -m bench.equivalence                all cases, 300 steps of each, 12 minutes
     python -m bench.equivalence --steps 50 --precision fp32
@@ -6,8 +6,8 @@
 The published training is written out from the paper and shares no code with the package: all tokens run through all
 blocks, dense logits, autograd (`tests/naive.py`), a mask over ranks that is drawn once, `torch.optim.SGD` with two
 learning rates, momentum and weight decay, and a cosine that is stepped once per epoch and starts after the warm-up.
-SkipCLIP trains with `tail="fixed"`, `FusedSGD` and the schedule of the tuner. Both see the same batches, each of a
-single class if it has enough images: a pictogram has two.
+SkipCLIP trains with `tail="fixed"`, `FusedSGD` and the schedule of the tuner. Both have the same weights at the
+beginning and see the same batches, each of a single class if it has enough images: a pictogram has two.
 
 Models, with random weights: vit-tiny on pictograms, and a narrower ViT on random images. Columns
 of bench/results/DEVICE/equivalence.csv, all over the whole training:

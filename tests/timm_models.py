@@ -1,4 +1,4 @@
-"""Small open_clip models around image towers of timm, random in every parameter and statistic, in fp64."""
+"""Small CLIP models around timm's image towers and ResNets, random in every parameter and statistic."""
 
 from __future__ import annotations
 

@@ -174,7 +174,7 @@ def test_one_class_has_no_loss_and_no_gradient(backend: Backend, zero):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_saves_the_documented_tensors(reduction):
+def test_saves_gradients_for_a_mean_in_cpp(reduction):
     """lse, norms and the divisor of the mean; in C++ for a mean also the gradients of the unit rows."""
     case = OPERATOR.case((16, 300, 200, 64), reduction=reduction)
     gradients = [1, 16 * 64, 200 * 64] if reduction == "mean" else []

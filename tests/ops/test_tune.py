@@ -76,19 +76,31 @@ def test_other_entries_of_the_table_stay(backend: Backend, small, monkeypatch, t
     assert json.loads((tmp_path / "my-gpu.json").read_text()) == earlier
 
 
+def table_after(folder: Path, *, seconds: str = "60") -> dict[str, Any]:
+    """Tune; return the table, which is empty if all defaults stay."""
+    tune.main(["--device", "cpu", "--out", str(folder), "--seconds", seconds])
+    path = folder / "my-gpu.json"
+    return launching.read_table(path) if path.exists() else {}
+
+
 @interpreted
-@pytest.mark.parametrize(
-    ("why", "count"), [("noise", 5), ("wrong results", 1), ("no time left", 0)], ids=lambda value: str(value)
-)
-def test_default_stays(backend: Backend, small, monkeypatch, tmp_path: Path, why, count):
-    timed = times(monkeypatch, 1.0, *[0.98 if why == "noise" else 0.5] * 4)
-    if why == "wrong results":
-        monkeypatch.setattr(Gate, "error_of", lambda gate, name: "" if name == NAME else "wrong")
-    if why == "no time left":
-        monkeypatch.setattr(tune, "defaults_but", None)  # no case is run
-    tune.main(["--device", "cpu", "--out", str(tmp_path), "--seconds", "-1" if why == "no time left" else "60"])
-    path = tmp_path / "my-gpu.json"
-    assert len(timed) == count and (launching.read_table(path) if path.exists() else {}) == {}
+def test_default_stays_for_gains_within_the_noise(backend: Backend, small, monkeypatch, tmp_path: Path):
+    timed = times(monkeypatch, 1.0, *[0.98] * 4)
+    assert table_after(tmp_path) == {} and len(timed) == 5
+
+
+@interpreted
+def test_default_stays_if_others_have_wrong_results(backend: Backend, small, monkeypatch, tmp_path: Path):
+    timed = times(monkeypatch, 1.0, *[0.5] * 4)
+    monkeypatch.setattr(Gate, "error_of", lambda gate, name: "" if name == NAME else "wrong")
+    assert table_after(tmp_path) == {} and timed == [NAME]
+
+
+@interpreted
+def test_default_stays_without_time(backend: Backend, small, monkeypatch, tmp_path: Path):
+    timed = times(monkeypatch, 1.0, *[0.5] * 4)
+    monkeypatch.setattr(tune, "defaults_but", None)  # no case is run
+    assert table_after(tmp_path, seconds="-1") == {} and not timed
 
 
 def test_sound_candidates_compile_without_spills(monkeypatch):
