@@ -19,8 +19,17 @@ from .options import Device, PrecisionOption, Run, Threshold, Top, Trust, check_
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from skipkernels.app.serve import Classifier
+    from skipkernels.app.serve import Classifier, Predictions
     from skipkernels.app.serve.output import Row
+
+
+@dataclasses.dataclass
+class _Results:
+    """Rows and embeddings [B, D] of the batches that are classified, and the number of files that could not be read."""
+
+    rows: list[Row] = dataclasses.field(default_factory=list)
+    embeddings: list[Tensor] = dataclasses.field(default_factory=list)
+    unreadable: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +63,7 @@ class PredictCommand:
     def execute(self, out: Terminal, err: Terminal) -> int:
         """Classify the images. Returns 0, or 1 if a file could not be read."""
         from skipkernels.app.data.files import format_others
-        from skipkernels.app.serve.output import check_file, labelled
+        from skipkernels.app.serve.output import check_file
 
         if self.out is not None:
             check_file(self.out, "predict")
@@ -71,27 +80,19 @@ class PredictCommand:
             batch_size=self.batch_size,
             unreadable="skip",
         )
-        rows: list[Row] = []
-        embeddings: list[Tensor] = []
-        unreadable = 0
+        results = _Results()
         try:
-            with progress("images", len(images)) as advance:
-                for part in batches:
-                    for name, reason in part.unreadable.items():
-                        err.print(f"skipped {name}: {reason}", soft_wrap=True)
-                    unreadable += len(part.unreadable)
-                    rows.extend(labelled(part))
-                    embeddings.append(part.embeddings)
-                    advance(len(part) + len(part.unreadable))
+            self._collect(batches, len(images), results, err)
         except BaseException:
-            err.print(f"{len(rows):,} of {len(images):,} images are classified", soft_wrap=True)
+            err.print(f"{len(results.rows):,} of {len(images):,} images are classified", soft_wrap=True)
+            if results.rows:  # otherwise the files of an earlier command are kept
+                self._write(results, out)
             raise
-        finally:
-            self._write(rows, embeddings, out)
+        self._write(results, out)
         if others:
             err.print(format_others(others), soft_wrap=True)
-        self._print_summary(classifier, rows, unreadable, err)
-        return 1 if unreadable else 0
+        self._print_summary(classifier, results, err)
+        return 1 if results.unreadable else 0
 
     def _load(self) -> Classifier:
         from skipkernels.app.serve.classifier import Classifier
@@ -105,13 +106,26 @@ class PredictCommand:
             trust=self.trust,
         )
 
-    def _write(self, rows: list[Row], embeddings: list[Tensor], out: Terminal) -> None:
+    def _collect(self, batches: Iterable[Predictions], count: int, results: _Results, err: Terminal) -> None:
+        """Append the predictions of all batches, and print the files that could not be read."""
+        from skipkernels.app.serve.output import labelled
+
+        with progress("images", count) as advance:
+            for batch in batches:
+                for name, reason in batch.unreadable.items():
+                    err.print(f"skipped {name}: {reason}", soft_wrap=True)
+                results.unreadable += len(batch.unreadable)
+                results.rows.extend(labelled(batch))
+                results.embeddings.append(batch.embeddings)
+                advance(len(batch) + len(batch.unreadable))
+
+    def _write(self, results: _Results, out: Terminal) -> None:
         """Write or print the results."""
         from skipkernels.app.serve.output import csv_lines, write_embeddings, write_lines
 
         if self.embeddings is not None:
-            write_embeddings(self.embeddings, embeddings)
-        lines = csv_lines(rows, threshold=self.threshold is not None)
+            write_embeddings(self.embeddings, results.embeddings)
+        lines = csv_lines(results.rows, threshold=self.threshold is not None)
         if self.out is not None:
             write_lines(self.out, lines)
         elif out.is_terminal:  # literally, as in a file
@@ -119,31 +133,28 @@ class PredictCommand:
         else:
             out.file.writelines(lines)
 
-    def _print_summary(self, classifier: Classifier, rows: list[Row], unreadable: int, err: Terminal) -> None:
+    def _print_summary(self, classifier: Classifier, results: _Results, err: Terminal) -> None:
         from skipkernels.app.report.formats import plural
-        from skipkernels.app.serve.output import NONE
-
-        parts = [f"{plural(len(rows), 'image')} classified"]
-        if self.threshold is not None:
-            parts.append(f"{sum(labels[0][0] == NONE for _, labels in rows):,} as {NONE}")
-        if unreadable:
-            parts.append(f"{unreadable:,} skipped")
-        if self.out is not None:
-            parts.append(f"in {self.out}")
-        probabilities = f"; probabilities are {self._calibration(classifier)}" if rows else ""
-        err.print(", ".join(parts) + probabilities, soft_wrap=True)
-
-    def _calibration(self, classifier: Classifier) -> str:
         from skipkernels.app.serve.output import NONE
         from skipkernels.app.train.description import CALIBRATED, NOT_CALIBRATED
 
+        parts = [f"{plural(len(results.rows), 'image')} classified"]
+        if self.threshold is not None:
+            parts.append(f"{sum(labels[0][0] == NONE for _, labels in results.rows):,} as {NONE}")
+        if results.unreadable:
+            parts.append(f"{results.unreadable:,} skipped")
+        if self.out is not None:
+            parts.append(f"in {self.out}")
+        changed = [f"--{name}" for name in ("classes", "template") if getattr(self, name) is not None]
         if classifier.calibrated:
             one_more = self.threshold is not None and classifier.none_logit is not None
-            return CALIBRATED + (f", with {NONE} as one more class" if one_more else "")
-        changed = [f"--{name}" for name in ("classes", "template") if getattr(self, name) is not None]
-        if changed:
-            return f"not calibrated: {' and '.join(changed)} replace those of the run"
-        return NOT_CALIBRATED
+            calibration = CALIBRATED + (f", with {NONE} as one more class" if one_more else "")
+        elif changed:
+            calibration = f"not calibrated: {' and '.join(changed)} replace those of the run"
+        else:
+            calibration = NOT_CALIBRATED
+        probabilities = f"; probabilities are {calibration}" if results.rows else ""
+        err.print(", ".join(parts) + probabilities, soft_wrap=True)
 
 
 def _names(text: str) -> list[str]:

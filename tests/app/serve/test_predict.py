@@ -231,6 +231,19 @@ def test_command_writes_what_is_done_after_an_error(run, photos, tmp_path, capsy
     assert done == len(np.load(tmp_path / "found.npy")) and 4 < done <= 8
 
 
+def test_command_keeps_earlier_results_if_nothing_is_classified(run, photos, tmp_path, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    files = [tmp_path / "found.csv", tmp_path / "found.npy"]
+    for file in files:
+        file.write_text("earlier")
+    monkeypatch.setattr(Skip, "embed", interrupted)
+    code, printed, err = command(capsys, run.folder, photos, "--out", files[0], "--embeddings", files[1])
+    assert code == 130 and "0 of" in err and [file.read_text() for file in files] == ["earlier", "earlier"]
+    assert command(capsys, run.folder, photos)[1] == ""
+
+
 def test_hostile_class_names(tmp_path, capsys, caplog):
     """Names of classes with escape sequences and formulas, from tune to predict and back as a table of images."""
     names = ["\x1b[31mred", "=cmd|' C calc'!A0"]
