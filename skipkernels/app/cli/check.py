@@ -113,10 +113,8 @@ def _about_classes(source: Source, images: list[Fact], trained: Counter[str]) ->
     if few:
         classes = plural(len(source.classes), "class", "classes")
         yield f"fewer than {_FEW} training images: {len(few)} of {classes}: {format_names(few)}"
-    labels: dict[str, list[str]] = {}
-    for image in images:
-        labels.setdefault(image.split, []).append(image.label)
-    if (sizes := class_sizes_note(labels)) is not None:
+    labels = {split: of_split.labels for split, of_split in source.splits.items()}
+    if (sizes := class_sizes_note(labels, source.classes)) is not None:
         yield sizes
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, get_args
@@ -11,7 +12,7 @@ from ...options import Protocol, Shots, Test, Validation
 from .base import InputError, check_choice
 from .files import format_names
 from .images import Images
-from .shots import few_shot, few_shot_notes, hold_out
+from .shots import few_shot, hold_out
 from .source import Source, Split
 from .templates import Templates
 
@@ -83,8 +84,8 @@ def choose_images(source: Source, options: TaskOptions) -> Chosen:
     without = [name for label, name in enumerate(source.classes) if not sizes[label]]
     if without:
         raise InputError(f"{source.name} has no training images of {format_names(without)}. Add some.", "data")
-    if options.shots != "all":
-        notes += few_shot_notes(images.labels, source.classes, options.shots)
+    if options.shots != "all" and (note := _few_shot_note(sizes, source.classes, options.shots)) is not None:
+        notes.append(note)
     shots = max(sizes.values()) if options.shots == "all" else options.shots
 
     of_split = options.validates_on_split(source)
@@ -112,3 +113,16 @@ def _with_unused_images(source: Source, options: TaskOptions) -> tuple[Source, l
         return source, []
     counts = " and ".join(f"{len(source.images(split))} {split}" for split in unused)
     return source.train_on(unused), [f"the {counts} images train too, as they are not used otherwise."]
+
+
+def _few_shot_note(sizes: Mapping[int, int], classes: Sequence[str], shots: int) -> str | None:
+    """Return a note that lists the classes with fewer than `shots` images; None if there are none.
+
+    >>> _few_shot_note({0: 2, 1: 1}, ["cat", "dog"], shots=2)
+    '1 of 2 classes have fewer than 2 training images, all of which are used: dog (1).'
+    """
+    short = [f"{name} ({sizes[label]})" for label, name in enumerate(classes) if sizes[label] < shots]
+    if not short:
+        return None
+    few = f"{len(short)} of {len(classes)} classes have fewer than {shots} training images"
+    return f"{few}, all of which are used: {format_names(short)}."

@@ -1,4 +1,4 @@
-"""Choice of a few images of each class, which depends only on labels, names and a seed; and notes on its sizes."""
+"""Choice of a few images of each class, which depends only on labels, names and a seed; sizes of the classes."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import hashlib
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-
-from .files import format_names
+from operator import itemgetter
 
 _UNEVEN = 3  # times as many images in the largest class as in the smallest, of which a note is made
 
@@ -38,7 +37,7 @@ def few_shot(labels: Sequence[int], names: Sequence[str], shots: int, seed: int)
     Args:
         labels: Label of each image.
         names: Name of each image, such as its path from the root.
-        shots: Images of each class, at least 1; all images of a class that has fewer (see `few_shot_notes`).
+        shots: Images of each class, at least 1; all images of a class that has fewer.
         seed: Seed of the choice.
 
     Returns:
@@ -76,30 +75,19 @@ def hold_out(
     return train, held
 
 
-def few_shot_notes(labels: Sequence[int], classes: Sequence[str], shots: int) -> list[str]:
-    """Return a note that lists the classes with fewer than `shots` images, if there are some.
-
-    >>> few_shot_notes([0, 0, 1], ["cat", "dog"], shots=2)
-    ['1 of 2 classes have fewer than 2 training images, all of which are used: dog (1).']
-    """
-    counts = Counter(labels)
-    short = [f"{name} ({counts[label]})" for label, name in enumerate(classes) if counts[label] < shots]
-    few = f"{len(short)} of {len(classes)} classes have fewer than {shots} training images"
-    return [f"{few}, all of which are used: {format_names(short)}."] if short else []
-
-
-def class_sizes_note(images: Mapping[str, Sequence[str]]) -> str | None:
-    """Return a note on classes of different size, by the class of each image of a kind; None if they differ little.
+def class_sizes_note(labels: Mapping[str, Sequence[int]], classes: Sequence[str]) -> str | None:
+    """Return a note on classes of different size, by the labels of each kind of images; None if they differ little.
 
     A class with three times the images of another can make the accuracy high although that of most classes is low.
 
-    >>> class_sizes_note({"training": ["cat", "cat", "cat", "dog"], "test": ["cat", "dog"]})
+    >>> class_sizes_note({"training": [0, 0, 0, 1], "validation": [], "test": [0, 1]}, ["cat", "dog"])
     'classes differ in size: of 4 training images cat has 3 and dog 1.'
     """
     parts = []
-    for kind, names in images.items():
-        sizes = Counter(names).most_common()
-        if sizes and sizes[0][1] >= _UNEVEN * sizes[-1][1]:
-            (largest, most), (smallest, least) = sizes[0], sizes[-1]
-            parts.append(f"of {len(names)} {kind} images {largest} has {most} and {smallest} {least}")
+    for kind, of_kind in labels.items():
+        counts = Counter(of_kind)
+        sizes = [(counts[label], name) for label, name in enumerate(classes)]
+        (most, largest), (least, smallest) = (choose(sizes, key=itemgetter(0)) for choose in (max, min))
+        if of_kind and most >= _UNEVEN * least:
+            parts.append(f"of {len(of_kind)} {kind} images {largest} has {most} and {smallest} {least}")
     return f"classes differ in size: {', '.join(parts)}." if parts else None

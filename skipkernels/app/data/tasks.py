@@ -163,8 +163,8 @@ def _test_set(name: str, source: Source, transform: Callable | None, test: Test)
 
 def _class_sizes(train: Images, test: TestSet) -> list[str]:
     """Return a note if the classes of the training or test images differ in size."""
-    kinds = {"training": train, "test": test.images} if len(train) else {}
-    sizes = class_sizes_note({kind: [test.classes[label] for label in of.labels] for kind, of in kinds.items()})
+    labels = {"training": train.labels, "test": test.images.labels} if len(train) else {}
+    sizes = class_sizes_note(labels, test.classes)
     if sizes is None:
         return []
     return [f"{sizes} Read the balanced accuracy; --class-weight balanced lets each class count the same."]

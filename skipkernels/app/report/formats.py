@@ -17,14 +17,19 @@ def finite(value: float | None) -> TypeGuard[float]:
 def number(value: float | None, spec: str = ".1f", unit: str = "") -> str:
     """Format a number; a dash if it is missing or not finite.
 
-    >>> number(57.25), number(-3.5, "+.1f"), number(None), number(2.0, ".0f", " s")
-    ('57.2', '−3.5', '–', '2 s')
+    >>> number(57.25), number(-3.5, "+.1f"), number(-0.04, "+.1f"), number(None), number(2.0, ".0f", " s")
+    ('57.2', '−3.5', '+0.0', '–', '2 s')
     """
-    return f"{value:{spec}}{unit}".replace("-", "−") if finite(value) else MISSING
+    if not finite(value):
+        return MISSING
+    text = f"{value:{spec}}"
+    if not any(digit in text for digit in "123456789"):  # a value that is rounded to zero is not negative
+        text = f"{abs(value):{spec}}"
+    return f"{text}{unit}".replace("-", "−")
 
 
 def percent(value: float | None) -> str:
-    """Format a percentage. In texts of a page, the line does not break before "%".
+    """Format a percentage, 0 to 100. In texts of a page, the line does not break before "%".
 
     >>> percent(57.25)
     '57.2 %'
@@ -32,10 +37,10 @@ def percent(value: float | None) -> str:
     return number(value, ".1f", " %")
 
 
-def share(value: float) -> str:
-    """Format a probability.
+def probability(value: float) -> str:
+    """Format a probability, 0 to 1, in percent.
 
-    >>> share(0.004), share(0.5), share(0.9999)
+    >>> probability(0.004), probability(0.5), probability(0.9999)
     ('<1 %', '50 %', '>99 %')
     """
     return "<1 %" if value < 0.01 else ">99 %" if value > 0.99 else f"{100 * value:.0f} %"

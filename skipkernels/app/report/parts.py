@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from ...formatting import decimal
-from .formats import number, plural, share
+from .formats import number, plural, probability
 
 
 def render(template: str, **values: Any) -> str:
@@ -38,7 +38,7 @@ def _environment() -> Environment:
         return Markup(loader.get_source(environment, name)[0])
 
     environment.globals |= {"source": source, "policy": _policy}
-    environment.filters |= {each.__name__: each for each in (decimal, number, plural, share, image_source)}
+    environment.filters |= {each.__name__: each for each in (decimal, number, plural, probability, image_source)}
     return environment
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from .formats import MISSING, number
+from .formats import MISSING, finite, number
 from .parts import part
 
 
@@ -67,7 +67,8 @@ def row(name: str, *cells: str | Cell, style: str = "") -> Row:
 
 def change_cell(change: float | None) -> Cell:
     """Cell with a change of an accuracy, in the colour of its sign."""
-    style = "" if not change else "better" if change > 0 else "worse"
+    shown = round(change, 1) if finite(change) else 0
+    style = "" if not shown else "better" if shown > 0 else "worse"
     return Cell(number(change, "+.1f"), style=style, order=change)
 
 

@@ -15,6 +15,7 @@ from skipkernels.app.cli.main import main
 from skipkernels.app.config import TuneConfig
 from skipkernels.app.data import InputError, TaskOptions, load_task
 from skipkernels.app.data.coop import DATASETS
+from skipkernels.app.data.shots import class_sizes_note
 from skipkernels.app.data.unreadable import without_unreadable
 from skipkernels.app.train import tune
 from skipkernels.app.train.setup import build_task
@@ -62,6 +63,13 @@ def test_check_and_tune_name_classes_of_different_size(data, capsys):
     assert note.format("") in check(capsys, data)[1]
     task = build_task(TuneConfig(data=f"imagefolder:{data}", protocol="few-shot", shots="all", validation="none"))
     assert any(note.format("ing") in each for each in task.notes)
+
+
+def test_class_sizes_count_absent_classes_and_classes_of_one_name():
+    assert class_sizes_note({"test": [0] * 30}, ["cat", "dog"]) == (
+        "classes differ in size: of 30 test images cat has 30 and dog 0."
+    )
+    assert class_sizes_note({"test": [0, 0, 1, 2]}, ["cat", "dog", "dog"]) is None
 
 
 def test_check_findings(data, tmp_path, capsys):

@@ -15,6 +15,7 @@ import torch
 from skipkernels.app.cli.main import main
 from skipkernels.app.config import TuneConfig
 from skipkernels.app.report.run_page import run_report
+from skipkernels.app.report.table import change_cell
 from skipkernels.app.results.class_metrics import metrics_of_test
 from skipkernels.app.results.predictions import TestPredictions, TopClasses
 from tests.app.report.pages import (
@@ -157,6 +158,15 @@ def test_report_shows(name):
     for part in there:
         assert part in (found.text if isinstance(part, str) else found.rows), part
     assert not [words for words in absent if words in found.text.partition("All settings")[0]]
+
+
+@pytest.mark.parametrize(
+    ("change", "text", "style"),
+    [(0.05001, "+0.1", "better"), (-0.06, "−0.1", "worse"), (-0.04, "+0.0", ""), (0.04, "+0.0", ""), (None, "–", "")],
+)
+def test_change_that_is_rounded_to_zero_has_no_sign_and_no_colour(change, text, style):
+    cell = change_cell(change)
+    assert (cell.text, cell.style) == (text, style)
 
 
 def test_command_prints_the_tables_of_the_report(tmp_path, capsys, monkeypatch):
