@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import torch
@@ -21,6 +22,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from torch import Tensor
 
 import skipkernels
 
@@ -31,7 +33,7 @@ from ..report.parts import render
 from ..train.description import CALIBRATED, NOT_CALIBRATED
 from .classifier import Classifier
 from .inputs import check_counts, check_threshold
-from .output import json_predictions, labelled
+from .output import Row, json_predictions, labelled
 
 Upload = tuple[str, BinaryIO, int]
 """Name, contents and size in bytes of an uploaded image."""
@@ -99,7 +101,7 @@ class Service:
         """Refuse a body that is larger than all images may be, or of unknown length, before it is received."""
         most = IMAGES * IMAGE_BYTES + _MULTIPART_BYTES if _is_form(request) else IMAGE_BYTES
         length = request.headers.get("Content-Length", "")
-        if not length.isdigit():
+        if not length.isdecimal():  # isdigit accepts "²", which int refuses
             raise HTTPException(411, "the request must have its length in the header Content-Length.")
         if int(length) > most:
             raise HTTPException(413, f"the request must have at most {decimal(most)}.")
@@ -119,25 +121,28 @@ class Service:
 
     def _answer(self, uploads: list[Upload]) -> tuple[int, dict[str, Any]]:
         """Return the HTTP status and the results, with an error in place of those of an image that can't be read."""
-        items: list[dict[str, Any]] = [{"name": name} for name, _, _ in uploads]
-        read, tensors, errors = [], [], []
-        for item, (name, file, size) in zip(items, uploads, strict=True):
-            try:
-                if size > IMAGE_BYTES:
-                    raise TooLarge(f"{name}: must have at most {decimal(IMAGE_BYTES)}; got {decimal(size)}.")
-                image = decode(io.BytesIO(file.read()), name, max_pixels=PIXELS)
-            except InputError as error:
-                item["error"] = str(error)
-                errors.append(error)
-                continue
-            read.append(item)
-            tensors.append(self.classifier.transform(image))
-        if not tensors:
-            return _STATUS.get(type(errors[0]), 400), {"error": items[0]["error"], "images": items}
-        predictions = self.classifier.predict(torch.stack(tensors), top=self.top, threshold=self.threshold)
-        for item, (_, found) in zip(read, labelled(predictions), strict=True):
-            item["predictions"] = json_predictions(found)
+        read = [self._read(*upload) for upload in uploads]
+        images = [image for image in read if not isinstance(image, InputError)]
+        rows: Iterator[Row] = iter(())
+        if images:
+            rows = labelled(self.classifier.predict(torch.stack(images), top=self.top, threshold=self.threshold))
+        items: list[dict[str, Any]] = []
+        for (name, _, _), image in zip(uploads, read, strict=True):
+            failed = isinstance(image, InputError)
+            found = {"error": str(image)} if failed else {"predictions": json_predictions(next(rows)[1])}
+            items.append({"name": name, **found})
+        if not images:
+            return _STATUS.get(type(read[0]), 400), {"error": items[0]["error"], "images": items}
         return 200, {"images": items}
+
+    def _read(self, name: str, file: BinaryIO, size: int) -> Tensor | InputError:
+        """Decode and preprocess an image; return the error if it can't be read."""
+        try:
+            if size > IMAGE_BYTES:
+                raise TooLarge(f"{name}: must have at most {decimal(IMAGE_BYTES)}; got {decimal(size)}.")
+            return self.classifier.transform(decode(io.BytesIO(file.read()), name, max_pixels=PIXELS))
+        except InputError as error:
+            return error
 
 
 def _is_form(request: Request) -> bool:

@@ -25,6 +25,8 @@ from tests.app.runs import fails
 
 pytest.importorskip("starlette", reason="serve needs the extra web")
 import uvicorn  # noqa: E402
+from starlette.exceptions import HTTPException  # noqa: E402
+from starlette.requests import Request  # noqa: E402
 from starlette.testclient import TestClient  # noqa: E402
 
 from skipkernels.app.serve import web as module  # noqa: E402
@@ -103,6 +105,12 @@ def test_refused_requests(web, request_options, status, message):
     answer = web.post("/predict", **request_options)
     assert answer.status_code == status and answer.json()["error"].startswith(message), answer.text
     assert "\n" not in answer.json()["error"]
+
+
+def test_length_in_superscript_digits_is_refused(classifier):
+    request = Request({"type": "http", "headers": [(b"content-length", "²".encode("latin-1"))]})
+    with pytest.raises(HTTPException, match="^411"):
+        Service(classifier, "photos")._check_length(request)
 
 
 def test_one_request_at_a_time_is_classified(classifier, monkeypatch):
