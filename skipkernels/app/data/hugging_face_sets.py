@@ -39,11 +39,13 @@ class RowDataset:
     def __init__(self, parts: list[Any], column: str, labels: list[int], names: Sequence[str]):
         import datasets
 
-        rows = datasets.concatenate_datasets(parts)
         self.labels, self._names, self._column = labels, names, column
-        self.identity = f"{rows._fingerprint} {column}"
+        self.identity = " ".join([*(part._fingerprint for part in parts), column])
         # As bytes: the decoder of `datasets` takes any format, and ignores the orientation of photos.
-        self._rows = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+        as_bytes = datasets.Image(decode=False)
+        # One column of each part: the others may differ in type, which concatenate_datasets refuses.
+        images = [part.select_columns([column]).cast_column(column, as_bytes) for part in parts]
+        self._rows = datasets.concatenate_datasets(images)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -61,18 +63,17 @@ def open_hugging_face(spec: str, templates: Templates = None) -> Source:
     name, options = f"hf:{where}", dict(parse_qsl(query, keep_blank_values=True))
     if not options.keys() <= set(_OPTIONS):
         raise open_error(f"hf:{spec}: options must be {', '.join(f'{each}=…' for each in _OPTIONS)}, joined by &.")
-    loaded = _load(name, where, options)
-    features = next(iter(loaded.values())).features
+    named, notes = _named_splits(name, _load(name, where, options))
+    features = named["train" if "train" in named else next(iter(named))].features
     image_column, label_column = (_column(name, features, option, options.get(option)) for option in _TYPES)
-    parts, notes = _used_splits(name, loaded, label_column)
+    parts, unlabelled = _labelled_splits(name, named, features, image_column, label_column)
     splits: list[Split] = [split for split, part in parts.items() for _ in range(len(part))]
-    names = [f"{split}/{index}" for split, part in parts.items() for index in range(len(part))]
+    rows = [f"{split}/{index}" for split, part in parts.items() for index in range(len(part))]
     values = [value for part in parts.values() for value in part[label_column]]
-    labels, classes = _labels(name, label_column, features[label_column], dict(zip(names, values, strict=True)))
-    images = RowDataset(list(parts.values()), image_column, labels, [f"{name}: {of_row}" for of_row in names])
-    return listed_source(
-        name, Images(images, labels, names), classes, splits, templates, column=label_column, notes=notes
-    )
+    labels, classes = _labels(name, label_column, features[label_column], dict(zip(rows, values, strict=True)))
+    dataset = RowDataset(list(parts.values()), image_column, labels, [f"{name}: {row}" for row in rows])
+    images, notes = Images(dataset, labels, rows), [*notes, *unlabelled]
+    return listed_source(name, images, classes, splits, templates, column=label_column, notes=notes)
 
 
 def _load(name: str, where: str, options: Mapping[str, str]) -> dict[str, Any]:
@@ -96,20 +97,38 @@ def _load(name: str, where: str, options: Mapping[str, str]) -> dict[str, Any]:
     return dict(loaded) if isinstance(loaded, Mapping) else {"train": loaded}
 
 
-def _used_splits(name: str, loaded: Mapping[str, Any], label_column: str) -> tuple[dict[Split, Any], list[str]]:
-    """Return the dataset of each split that is used, and notes on the others."""
-    parts: dict[Split, Any] = {}
+def _named_splits(name: str, loaded: Mapping[str, Any]) -> tuple[dict[Split, Any], list[str]]:
+    """Return the dataset of each split with the name of one, and notes on the others."""
+    named: dict[Split, Any] = {}
     notes: list[str] = []
     for key, part in loaded.items():
         split = SPLIT_NAMES.get(key.lower())
-        if split is None or split in parts:
+        if split is None or split in named:
             notes.append(f"{name}: the split {key} is not used.")
-        elif split != "train" and any(value in (None, -1) for value in part[label_column]):
-            notes.append(f"{name}: {key} has images without a label, so it is not used.")
+        else:
+            named[split] = part
+    if not named:
+        raise open_error(f"{name}: has the splits {format_names(list(loaded))}, none of which is train or test.")
+    return named, notes
+
+
+def _labelled_splits(
+    name: str, named: Mapping[Split, Any], features: Any, image: str, label: str
+) -> tuple[dict[Split, Any], list[str]]:
+    """Return the splits with images and labels, and notes on the others; `features` are of the first that is used."""
+    parts: dict[Split, Any] = {}
+    notes: list[str] = []
+    for split, part in named.items():
+        if type(part.features.get(image)).__name__ != "Image" or label not in part.features:
+            notes.append(f"{name}: {split} does not have the columns {image} and {label}, so it is not used.")
+        elif getattr(part.features[label], "names", None) != getattr(features[label], "names", None):
+            raise open_error(f"{name}: {label} must have the same classes in each split; those of {split} differ.")
+        elif split != "train" and any(value in (None, -1) for value in part[label]):
+            notes.append(f"{name}: {split} has images without a label, so it is not used.")
         else:
             parts[split] = part
     if not parts:
-        raise open_error(f"{name}: has the splits {format_names(list(loaded))}, none of which is train or test.")
+        raise open_error(f"{name}: no split has images that all have a label. Add them.")
     return parts, notes
 
 
@@ -126,7 +145,9 @@ def _column(name: str, features: Any, option: str, given: str | None) -> str:
 def _labels(name: str, column: str, feature: Any, values: Mapping[str, Any]) -> tuple[list[int], tuple[str, ...]]:
     """Return the labels and class names of a column of this type, of the values by the name of their row."""
     for of_row, value in values.items():
-        if type(value) not in (int, str) or value in ("", -1):
+        if value in ("", None, -1):
+            raise open_error(f"{name}: {of_row} has no label; {column} is {value!a}. Add it, or remove the sample.")
+        if type(value) not in (int, str):
             raise open_error(
                 f"{name}: {column} must be text or a whole number; got {value!a:.80} for {of_row}. Correct it, "
                 "or remove the sample."

@@ -161,6 +161,27 @@ def test_hf_uses_own_decoder(hub, tmp_path):
         images[0]
 
 
+def test_hf_splits_without_labels_are_not_used(hub, tmp_path):
+    """The test split comes first, and its images have no labels; an unused column of val has another type."""
+    other = rows(hub, 1, row=1).cast_column("row", hub.Value("string"))
+    parts = {"test": rows(hub, 2, row=1).remove_columns("label"), "train": rows(hub, 4, row=1), "validation": other}
+    hub.DatasetDict(parts).save_to_disk(tmp_path / "set")
+    source = open_source(f"hf:{tmp_path / 'set'}")
+    assert [len(source.images(split)) for split in ("train", "test")] == [12, 3] and len(list(source.images("test")))
+    assert "test does not have the columns image and label, so it is not used." in source.notes[0]
+
+
+def test_hf_refuses_other_classes_and_absent_labels(hub, tmp_path):
+    other = rows(hub, 1).cast_column("label", hub.ClassLabel(names=CLASSES[::-1]))
+    hub.DatasetDict({"train": rows(hub, 1), "test": other}).save_to_disk(tmp_path / "other")
+    assert "label must have the same classes in each split; those of test differ" in fails(f"hf:{tmp_path / 'other'}")
+    absent = rows(hub, 1).remove_columns("label").add_column("label", [0, -1, 1])
+    absent.cast_column("label", hub.ClassLabel(names=CLASSES)).save_to_disk(tmp_path / "absent")
+    assert "train/1 has no label; label is -1. Add it, or remove" in fails(f"hf:{tmp_path / 'absent'}")
+    hub.DatasetDict({"test": hub.load_from_disk(str(tmp_path / "absent"))}).save_to_disk(tmp_path / "test")
+    assert "no split has images that all have a label" in fails(f"hf:{tmp_path / 'test'}")
+
+
 def test_hf_refuses(hub, tmp_path, monkeypatch):
     two = rows(hub, 2).add_column("coarse", [0] * 6).cast_column("coarse", hub.ClassLabel(names=["animal"]))
     two.save_to_disk(tmp_path / "two")
