@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -113,7 +113,7 @@ def _about_classes(source: Source, images: list[Fact], trained: Counter[str]) ->
     if few:
         classes = plural(len(source.classes), "class", "classes")
         yield f"fewer than {_FEW} training images: {len(few)} of {classes}: {format_names(few)}"
-    labels = {split: of_split.labels for split, of_split in source.splits.items()}
+    labels: dict[str, Sequence[int]] = {split: of_split.labels for split, of_split in source.splits.items()}
     if (sizes := class_sizes_note(labels, source.classes)) is not None:
         yield sizes
 

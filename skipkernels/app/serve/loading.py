@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import nn
 from ...options import Precision
 from ..data import InputError, Task
 from ..data.base import check_choice
+from ..data.class_names import class_names
 from ..data.images import Images
 from ..data.tasks import TestSet
 from ..data.templates import resolve_templates
@@ -38,7 +38,6 @@ class TunedRun(NamedTuple):
     method: Method  # Method with its weights; its test `TEST` has the classes
     transform: Callable[[Any], torch.Tensor]  # Transform of an image
     tokenizer: Any
-    prompts: tuple[list[str], ...]  # Prompts by template and class
     has_own_prompts: bool  # True if the classes, in any order, and the templates are those of the run
     precision: Precision  # not "auto"
 
@@ -64,21 +63,27 @@ def load_run(
     load_run_method(method, described, file)
     method.train(False)
     same = set(test.classes) == set(described.classes) and list(test.templates) == described.templates
-    return TunedRun(described, test.classes, model, method, transform, tokenizer, test.prompts, same, resolved)
+    return TunedRun(
+        described=described,
+        classes=test.classes,
+        model=model,
+        method=method,
+        transform=transform,
+        tokenizer=tokenizer,
+        has_own_prompts=same,
+        precision=resolved,
+    )
 
 
 def _classes(described: Description, classes: Sequence[str] | None) -> list[str]:
-    """Names of the classes to predict."""
+    """Names of the classes to predict, normalized as in training."""
     if classes is None:
         return described.classes
     if isinstance(classes, str) or not all(isinstance(name, str) for name in classes):
         raise InputError(f"must be a list of names; got {classes!r}.", "classes", "Classifier.load")
     if len(classes) < 2:  # of one class every image is certain
         raise InputError(f"must be at least two names; got {classes}.", "classes", "Classifier.load")
-    name, count = Counter(classes).most_common(1)[0]
-    if count > 1:
-        raise InputError(f"must differ; got {name!r} {count} times. Name it once.", "classes", "Classifier.load")
-    return list(classes)
+    return list(class_names("the given classes", classes, "name it once", "classes"))
 
 
 def _method(described: Description, model: nn.Module, tokenizer: Any, test: TestSet) -> Method:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ...formatting import first_line
 from ..data import InputError
 from ..data.files import format_names
+from ..data.templates import prompts
 from .loading import TunedRun
 
 _TOLERANCE = 1e-4  # largest distance between unit-norm embeddings before and after the conversion
@@ -156,7 +157,7 @@ def _compare(run: TunedRun, converted: Any) -> None:
     model = run.model
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, 3, *model.visual.image_size, generator=generator)
-    tokens = run.tokenizer(run.prompts[0][:4])
+    tokens = run.tokenizer(_prompts(run)[:4])
     outputs = converted(input_ids=tokens, pixel_values=images)
     pairs = {
         "image": (model.encode_image(images, normalize=True), outputs.image_embeds),
@@ -166,6 +167,11 @@ def _compare(run: TunedRun, converted: Any) -> None:
         error = (before - F.normalize(after, dim=-1)).abs().max().item()
         if not error <= _TOLERANCE:
             raise _error(f"its {side} embeddings differ by {error:.1e} after the conversion")
+
+
+def _prompts(run: TunedRun) -> list[str]:
+    """Prompt of each class by the first template."""
+    return prompts(run.described.templates, run.classes)[0]
 
 
 def _tokenizer(run: TunedRun) -> Any:
@@ -197,8 +203,8 @@ def _image_processor(run: TunedRun) -> Any:
 
 def _other_tokens(run: TunedRun, tokenizer: Any) -> list[str]:
     """Notes on the classes with other tokens in transformers."""
-    prompts = run.prompts[0]
-    tokens = zip(run.tokenizer(prompts).tolist(), tokenizer(prompts, truncation=True)["input_ids"], strict=True)
+    texts = _prompts(run)
+    tokens = zip(run.tokenizer(texts).tolist(), tokenizer(texts, truncation=True)["input_ids"], strict=True)
     same = [before[: len(after)] == after for before, after in tokens]
     differing = [name for name, equal in zip(run.classes, same, strict=True) if not equal]
     if not differing:

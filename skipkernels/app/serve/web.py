@@ -123,6 +123,7 @@ class Service:
         """Return the HTTP status and the results, with an error in place of those of an image that can't be read."""
         read = [self._read(*upload) for upload in uploads]
         images = [image for image in read if not isinstance(image, InputError)]
+        errors = [image for image in read if isinstance(image, InputError)]
         rows: Iterator[Row] = iter(())
         if images:
             rows = labelled(self.classifier.predict(torch.stack(images), top=self.top, threshold=self.threshold))
@@ -132,7 +133,7 @@ class Service:
             found = {"error": str(image)} if failed else {"predictions": json_predictions(next(rows)[1])}
             items.append({"name": name, **found})
         if not images:
-            return _STATUS.get(type(read[0]), 400), {"error": items[0]["error"], "images": items}
+            return _STATUS.get(type(errors[0]), 400), {"error": str(errors[0]), "images": items}
         return 200, {"images": items}
 
     def _read(self, name: str, file: BinaryIO, size: int) -> Tensor | InputError:

@@ -8,6 +8,7 @@ import logging
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args, get_type_hints
 
 import open_clip
@@ -95,8 +96,16 @@ def plain(tokenizer=None, **changes) -> TunedRun:
     logging.disable(logging.NOTSET)
     open_clip.set_model_preprocess_cfg(model, preprocess)
     own = tokenizer or open_clip.SimpleTokenizer(context_length=16)
-    prompts = (["a cat", "two dogs"],)
-    return TunedRun(None, ["cat", "dog"], model, None, None, own, prompts, True, "fp32")
+    return TunedRun(
+        described=SimpleNamespace(templates=["a {}"]),
+        classes=["cat", "dog"],
+        model=model,
+        method=None,
+        transform=None,
+        tokenizer=own,
+        has_own_prompts=True,
+        precision="fp32",
+    )
 
 
 @pytest.mark.parametrize("quick_gelu", [True, False])
@@ -130,7 +139,9 @@ def test_hugging_face_names_classes_with_other_tokens(tmp_path):
     """open_clip's tokenizer replaces entities of HTML first."""
     pytest.importorskip("transformers")
     names = ["a cat", *(f"{letter} &amp; {letter}" for letter in "abcdefg")]
-    (note,) = to_hugging_face.write(plain()._replace(classes=names, prompts=(names,)), tmp_path)
+    (note,) = to_hugging_face.write(
+        plain()._replace(classes=names, described=SimpleNamespace(templates=["{}"])), tmp_path
+    )
     assert note.endswith("e &amp; e and 2 more")
 
 

@@ -76,6 +76,8 @@ def test_probabilities_sum_to_one_and_use_the_temperature(run, images, classifie
     (folder / "classifier.json").write_text(json.dumps(values | {"temperature": 2.0}))
     cooled = sk.Classifier.load(folder, device="cpu")
     assert cooled.calibrated and not classifier.calibrated
+    underscores = [name.replace(" ", "_") for name in run.classes]
+    assert sk.Classifier.load(folder, classes=underscores, device="cpu").classes == run.classes
     reordered = sk.Classifier.load(folder, classes=run.classes[::-1], device="cpu")
     others = sk.Classifier.load(folder, classes=["alpha", *run.classes], device="cpu")
     assert reordered.calibrated and (others.calibrated, others.temperature) == (False, 1)

@@ -67,7 +67,9 @@ def described(folder: Path, **changes: Any) -> Path:
 
 CALLS: list[tuple[Callable[[Given], object], str]] = [
     (lambda on: on.load(classes="cat"), "classes must be a list of names"),
-    (lambda on: on.load(classes=["b", "a", "a"]), "'a' 2 times"),
+    *((lambda on, names=names: on.load(classes=names), f"'{names[0]}' and '{names[1]}' are the same class name")
+      for names in (["a", "a"], ["Cat", "cat"], ["sea_lion", "sea lion"])),
+    (lambda on: on.load(classes=["", "a"]), "a class can't be named ''"),
     (lambda on: on.load(classes=["a"]), r"classes must be at least two names; got \['a'\]"),
     (lambda on: on.load(device="gpu"), "device 'gpu' can't be used"),
     (lambda on: on.load(precision="int8"), "precision must be one of auto, fp32"),
