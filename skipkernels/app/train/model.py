@@ -25,6 +25,7 @@ from ...formatting import first_line
 from ...options import Preset
 from ..data import InputError
 from ..data.files import absolute_path
+from ..devices import seeded
 from ..methods.registry import PACKAGED, packaged
 from ..untrusted import OPEN_CLIP, read_open_clip_config
 from .hugging_face_model import load_hugging_face
@@ -73,8 +74,7 @@ def load_model(
     check_model(name, pretrained)
     packaged().register()  # also the image tower of a folder with a tuned pictogram-tiny
     try:
-        with quiet(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with quiet(), seeded(seed, torch.device("cpu")):
             if name.startswith((LOCAL_DIR, HUB)):
                 model, transform, tokenizer = _load_saved(name, weights=not architecture_only, trust=trust)
             else:

@@ -58,7 +58,7 @@ class Run:
         folder: Folder of the run, with the checkpoint and the choice of an earlier process.
         open_data: Function that opens the dataset.
         command: Command that repeats the run; empty for a dataset of Python.
-        console: Console for progress. Default: none.
+        console: Console for progress.
         loggers: Loggers of the rows of the epochs.
 
     Attributes:
@@ -73,12 +73,12 @@ class Run:
         folder: RunFolder,
         open_data: Callable[[], Source],
         *,
-        command: str = "",
-        console: Console | None = None,
-        loggers: Sequence[Logger] = (),
+        command: str,
+        console: Console,
+        loggers: Sequence[Logger],
     ):
         self.folder, self.choice, self.command = folder, folder.choice, command
-        self.console, self.loggers = console or Console(quiet=True), loggers
+        self.console, self.loggers = console, loggers
         self.started = time.perf_counter()
         self.memory = PeakMemory(torch.device(config.device))
         self.baseline_memory = self.memory.read()

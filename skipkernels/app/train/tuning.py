@@ -16,6 +16,7 @@ from ...memory import out_of_memory
 from ..config import CONFIG, TuneConfig
 from ..console import print_plain
 from ..data.map_style import SizedDataset
+from ..devices import seeded
 from . import checkpoint
 from .model import check_model
 from .own_dataset import OwnData
@@ -97,7 +98,7 @@ def _run(config: TuneConfig, own: OwnData, console: Console, loggers: Sequence[L
     """Start or continue a run; return the contents of metrics.json."""
     config, open_data = own.applied(config, "tune")
     command = config.command("tune") if own.dataset is None else ""
-    open_data = functools.cache(open_data or config.open_data)
+    open_data = open_data or functools.cache(config.open_data)
     config = config.resolved(open_data)
     if config.resume is None:  # errors of data and model come before those of the run folder
         open_data()
@@ -107,17 +108,8 @@ def _run(config: TuneConfig, own: OwnData, console: Console, loggers: Sequence[L
         checkpoint.delete(folder.path)  # a kill may have left it
         print_plain(console, f"{folder.path}: the run is complete; there is nothing to resume.")
         return folder.finished
-    with _memory_errors(), _seeded(config):
+    with _memory_errors(), seeded(config.seed, torch.device(config.device)):
         return Run(config, folder, open_data, command=command, console=console, loggers=loggers).execute()
-
-
-@contextlib.contextmanager
-def _seeded(config: TuneConfig) -> Iterator[None]:
-    """Seed PyTorch's global generators, and restore their state at the end."""
-    device = torch.device(config.device)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(config.seed)
-        yield
 
 
 @contextlib.contextmanager
