@@ -34,7 +34,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter if it is deeply nested
         raise ValueError(f"not JSON ({first_line(error)})") from None
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
@@ -83,10 +83,11 @@ def _refused_source(where: object, name: str, value: str) -> InputError:
     )
 
 
-def read_open_clip_config(path: Path, *, trust: bool = False) -> dict[str, Any]:
+def read_open_clip_config(path: Path, *, repository: str | None = None, trust: bool = False) -> dict[str, Any]:
     """Return the model_cfg of an open_clip_config.json; each text in it is a plain name, unless with `trust`.
 
     Texts that may name a tower of the hub, or a file, are accepted if a configuration of open_clip itself has them.
+    `repository` is the ORG/NAME of a model of the hub; None for a model in a folder.
 
     Raises:
         OSError, ValueError: If it is not such a file.
@@ -96,12 +97,20 @@ def read_open_clip_config(path: Path, *, trust: bool = False) -> dict[str, Any]:
     if not isinstance(model, dict) or not all(isinstance(model.get(part), dict) for part in ("vision_cfg", "text_cfg")):
         raise ValueError("model_cfg must be a mapping with vision_cfg and text_cfg")
     for place, text in () if trust else _texts(model):
-        name = place[-1]
-        plain = _REPOSITORY if name == "hf_tokenizer_name" else _NAME
-        may_name_file = len(place) > 2 or name == "hf_model_name"  # keyword arguments, as tokenizer_kwargs.bpe_path
-        if (may_name_file or not plain.fullmatch(text)) and (name, text) not in _texts_of_open_clip():
+        if not _is_plain(place, text, repository) and (place[-1], text) not in _texts_of_open_clip():
             raise _refused_source(path, ".".join(place), text)
     return model
+
+
+def _is_plain(place: tuple[str, ...], text: str, repository: str | None) -> bool:
+    """Return True if a text names nothing that open_clip would load from elsewhere."""
+    if len(place) > 2 or place[-1] == "hf_model_name":  # keyword arguments may name a file: tokenizer_kwargs.bpe_path
+        return False
+    if place[-1] != "hf_tokenizer_name":
+        return _NAME.fullmatch(text) is not None
+    if repository is None:  # open_clip reads the tokenizer from the folder, whatever its name
+        return _REPOSITORY.fullmatch(text) is not None
+    return text == repository
 
 
 def _texts(values: Mapping[str, Any], *place: str) -> Iterator[tuple[tuple[str, ...], str]]:

@@ -170,13 +170,13 @@ def _load_saved(name: str, *, weights: bool, trust: bool) -> Loaded:
             raise _refused(f"{name}: no folder {folder}.")
         if not (folder / OPEN_CLIP).is_file():
             return load_hugging_face(name, folder, weights=weights)
-        file, source = folder / OPEN_CLIP, f"{LOCAL_DIR}{folder}"
+        file, source, repository = folder / OPEN_CLIP, f"{LOCAL_DIR}{folder}", None
     else:
         try:
-            file, source = Path(hf_hub_download(where, OPEN_CLIP)), name
+            file, source, repository = Path(hf_hub_download(where, OPEN_CLIP)), name, where
         except EntryNotFoundError:  # a model of transformers, which may be in the cache without a network
             return load_hugging_face(name, where, weights=weights)
-    config = read_open_clip_config(file, trust=trust)
+    config = read_open_clip_config(file, repository=repository, trust=trust)
     if tower := config["text_cfg"].get("hf_model_name"):
         from transformers import AutoConfig
 

@@ -86,7 +86,7 @@ CALLS: list[tuple[Callable[[Given], object], str]] = [
     (lambda on: on.predict([3]), "must be paths, images of Pillow, or uint8 arrays; got int"),
     (lambda on: on.predict(["missing.png"]), "missing.png: no such file"),
     *((lambda on, text=text: sk.Classifier.load(written(on.copy, "classifier.json", text)), error) for text, error in (
-        ("{", "damaged: not JSON"), ("{}", "damaged: format must be 1; got None"),
+        ("{", "damaged: not JSON"), ("[" * 200_000, "damaged: not JSON"), ("{}", "damaged: format must be 1; got None"),
     )),
     (lambda on: sk.Classifier.load(without(on.copy, "classifier.json")), "no such file"),
     (lambda on: sk.Classifier.load(described(without(on.copy, "open_clip_config.json"), model="local-dir:/moved"),

@@ -91,6 +91,30 @@ def test_hub_model(folder, monkeypatch):
     )
 
 
+@pytest.mark.parametrize(
+    ("tokenizer", "trust", "error"),
+    [("other/name", False, "hf_tokenizer_name must not be remote"), ("other", False, "hf_tokenizer_name must not be"),
+     ("other/name", True, "opened other/name"), ("org/name", False, "opened org/name"),
+     ("bert-base-uncased", False, "opened bert-base-uncased")],
+)  # fmt: skip
+def test_hub_model_with_the_tokenizer_of_another_repository(folder, tmp_path, monkeypatch, tokenizer, trust, error):
+    """The tokenizer of a model of open_clip itself is accepted."""
+    copy = shutil.copytree(folder, tmp_path / "model")
+    config = json.loads(json.dumps({"model_cfg": CONFIG, "preprocess_cfg": PREPROCESS}))
+    config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = tokenizer
+    (copy / "open_clip_config.json").write_text(json.dumps(config))
+    names = {None: "open_clip_model.safetensors", "open_clip_config.json": "open_clip_config.json"}
+
+    def opened(name, **options):
+        raise OSError(f"opened {name}")
+
+    for place, name in ((model, "hf_hub_download"), (open_clip.factory, "download_pretrained_from_hf")):
+        monkeypatch.setattr(place, name, lambda repository, filename=None, **_: str(copy / names[filename]))
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", opened)
+    with pytest.raises(InputError, match=error):
+        model.load_model("hf-hub:org/name", None, CPU, trust=trust)
+
+
 def test_hub_model_that_cannot_be_read(monkeypatch):
     """Only of a repository without this file transformers may read the model."""
     monkeypatch.setattr(model, "hf_hub_download", Mock(side_effect=OSError("401: open_clip_config.json is gated")))
