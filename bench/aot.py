@@ -28,7 +28,7 @@ from typing import Any
 from skipkernels.ops import OPERATORS, launching, registration
 
 from . import tables
-from .launches import ARCHITECTURES, CALLS, FAMILIES, WIDTHS, launches_of
+from .launches import ARCHITECTURES, CALLS, PUBLIC_OPERATOR, WIDTHS, launches_of
 from .machine_code import Job, Row, compile_all, job_of, kernel_paths, once
 from .measure import DTYPES
 from .rows import RESULTS, command
@@ -52,7 +52,7 @@ def main() -> None:
     if launching.triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: the kernels would be interpreted. Unset it.")
 
-    ops = [op for op in CALLS if FAMILIES[op] in args.op]
+    ops = [op for op in CALLS if PUBLIC_OPERATOR[op] in args.op]
     calls_of = WIDTHS if args.widths else CALLS
     jobs = once(swept_jobs(ops, args.target) if args.sweep else jobs_of(ops, args.target, calls_of, args.quick))
     compiled = compile_all(jobs)

@@ -112,13 +112,14 @@ def rows_of(size: Size) -> list[Row]:
 
     for memory in ("fast", "min"):
         clip, features, labels = recording.skip_clip(size.model, size.skip_layers, BATCH, size.C, memory)
+        # All of this precedes record_step, which moves `clip` to the meta device.
         with WithoutProducts():
             of_steps = {precision: _step(clip, features, labels, precision) for precision in PRECISIONS}
             if memory == "fast":
                 for precision in PRECISIONS:
                     add(PREDICT, precision, "", _predict(clip, features, precision))
         for precision, counts in of_steps.items():
-            launched = recording.of_step(clip, features, labels, precision)
+            launched = recording.record_step(clip, features, labels, precision)
             add(STEP, precision, memory, counts | launched.counts())
     return rows
 
@@ -155,7 +156,7 @@ def _predict(clip: sk.SkipCLIP, features: Tensor, precision: str) -> dict[str, i
 # ---- the table -------------------------------------------------------------------------------------------------------
 
 
-def worse_than(committed: Row, row: Row) -> Iterator[str]:
+def differences(committed: Row, row: Row) -> Iterator[str]:
     """Yield each count that differs from the committed row."""
     exact = committed.torch == row.torch
     for name in COUNTS:
@@ -168,7 +169,7 @@ def worse_than(committed: Row, row: Row) -> Iterator[str]:
 
 def compare(rows: Sequence[Row], table: Sequence[Row]) -> Iterator[str]:
     """Differences between counts and `table`, the part of the committed table that was selected."""
-    return tables.compare(rows, table, TABLE, "counts", worse_than)
+    return tables.compare(rows, table, TABLE, "counts", differences)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

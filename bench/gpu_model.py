@@ -95,7 +95,7 @@ def seconds_of_product(batch: int, rows: int, columns: int, inner: int, dtype: t
 
 def launches_of_ours(batch: int, classes: int, precision: str) -> list[Launch]:
     """Launches of our step in a graph."""
-    return recording.of_step(*recording.skip_clip(MODEL, SKIP_LAYERS, batch, classes), precision).launches
+    return recording.record_step(*recording.skip_clip(MODEL, SKIP_LAYERS, batch, classes), precision).launches
 
 
 def launches_of_published(batch: int, classes: int, precision: str) -> list[Launch]:
@@ -112,7 +112,7 @@ def launches_of_published(batch: int, classes: int, precision: str) -> list[Laun
         sgd.step()
         sgd.zero_grad()
 
-    return recording.second(run, precision).launches
+    return recording.record_second_call(run, precision).launches
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------

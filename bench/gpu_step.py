@@ -63,7 +63,7 @@ def graphed_step(case: Case, precision: str, *, blocks: int | None = None, captu
     if blocks is not None:
         skip = tuple(len(tower.transformer.resblocks) - blocks for tower in (model.visual, model))
     clip = sk.SkipCLIP(model, tokens, skip_layers=skip, memory="fast")
-    features, labels = clip.encode_lower(images), labels.contiguous()
+    features = clip.encode_lower(images)
     optimizer = sk.FusedSGD(clip.trainable_parameters(), lr=1e-5, momentum=0.9)
     with autocast(precision, features.device):
         # Batches of another size than that of a graph run the loop.
@@ -98,7 +98,7 @@ def rows_of(args: argparse.Namespace, case: Case, compiles: bool) -> list[dict[s
         if name not in (OURS, GRAPHED):
             row["faster"] = round(measure.median_ratio(times, best), 2)
         if name == GRAPHED:
-            row |= launches_of(steps[name], case.device)
+            row |= count_launches(steps[name], case.device)
         if name == OURS:
             row["note"] = "no graph was captured" if on_gpu and GRAPHED not in steps else ""
         if name in _REPLAYED:
@@ -138,7 +138,7 @@ def floor_of(step: Step, device: torch.device) -> float:
     return measure.floor(flops, measure.DTYPES[step.precision], _PASSES * trained, device)
 
 
-def launches_of(run: Callable[[], Any], device: torch.device) -> dict[str, int]:
+def count_launches(run: Callable[[], Any], device: torch.device) -> dict[str, int]:
     """Kernels, and copies and fills of memory, that a call runs on a GPU."""
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         run()

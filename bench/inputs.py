@@ -80,7 +80,7 @@ def random_inputs(model: str, images: int, classes: int, device: torch.device) -
     tokens = tokenizer([f"a photo of a {name}." for name in class_names(classes)]).to(device)
     torch.manual_seed(0)
     pixels = torch.randn(images, 3, *clip.visual.image_size, device=device)
-    return Inputs(clip, tokens, pixels, torch.randint(classes, (1,), device=device).expand(images))
+    return Inputs(clip, tokens, pixels, torch.randint(classes, (1,), device=device).repeat(images))
 
 
 def class_names(count: int) -> list[str]:

@@ -17,7 +17,7 @@ from .operators.record import records
 
 CALLS = {name: calls for record in records().values() for name, calls in record.launches.items()}
 WIDTHS = {name: calls for record in records().values() for name, calls in record.widths.items()}
-FAMILIES = {name: op for op, record in records().items() for name in record.launches}
+PUBLIC_OPERATOR = {name: op for op, record in records().items() for name in record.launches}
 """The public operator that a registered one is a part of: its backward, or a helper in the same file."""
 
 _KIB = 1024

@@ -87,5 +87,5 @@ class PublishedStep:
         ends = self.tokens[class_ids].argmax(dim=-1)
         text = F.normalize(model.ln_final(text)[torch.arange(len(ends)), ends] @ model.text_projection, dim=-1)
         logits = model.logit_scale.exp() * image @ text.T
-        targets = torch.searchsorted(class_ids, labels.contiguous())  # it warns of expanded labels
+        targets = torch.searchsorted(class_ids, labels)
         return F.cross_entropy(logits, targets), class_ids

@@ -175,19 +175,19 @@ def skip_clip(
     return clip, features, inputs.labels
 
 
-def of_step(clip: sk.SkipCLIP, features: Tensor, labels: Tensor, precision: str) -> Recording:
+def record_step(clip: sk.SkipCLIP, features: Tensor, labels: Tensor, precision: str) -> Recording:
     """Record a step in a graph, with its update in backward, which in bf16 writes the casts. Moves `clip` to meta."""
     clip.to("meta")
     features, labels = features.to("meta"), labels.to("meta")
     sgd = sk.FusedSGD(clip.parameter_groups(text_lr=0.0, image_lr=0.0), momentum=0.9)
     step = sk.graphed(clip, sgd, batch_size=len(labels))
     with Casts(clip.trainable_parameters() if precision == "bf16" else ()).used():
-        found = second(lambda: step(features, labels), precision)
+        found = record_second_call(lambda: step(features, labels), precision)
     sgd.close()
     return found
 
 
-def second(step: Callable[[], Any], precision: str) -> Recording:
+def record_second_call(step: Callable[[], Any], precision: str) -> Recording:
     """Record the second call of a step; the first makes the state of its optimizer."""
     found = Recording()
     with meta_as_gpu(), autocast(precision, CPU):

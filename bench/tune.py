@@ -27,13 +27,13 @@ import torch
 from skipkernels.ops import OPERATORS, launching
 
 from . import measure
-from .launches import ARCHITECTURES, CALLS, FAMILIES, launches_of
+from .launches import ARCHITECTURES, CALLS, PUBLIC_OPERATOR, launches_of
 from .machine_code import Job, compile_all, job_of, once
 from .measure import DTYPES, OURS
 from .operators import Case, Run
 from .operators.gate import Gate
 from .operators.record import cases_of
-from .operators.replays import in_turn
+from .operators.replays import time_replays
 from .rows import command
 
 MOST = 0.97  # a smaller gain may be noise
@@ -157,7 +157,7 @@ def sound(op: str, dtype: str, target: str, place: Place, candidates: Sequence[O
 
 def jobs_of(op: str, dtype: str, target: str, place: Place, options: Options) -> Iterator[Job]:
     """The kernels of the calls of an operator that take an entry, with other options."""
-    for name in (name for name in CALLS if FAMILIES[name] == op):
+    for name in (name for name in CALLS if PUBLIC_OPERATOR[name] == op):
         for call in CALLS[name](DTYPES[dtype]):
             with defaults_but({place: options}) as taken:
                 launches = launches_of(name, call.arguments, ARCHITECTURES[target])
@@ -179,7 +179,7 @@ def fastest(
         copy=None if copy is None else lambda: _trials(copy()[OURS], place, named),
     )
     gate = Gate(trial, DTYPES[dtype], device)
-    times = in_turn(trial, [name for name in named if not gate.error_of(name)], device)
+    times = time_replays(trial, [name for name in named if not gate.error_of(name)], device)
     seconds = {name: measure.quantile(found, 0.5) for name, found in times.items() if not isinstance(found, str)}
     if default not in seconds:
         return candidates[0], "the default gives no time"

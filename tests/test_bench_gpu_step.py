@@ -19,7 +19,7 @@ STEP = "step --model vit-tiny --classes 20 --skip-layers 3 --rounds 1 --precisio
 def test_step_on_a_gpu(monkeypatch, capsys, tmp_path, captured):
     """Rows have what is printed; eager steps are not called a graph. Every path but the capture and the launches."""
     monkeypatch.setattr(gpu_step, "_random_inputs", lambda *case: inputs.random_inputs(*case[:3], measure.CPU))
-    monkeypatch.setattr(gpu_step, "launches_of", lambda run, device: {"kernels": 5, "copies": 2})
+    monkeypatch.setattr(gpu_step, "count_launches", lambda run, device: {"kernels": 5, "copies": 2})
     monkeypatch.setattr(gpu_step, "floor_of", lambda step, device: 0.005)
     monkeypatch.setattr(graphed_step.GraphedStep, "is_captured", captured)
     monkeypatch.setattr(measure, "seconds_of", lambda function, device, calls=1, before=None: 0.001 * calls)

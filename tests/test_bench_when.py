@@ -11,7 +11,7 @@ from PIL import Image
 
 from bench.rows import latest_rows
 from bench.when import accuracy, own, plan, runs, summary, tasks, trials
-from bench.when.rows import best, reported, with_rows_of
+from bench.when.rows import best, reported, run_missing
 from bench.when.tasks import Shift
 from recipes.pictograms import more
 from skipkernels.app import heads
@@ -144,7 +144,7 @@ def test_runs_without_a_row_are_executed_and_recorded_where_they_run(monkeypatch
     torch.set_num_threads(3)
     old, new = (run_of(name, plan.Candidate("fit", 0.0, 0.0)) for name in ("zero-shot", "linear-probe"))
     monkeypatch.setattr("bench.when.rows.latest_rows", lambda kind: [{**old.columns}])
-    found = with_rows_of([old, new], "when", lambda run: [run.columns], save=False)
+    found = run_missing([old, new], "when", lambda run: [run.columns], save=False)
     assert [(row["method"], row["threads"]) for row in found[1:]] == [("linear-probe", "1")]
 
 

@@ -23,7 +23,7 @@ FEWEST = 5
 Times = dict[str, list[float] | str]
 
 
-def in_turn(case: Case, names: Sequence[str], device: torch.device) -> Times:
+def time_replays(case: Case, names: Sequence[str], device: torch.device) -> Times:
     """Seconds of a call of each implementation in each round, or the reason why it cannot be captured."""
     cache = torch.empty(2 * l2_bytes(device), dtype=torch.uint8, device=device)
     inputs = min(CALLS, -(-len(cache) // case.work.moved))

@@ -33,7 +33,7 @@ from bench.measure import DTYPES, OURS
 from bench.operators import COMPILED, Case
 from bench.operators.gate import Gate
 from bench.operators.record import cases_of
-from bench.operators.replays import Times, in_turn
+from bench.operators.replays import Times, time_replays
 from bench.rows import PRECISIONS, append_rows, machine_columns
 from skipkernels import testing
 from skipkernels.ops import OPERATORS
@@ -64,7 +64,7 @@ def replayed(op: str, dtype: str, shape: str, device: torch.device, compiled: bo
     """Times of the correct implementations of a case on a GPU, of torch.compile alone or of the others."""
     case, gate = prepared(op, dtype, shape, device)
     names = [name for name in case.runs if (name == COMPILED) == compiled and not gate.error_of(name)]
-    return in_turn(case, names, device)
+    return time_replays(case, names, device)
 
 
 def test_operator(request: pytest.FixtureRequest, op: str, dtype: str, shape: str, implementation: str) -> None:

@@ -36,7 +36,7 @@ from ..inputs import positive
 from ..rows import command, latest_rows
 from . import own, trials
 from .plan import CANDIDATES, searched
-from .rows import reported, with_rows_of
+from .rows import reported, run_missing
 from .runs import curve, execute, first_steps
 from .tasks import SHIFTS, Shift
 
@@ -69,10 +69,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     shifts = [shift for shift in wanted if not lacking(shift, args)]
     if args.own:
         runs = own.planned(args.drawings, args.seeds)
-        with_rows_of(runs, "when_own", own.execute, workers=args.workers, save=not args.no_save)
+        run_missing(runs, "when_own", own.execute, workers=args.workers, save=not args.no_save)
     elif args.trials:
         runs = trials.planned(latest_rows("when"))
-        with_rows_of(runs, "when_trials", trials.execute, workers=args.workers, save=not args.no_save)
+        run_missing(runs, "when_trials", trials.execute, workers=args.workers, save=not args.no_save)
     else:
         run_study(shifts, args)
 
@@ -87,19 +87,19 @@ def lacking(shift: Shift, args: argparse.Namespace) -> str | None:
 def run_study(shifts: Sequence[Shift], args: argparse.Namespace) -> None:
     """Run what has no row, first the search, then the report or the measurements."""
     save, measures = not args.no_save, args.cost or args.steps
-    rows = with_rows_of(searched(args.methods), "when", execute, workers=args.workers, save=save)
+    rows = run_missing(searched(args.methods), "when", execute, workers=args.workers, save=save)
     report = []
     for seed, shift in itertools.product(range(1 if measures else args.seeds), shifts):
         files = {} if shift.words == "all" else {"weights": args.without_words}
         files |= {"drawings": args.drawings}
         report += reported(shift, seed, rows, args.methods, skip_slow=not args.steps, **files)
     if not measures:
-        with_rows_of(report, "when", execute, workers=args.workers, save=save)
+        run_missing(report, "when", execute, workers=args.workers, save=save)
         return
     kind, measured = ("when_cost", curve) if args.cost else ("when_steps", first_steps)
     for run in report:
         if run.config().epochs and run.name != "auto":  # a linear probe has no steps, the default several trainings
-            with_rows_of([run], kind, measured, save=save)  # in a process of its own, for its memory
+            run_missing([run], kind, measured, save=save)  # in a process of its own, for its memory
 
 
 if __name__ == "__main__":

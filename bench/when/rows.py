@@ -21,7 +21,7 @@ RUN_COLUMNS = ("task", "method", "phase", "seed", "setting")
 _WHOLE_TOWERS = ("full", "lora", "coop")  # train through the whole text tower
 
 
-def with_rows_of(
+def run_missing(
     runs: Iterable[Run | OwnRun],
     kind: str,
     execute: Callable[[Any], list[dict[str, Any]]],

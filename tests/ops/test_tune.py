@@ -37,13 +37,13 @@ def times(monkeypatch: pytest.MonkeyPatch, *seconds: float) -> list[str]:
     """Let the default and each candidate take a time; return the names of those that were timed."""
     timed: list[str] = []
 
-    def in_turn(case: Case, names: list[str], device: torch.device) -> dict[str, Any]:
+    def time_replays(case: Case, names: list[str], device: torch.device) -> dict[str, Any]:
         timed.extend(names)
         return {
             name: [each] for name, each in zip(names, itertools.chain(seconds, itertools.repeat(1.0)), strict=False)
         }
 
-    monkeypatch.setattr(tune, "in_turn", in_turn)
+    monkeypatch.setattr(tune, "time_replays", time_replays)
     return timed
 
 
