@@ -82,11 +82,6 @@ def poisoned_memory() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = before
 
 
-@pytest.fixture
-def generator() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
-
-
 def pytest_collection_finish() -> None:
     """Make slow work of imported modules cheaper: full garbage collections, of 0.4 seconds, and tokenizers, of 0.1."""
     gc.collect()

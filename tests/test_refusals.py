@@ -47,7 +47,6 @@ def recall_of(**changed: Any) -> object:
 
 
 NESTEROV = "FusedSGD: nesterov is not supported; got True. Use torch.optim.SGD"
-IDS = torch.tensor([0])
 CALLS: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: copy.copy(sk.FusedSGD([weight()])), TypeError, r"FusedSGD: cannot be copied or .* Use state_dict"),
     (lambda: copy.deepcopy(sk.FusedSGD([weight()])), TypeError, "FusedSGD: cannot be copied"),

@@ -23,7 +23,6 @@ from skipkernels.app.train.model import RANDOM, load_model
 class Problem(NamedTuple):
     """A model, and the batches of a run, in their order unless the trainer shuffles; one class in a batch."""
 
-    name: str
     model: Any  # an open_clip CLIP, of which each run trains a copy
     tokens: Tensor  # [C, L]
     images: Tensor  # [steps · batch_size, 3, height, width]
@@ -75,7 +74,7 @@ def small_problem(steps: int = 20, classes: int = 12, batch_size: int = 2) -> Pr
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(steps * batch_size, 3, *model.visual.image_size, generator=generator)
     labels = torch.randint(classes, (steps,), generator=generator).repeat_interleave(batch_size)
-    return Problem("vit-tiny", model, tokens, images, labels, batch_size, 2, 1.0, 1e-2)
+    return Problem(model, tokens, images, labels, batch_size, 2, 1.0, 1e-2)
 
 
 def trained(module: nn.Module) -> Tensor:

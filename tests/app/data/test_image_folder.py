@@ -1,4 +1,4 @@
-"""Folders of images: splits, class names, skipped files, and invalid folders."""
+"""Folders of images: splits, class names, and skipped files."""
 
 from __future__ import annotations
 

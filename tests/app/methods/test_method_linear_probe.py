@@ -16,11 +16,12 @@ from tests.app.methods.method_tasks import BASE, made, stacked, tiny_model, tiny
 IDENTITY = torch.eye(5, 12, dtype=torch.float64)
 
 
-def points(n: int = 60, classes: int = 4, width: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
+def points() -> tuple[torch.Tensor, torch.Tensor]:
+    """60 images in 6 dimensions around the centers of 4 classes, and their labels."""
     generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(n) % classes
-    centers = torch.randn(classes, width, generator=generator, dtype=torch.float64)
-    return centers[labels] + torch.randn(n, width, generator=generator, dtype=torch.float64), labels
+    labels = torch.arange(60) % 4
+    centers = torch.randn(4, 6, generator=generator, dtype=torch.float64)
+    return centers[labels] + torch.randn(60, 6, generator=generator, dtype=torch.float64), labels
 
 
 def fit(image: torch.Tensor, labels: torch.Tensor, classes: int, l2: float) -> tuple[torch.Tensor, torch.Tensor]:
