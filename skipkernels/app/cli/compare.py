@@ -45,7 +45,7 @@ class CompareCommand(Settings):
         if not 1 <= self.seeds <= 1000:
             raise InputError(f"must be a number of runs from 1 to 1000; got {self.seeds}.", "seeds", "compare")
         folder = self.out or Path("runs", "compare", file_name(f"{config.data}-{config.model}"))
-        check_writable(folder)  # before the work is done
+        check_writable(folder, "out", "compare")  # before the work is done
         import_torch(err)
         from skipkernels.app.report.study_page import explained, headline, tables
         from skipkernels.app.studies.compare import compare

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .base import InputError
@@ -69,7 +69,7 @@ def _class_names(name: str, datasets: Iterable[Any], given: Sequence[str] | None
     names = next((each for each in own if each is not None), None) if given is None else given
     if names is None:
         raise InputError(f"{name} has no class names. Give classes=[…], names by label.", "classes", "from_datasets")
-    if isinstance(names, str) or not hasattr(names, "__len__"):
+    if isinstance(names, (str, Mapping)) or not hasattr(names, "__len__"):
         raise InputError(f"{name}: classes must be names by label, a list; got {names!r}.", "classes", "from_datasets")
     return class_names(name, names, "give others as classes=[…]", "classes")
 

@@ -63,7 +63,6 @@ class Method:
         takes_head: A head can classify its embeddings; False for a method that is a head itself, or adapts them.
         trains_model: It trains weights of the model itself, so that its state is a whole model, which can be blended
             with the model before.
-        texts_classify: Without a head, the texts of the plain model classify its embeddings.
         class_sampler: Sampler of the classes of a step, of which the state is part of a checkpoint; None: all classes.
         caches: SkipCLIP of which the features at the cut can be cached on disk; None: they cannot.
         fitted: Head that classifies instead of the texts, set by `use_head`; None: the texts.
@@ -85,7 +84,6 @@ class Method:
     settings: ClassVar[tuple[str, ...]] = ()
     takes_head: ClassVar[bool] = True
     trains_model: ClassVar[bool] = False
-    texts_classify: ClassVar[bool] = True
     class_sampler: RankSampler | None = None
     caches: SkipCLIP | None = None
     fitted: Head | None = None
@@ -156,9 +154,9 @@ class Method:
     def head_code(self) -> str:
         """Python that computes `logits` from `image`, the embeddings of `model`, and `head`, the state of `head()`.
 
-        It is for the model card; empty if the model itself has all that classifies.
+        It is for the model card; empty if the model itself has all that classifies: by default, without `fitted`.
         """
-        return "" if self.texts_classify and self.fitted is None else self._trained_head().code
+        return "" if self.fitted is None else self._trained_head().code
 
     def merge(self) -> None:
         """Make the model a plain CLIP, with all that the method trained in it. By default it is one."""

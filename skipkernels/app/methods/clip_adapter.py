@@ -54,7 +54,6 @@ class CLIPAdapter(FrozenModel):
 
     name = "clip-adapter"
     takes_head = False  # the exports of heads classify the embeddings of the model, without the adapter
-    texts_classify = False
 
     def __init__(self, model: nn.Module, tokenizer: Tokenizer, task: Task, *, generator: torch.Generator | None = None):
         super().__init__(model, tokenizer, task, generator=generator)
@@ -95,7 +94,7 @@ class CLIPAdapter(FrozenModel):
     def head_code(self) -> str:  # noqa: D102
         return f"""hidden = F.relu(image @ head["down"].T)
 image = {_RATIO} * F.relu(hidden @ head["up"].T) + {1 - _RATIO} * image
-{super().head_code}"""
+{self._trained_head().code}"""
 
     def parameter_groups(self, *, text_lr: float, image_lr: float) -> list[dict[str, Any]]:
         """Return the adapter, with `image_lr`."""

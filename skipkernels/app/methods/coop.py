@@ -39,7 +39,6 @@ class CoOp(FrozenModel):
     """
 
     name = "coop"
-    texts_classify = False
 
     def __init__(
         self,
@@ -113,6 +112,10 @@ class CoOp(FrozenModel):
             warmup_lr=1e-5,
             sampler="random",
         )
+
+    @property
+    def head_code(self) -> str:  # noqa: D102
+        return self._trained_head().code
 
     def train(self, training: bool) -> None:
         """Forget the embeddings of classes, which depend on the context."""

@@ -197,6 +197,7 @@ CALLS: list[tuple[Callable[[], object], Any, list[str]]] = [
     (squares(train=Listed([0, 2]), classes=["a", "b"]), ..., ["from 0 to 1", "2 classes", "got 2 for item 1 of train"]),
     (squares(test=Listed([0], classes=("sea_lion", "sea  lion"))), ..., ["no prompt can tell them apart"]),
     (squares(test=Listed([0]), classes=2), ..., ["classes must be names by label, a list; got 2."]),
+    (squares(test=Listed([0]), classes={0: "a"}), ..., ["classes must be names by label, a list; got {0: 'a'}."]),
     (squares(test=Listed([0]), classes=[0, 1]), ..., ["class names must be text; got 0. Write it out"]),
     (squares(test=Listed([0]), classes=["a", "_ "]), ..., ["a class can't be named '_ '", "classes=[…]"]),
     (squares(train=Listed([0], labels=["cat"]), classes=["cat"]), ..., ["Listed", "an integer"]),
