@@ -34,11 +34,11 @@ class EvalCommand:
         check_run(self.run, "eval", err)
         import_torch(err)
         from skipkernels.app.report.formats import number
-        from skipkernels.app.report.table import Table, row
+        from skipkernels.app.report.table import Row, Table
         from skipkernels.app.train.run_evaluation import REPLACEABLE, evaluate_run
 
         settings = {name: getattr(self, name) for name in REPLACEABLE}
         accuracies = evaluate_run(self.run, **settings, trust=self.trust, console=err)
-        rows = [row(name, number(value, ".2f")) for name, value in accuracies.items()]
+        rows = [Row.of(name, number(value, ".2f")) for name, value in accuracies.items()]
         out.print(Table("accuracy, %", ["tuned"], rows).in_terminal(str(self.run)))
         return 0

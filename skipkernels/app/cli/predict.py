@@ -108,14 +108,14 @@ class PredictCommand:
 
     def _collect(self, batches: Iterable[Predictions], count: int, results: _Results, err: Terminal) -> None:
         """Append the predictions of all batches, and print the files that could not be read."""
-        from skipkernels.app.serve.output import labelled
+        from skipkernels.app.serve.output import rows_of
 
         with progress("images", count) as advance:
             for batch in batches:
                 for name, reason in batch.unreadable.items():
                     err.print(f"skipped {name}: {reason}", soft_wrap=True)
                 results.unreadable += len(batch.unreadable)
-                results.rows.extend(labelled(batch))
+                results.rows.extend(rows_of(batch))
                 results.embeddings.append(batch.embeddings)
                 advance(len(batch) + len(batch.unreadable))
 

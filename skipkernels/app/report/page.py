@@ -9,7 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from .parts import part, render
-from .table import facts
+from .table import facts_table
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,6 @@ def reproduction(command: str, values: Mapping[str, Any], environment: Mapping[s
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
     known = {"versions": versions, "machine": environment["machine"], "date": environment["finished"]}
     parts = [part("code", command, True)] if command else []
-    parts.append(facts({**values, **known}).html)
+    parts.append(facts_table({**values, **known}).html)
     parts += [part("group", "All settings", [part("code", settings)], False)] if settings else []
     return Section("reproduce", "Reproduce", parts)

@@ -13,7 +13,7 @@ from . import page
 from .formats import finite, number, percent, plural
 from .mistakes import most_frequent_errors, one_per_class
 from .parts import part
-from .table import Cell, Table, change_cell, row
+from .table import Cell, Row, Table, change_cell
 from .words import name_of_test
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def classes(test: TestPredictions) -> list[Markup]:
         taken = "" if other is None else f"{test.classes[other]} ({errors})"
         cells: list[str | Cell] = [f"{was.images:,}", *map(number, (was.recall, tuned)), change_cell(change)]
         cells += [number(now["precision"]), number(now["f1"]), Cell(taken, style="left", order=errors)]
-        rows.append(row(was.name, *cells))
+        rows.append(Row.of(was.name, *cells))
     text = (
         f"Mean over the classes: accuracy {percent(last['balanced_accuracy'])}, F1 {percent(last['macro_f1'])}. "
         "Precision and F1 are those of the tuned model; predictions.csv has every image."

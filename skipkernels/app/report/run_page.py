@@ -34,7 +34,7 @@ from .summary import (
     kept_epoch,
     title,
 )
-from .table import Table, row
+from .table import Row, Table
 from .words import name_of_test
 
 _FIXED = (
@@ -113,7 +113,7 @@ def _thresholds(validation: Mapping[str, Any] | None) -> list[Markup]:
     if validation is None or not validation["thresholds"]:
         return []
     rows = [
-        row(
+        Row.of(
             f"{number(each['target'], '.0f')} % {'right' if each['wanted'] == 'accuracy' else 'kept'}",
             number(each["threshold"], ".2f"),
             number(each["coverage"]),

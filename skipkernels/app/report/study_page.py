@@ -11,7 +11,7 @@ from .formats import MISSING, joined, number, plural
 from .intervals import LEAST_RUNS, half_interval, range_text, wilson
 from .page import Section
 from .parts import part
-from .table import Cell, Table, row
+from .table import Cell, Row, Table
 from .words import name_of_method, name_of_test
 
 ACCURACY, COST = "accuracy, %", "cost"
@@ -122,7 +122,7 @@ def tables(study: Study) -> list[Table]:
         rows = []
         for method, groups in study.summary.items():
             cells = [_cell(study, group, column, groups[group][column]) for column in columns]
-            rows.append(row(name_of_method(method), *cells, style="summary" if method == best else ""))
+            rows.append(Row.of(name_of_method(method), *cells, style="summary" if method == best else ""))
         found.append(Table(group, list(map(name_of_test, columns)), rows))
     return found
 

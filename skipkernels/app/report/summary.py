@@ -9,7 +9,7 @@ from ..config import TuneConfig
 from ..data.tasks import VALIDATION
 from .formats import finite, number, percent, plural
 from .intervals import range_text, wilson
-from .table import Cell, Table, change_cell, facts, row
+from .table import Cell, Row, Table, change_cell, facts_table
 from .words import name_of_test, title_of
 
 BEST = 5
@@ -136,7 +136,7 @@ def accuracy_table(metrics: Metrics) -> Table:
         name = counted(metrics, each.test) + (", balanced" if each.measure == "balanced accuracy" else "")
         style = "" if each.test in (*metrics["classes"], VALIDATION) else "summary"
         count = "" if each.images is None else f"{each.images:,}"
-        rows.append(row(name, count, before, after, change_cell(each.change), style=style))
+        rows.append(Row.of(name, count, before, after, change_cell(each.change), style=style))
     return Table("accuracy, %", ["images", "zero-shot", "tuned", "change"], rows)
 
 
@@ -150,7 +150,7 @@ def candidate_table(metrics: Metrics, best: int | None = None) -> Table:
         cells += [Cell(number(each["balanced_accuracy"]))] if balanced else []
         cells += [Cell(number(each["loss"], ".4f")), Cell("yes" if each["new_names"] else "no")]
         name, style = (f"✓ {each['name']}", "summary") if each["chosen"] else (each["name"], "")
-        rows.append(row(name, *cells, style=style))
+        rows.append(Row.of(name, *cells, style=style))
     columns = ["accuracy, %", *(["balanced accuracy, %"] if balanced else []), "loss", "takes new names"]
     shown = f"the best {len(found)} of " if len(found) < len(metrics["candidates"]) else ""
     count = plural(len(metrics["candidates"]), "candidate")
@@ -161,7 +161,7 @@ def blend_table(metrics: Metrics) -> Table:
     """Table of the accuracies of weights between zero-shot (alpha 0) and tuned (1)."""
     curve = metrics["blend"]
     rows = [
-        row(f"{alpha:g}", *map(number, values), style="summary" if alpha == curve["chosen"] else "")
+        Row.of(f"{alpha:g}", *map(number, values), style="summary" if alpha == curve["chosen"] else "")
         for alpha, *values in zip(curve["alphas"], *curve["accuracy"].values(), strict=True)
     ]
     fitted = "" if metrics["head"] in (None, "none") else ", with the head fitted to each"
@@ -172,7 +172,7 @@ def cost_table(config: TuneConfig, metrics: Metrics) -> Table:
     """Table of times and sizes."""
     cost, parameters, kept = metrics["cost"], metrics["parameters"], metrics["kept_classes"]
     trained_on, spec = next(iter(metrics["classes"].values())), ",.1f" if kept and kept % 1 else ",.0f"
-    return facts(
+    return facts_table(
         {
             "run": number(cost["seconds_total"], ",.1f", " s"),
             "epoch": number(cost["seconds_per_epoch"], ",.2f", " s"),

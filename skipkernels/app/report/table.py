@@ -33,6 +33,11 @@ class Row:
     cells: Sequence[Cell]
     style: str = ""  # CSS class
 
+    @classmethod
+    def of(cls, name: str, *cells: str | Cell, style: str = "") -> Row:
+        """Row from texts and cells."""
+        return cls(name, [cell if isinstance(cell, Cell) else Cell(cell) for cell in cells], style)
+
 
 @dataclass(frozen=True)
 class Table:
@@ -60,11 +65,6 @@ class Table:
         return table
 
 
-def row(name: str, *cells: str | Cell, style: str = "") -> Row:
-    """Row from texts and cells."""
-    return Row(name, [cell if isinstance(cell, Cell) else Cell(cell) for cell in cells], style)
-
-
 def change_cell(change: float | None) -> Cell:
     """Cell with a change of an accuracy, in the colour of its sign."""
     shown = round(change, 1) if finite(change) else 0
@@ -72,7 +72,7 @@ def change_cell(change: float | None) -> Cell:
     return Cell(number(change, "+.1f"), style=style, order=change)
 
 
-def facts(values: Mapping[str, Any]) -> Table:
+def facts_table(values: Mapping[str, Any]) -> Table:
     """Table of names and texts; missing values are left out."""
     known = {name: str(value) for name, value in values.items() if value not in (None, "", MISSING)}
-    return Table("", [], [row(name, Cell(value, style="left")) for name, value in known.items()])
+    return Table("", [], [Row.of(name, Cell(value, style="left")) for name, value in known.items()])

@@ -36,7 +36,7 @@ def check_file(path: Path, command: str, argument: str = "out", suffix: str = ".
     check_writable(parent, argument, command)
 
 
-def labelled(found: Predictions) -> Iterator[Row]:
+def rows_of(found: Predictions) -> Iterator[Row]:
     """Yield the rows of predictions; of an image without a class, `NONE` without a probability comes first."""
     for (name, labels), known in zip(found, found.known.tolist(), strict=True):
         yield name, labels if known else [(NONE, None), *labels[:-1]]

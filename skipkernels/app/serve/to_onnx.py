@@ -48,8 +48,6 @@ def write(run: TunedRun, folder: Path) -> None:
     size: Any = run.described.preprocessing.get("size") or getattr(run.model.visual, "image_size", 224)
     height, width = (size, size) if isinstance(size, int) else map(int, size)
     images = torch.zeros(2, 3, height, width)
-    path = folder / FILE
-    external = sum(p.nbytes for p in module.parameters()) > _EXTERNAL
     try:
         with warnings.catch_warnings(), quiet():
             warnings.simplefilter("ignore")
@@ -62,7 +60,7 @@ def write(run: TunedRun, folder: Path) -> None:
                 dynamo=True,
                 verbose=False,
             )
-    except (RuntimeError, torch.onnx.errors.OnnxExporterError) as error:
+    except RuntimeError as error:
         raise InputError(
             f"torch.onnx can't export the model ({first_line(error)}). Use open-clip.", "run", "export"
         ) from error
@@ -75,5 +73,7 @@ def write(run: TunedRun, folder: Path) -> None:
         for node in part.all_nodes():
             node.metadata_props.clear()  # stack traces, with the paths of source files
     program.model.metadata_props.update({name: json.dumps(value) for name, value in values.items()})
+    path = folder / FILE
+    external = sum(p.nbytes for p in module.parameters()) > _EXTERNAL
     program.save(path, external_data=external)
     onnx.checker.check_model(path)

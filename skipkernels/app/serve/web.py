@@ -33,7 +33,7 @@ from ..report.parts import render
 from ..train.description import CALIBRATED, NOT_CALIBRATED
 from .classifier import Classifier
 from .inputs import check_counts, check_threshold
-from .output import Row, json_predictions, labelled
+from .output import Row, json_predictions, rows_of
 
 Upload = tuple[str, BinaryIO, int]
 """Name, contents and size in bytes of an uploaded image."""
@@ -126,7 +126,7 @@ class Service:
         errors = [image for image in read if isinstance(image, InputError)]
         rows: Iterator[Row] = iter(())
         if images:
-            rows = labelled(self.classifier.predict(torch.stack(images), top=self.top, threshold=self.threshold))
+            rows = rows_of(self.classifier.predict(torch.stack(images), top=self.top, threshold=self.threshold))
         items: list[dict[str, Any]] = []
         for (name, _, _), image in zip(uploads, read, strict=True):
             failed = isinstance(image, InputError)
