@@ -16,7 +16,7 @@ BATCH_SIZE, MOMENTUM, WEIGHT_DECAY = 4, 0.9, 5e-4  # of SGD, in batches of one c
 
 
 class Rates(NamedTuple):
-    """Epochs and learning rates of a protocol; the epochs are divided by 4 for ImageNet, SUN397 and Food101."""
+    """Epochs and learning rates of a protocol."""
 
     epochs: int
     text_lr: float
@@ -31,6 +31,18 @@ RATES: dict[Protocol, Rates] = {
     "domain-generalization": Rates(20, 1e-5, 1e-6, 1, 1e-8),
     "few-shot": Rates(40, 1e-5, 1e-5, 0, 0.0),
 }
+_QUARTER = ("imagenet", "sun397", "food101")  # published with a quarter of the epochs
+
+
+def rates(protocol: Protocol, dataset: str) -> Rates:
+    """Return the published rates for a dataset of CoOp, by its name in `PAPER`, or for another one.
+
+    >>> rates("few-shot", "dtd").epochs, rates("few-shot", "food101").epochs
+    (40, 10)
+    """
+    of_protocol = RATES[protocol]
+    return of_protocol._replace(epochs=of_protocol.epochs // 4) if dataset in _QUARTER else of_protocol
+
 
 PHOTO = "a photo of a {}."
 

@@ -54,14 +54,13 @@ def set_published(cfg: Any, protocol: Protocol = "base-to-new") -> None:
         cfg: Dassl configuration.
         protocol: "base-to-new", "cross-dataset", "domain-generalization" or "few-shot".
     """
-    rates = published.RATES[protocol]
-    fewer = 4 if cfg.DATASET.NAME in ("ImageNet", "SUN397", "Food101") else 1
+    rates = published.rates(protocol, cfg.DATASET.NAME.lower())
     settings = {
         "OPTIM.NAME": "sgd",
         "OPTIM.LR": rates.text_lr,
         "OPTIM.MOMENTUM": published.MOMENTUM,
         "OPTIM.WEIGHT_DECAY": published.WEIGHT_DECAY,
-        "OPTIM.MAX_EPOCH": rates.epochs // fewer,
+        "OPTIM.MAX_EPOCH": rates.epochs,
         "OPTIM.LR_SCHEDULER": "cosine",
         "OPTIM.WARMUP_EPOCH": rates.warmup_epochs,
         "OPTIM.WARMUP_TYPE": "constant",

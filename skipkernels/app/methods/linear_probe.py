@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -43,10 +45,10 @@ class LinearProbe(FrozenModel):
         """Choose l2 and fit, in fp64 if possible, to embeddings [n, D] of all training images with labels [n]."""
         embeddings, classes = self.encode_frozen(inputs), self.task.tests[0].classes
         image, labels = widened(embeddings), labels.to(embeddings.device)
-        held_out = self._held_out(labels)
-        if held_out.any():
-            train = image[~held_out], labels[~held_out]
-            l2 = _choose(*train, image[held_out], labels[held_out], len(classes))
+        is_held_out = self._held_out(labels)
+        if is_held_out.any():
+            train, held_out = ((image[chosen], labels[chosen]) for chosen in (~is_held_out, is_held_out))
+            l2 = _choose(*train, *held_out, len(classes))
         else:
             l2 = _WITHOUT_SWEEP
             self.notes.append(
@@ -57,33 +59,32 @@ class LinearProbe(FrozenModel):
 
     def _held_out(self, labels: Tensor) -> Tensor:
         """Mask [n] of the held-out images."""
-        held_out = torch.zeros_like(labels, dtype=torch.bool)
+        is_held_out = torch.zeros_like(labels, dtype=torch.bool)
         for label in labels.unique():
             images = (labels == label).nonzero().squeeze(1)
             count = max(1, len(images) // _HELD_OUT) if len(images) > 1 else 0
             order = torch.randperm(len(images), generator=self._generator, device=self._generator.device)
-            held_out[images[order[:count].to(images.device)]] = True
-        return held_out
+            is_held_out[images[order[:count].to(images.device)]] = True
+        return is_held_out
 
 
 def _choose(image: Tensor, labels: Tensor, held_out: Tensor, held_out_labels: Tensor, classes: int) -> float:
     """Choose l2 for images and labels by the accuracy on others; see `LinearProbe`."""
-    tried: dict[float, tuple[float, float]] = {}
 
-    def best(exponents: tuple[float, ...]) -> float:
-        for exponent in exponents:
-            if exponent not in tried and _COARSE[0] <= exponent <= _COARSE[-1]:
-                weight, bias = _fit(image, labels, classes, 10**exponent)
-                logits = held_out @ weight.T + bias
-                accuracy = widened(logits.argmax(dim=1) == held_out_labels).mean()
-                tried[exponent] = accuracy.item(), -F.cross_entropy(logits, held_out_labels).item()
-        return max(tried, key=lambda exponent: tried[exponent])
+    @functools.cache
+    def score(exponent: float) -> tuple[float, float]:
+        """Accuracy with l2 = 10^exponent, and minus the loss."""
+        weight, bias = _fit(image, labels, classes, 10**exponent)
+        logits = held_out @ weight.T + bias
+        accuracy = widened(logits.argmax(dim=1) == held_out_labels).mean()
+        return accuracy.item(), -F.cross_entropy(logits, held_out_labels).item()
 
-    around, width = best(_COARSE), _COARSE[1] - _COARSE[0]
+    best, width = max(_COARSE, key=score), _COARSE[1] - _COARSE[0]
     while width > _FINEST:
         width /= 2
-        around = best((around - width, around + width))
-    return 10**around
+        beside = (exponent for exponent in (best - width, best + width) if _COARSE[0] <= exponent <= _COARSE[-1])
+        best = max(best, *beside, key=score)
+    return 10**best
 
 
 def _fit(image: Tensor, labels: Tensor, classes: int, l2: float) -> tuple[Tensor, Tensor]:

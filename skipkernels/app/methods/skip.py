@@ -15,8 +15,6 @@ from .base import StepOutput, Tokenizer
 from .recipe import Recipe, TrainingData
 from .tuned import TunedModel, step_output
 
-_QUARTER = ("coop:imagenet", "coop:sun397", "coop:food101")  # published with a quarter of the epochs
-
 
 class Skip(TunedModel):
     """Skip Tuning (Wu et al., CVPR 2025), with `SkipCLIP`, which has the other options.
@@ -44,9 +42,6 @@ class Skip(TunedModel):
 
     @classmethod
     def _published(cls, data: TrainingData) -> Recipe:
-        rates = published.RATES[data.protocol]
-        if data.name in _QUARTER:
-            rates = rates._replace(epochs=rates.epochs // 4)
         return Recipe(
             batch_size=published.BATCH_SIZE,
             optimizer="sgd",
@@ -54,7 +49,7 @@ class Skip(TunedModel):
             weight_decay=published.WEIGHT_DECAY,
             sampler="random" if data.reference and data.shots < 4 else "class_pure",
             tail="fixed" if data.reference else "resample",
-            **rates._asdict(),
+            **published.rates(data.protocol, data.name.removeprefix("coop:"))._asdict(),
         )
 
     @torch.no_grad()
