@@ -94,23 +94,22 @@ class Images:
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         """Load an image and its label."""
-        item = self.indices[index]
-        image, label = image_and_label(self.dataset, item)
+        image, label = image_and_label(self.dataset, self.indices[index])
+        self._check_label(self.indices[index], label)
+        image = _converted(image, f"image {self.names[index]}")
+        is_tensor = hasattr(image, "untyped_storage")  # without torch, which a check of files does not import
+        if self.transform is not None and not is_tensor:
+            image = self.transform(image)
+        return image, self.labels[index]
+
+    def _check_label(self, item: int, label: Any) -> None:
+        """Raise an InputError unless an item has the label that was read from its dataset before."""
         if self._own_labels is not None and label != self._own_labels[item]:
             raise InputError(
                 f"{type(self.dataset).__name__}: item {item} has the label {label!r}, and the labels of the dataset "
                 f"have {self._own_labels[item]}. Make them equal.",
                 "dataset",
             )
-        name = f"image {self.names[index]}"
-        if isinstance(image, np.ndarray):
-            image = from_pixels(image, name)
-        elif isinstance(image, Image.Image):
-            image = to_rgb(image, name)
-        if self.transform is not None:
-            is_tensor = hasattr(image, "untyped_storage")  # without torch, which a check of files does not import
-            image = image if is_tensor else self.transform(image)
-        return image, self.labels[index]
 
     def each(self, use: Callable[[Any], Any]) -> Iterator[Any]:
         """Read the images in order, in threads if they are files; yield results of `use`, or an InputError."""
@@ -143,6 +142,13 @@ class Images:
         images = copy.copy(self)
         images.transform = transform
         return images
+
+
+def _converted(image: Any, name: str) -> Any:
+    """Convert an image of Pillow or a uint8 array to RGB; other images are returned as they are."""
+    if isinstance(image, np.ndarray):
+        return from_pixels(image, name)
+    return to_rgb(image, name) if isinstance(image, Image.Image) else image
 
 
 def joined(parts: Sequence[Images]) -> Images:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ...digests import digest_json, digest_tensors
 from ...folders import replace_tensors
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 TOP = 3
 """Classes per image that are kept."""
 _FORMAT = "2"
-_WHEN = ("zero_shot", "tuned")
 
 
 class TopClasses(NamedTuple):
@@ -67,14 +66,17 @@ def save(path: Path, tests: Sequence[TestPredictions]) -> None:
     entries = []
     for number, test in enumerate(tests):
         tensors[f"{number}.labels"] = test.labels.int()
-        for when in _WHEN:
-            if (top := getattr(test, when)) is not None:
-                tensors[f"{number}.{when}.classes"] = top.classes.int()
-                tensors[f"{number}.{when}.probabilities"] = top.probabilities.float()
+        tensors |= _tensors_of(test.zero_shot, f"{number}.zero_shot")
+        if test.tuned is not None:
+            tensors |= _tensors_of(test.tuned, f"{number}.tuned")
         thumbnails = {index: base64.b64encode(image).decode() for index, image in test.thumbnails.items()}
         entries.append({"name": test.name, "classes": test.classes, "images": test.images, "thumbnails": thumbnails})
     metadata = {"format": _FORMAT, "tests": json.dumps(entries)}
     replace_tensors(path, tensors, metadata | {"digest": _digest(metadata, tensors)})
+
+
+def _tensors_of(top: TopClasses, key: str) -> dict[str, Tensor]:
+    return {f"{key}.classes": top.classes.int(), f"{key}.probabilities": top.probabilities.float()}
 
 
 def load(path: Path) -> list[TestPredictions]:
@@ -94,16 +96,15 @@ def load(path: Path) -> list[TestPredictions]:
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{path}: damaged ({first_line(error)}).") from error
 
-    def top(key: str) -> TopClasses | None:
-        found = tensors.get(f"{key}.classes")
-        return None if found is None else TopClasses(found.long(), tensors[f"{key}.probabilities"])
+    def top(key: str) -> TopClasses:
+        return TopClasses(tensors[f"{key}.classes"].long(), tensors[f"{key}.probabilities"])
 
     tests = []
     for number, entry in enumerate(json.loads(metadata["tests"])):
-        images = {int(index): base64.b64decode(image) for index, image in entry.pop("thumbnails").items()}
-        before_and_after: Any = {when: top(f"{number}.{when}") for when in _WHEN}
-        labels = tensors[f"{number}.labels"].long()
-        tests.append(TestPredictions(**entry, labels=labels, thumbnails=images, **before_and_after))
+        thumbnails = {int(index): base64.b64decode(image) for index, image in entry.pop("thumbnails").items()}
+        labels, zero_shot = tensors[f"{number}.labels"].long(), top(f"{number}.zero_shot")
+        tuned = top(f"{number}.tuned") if f"{number}.tuned.classes" in tensors else None
+        tests.append(TestPredictions(**entry, labels=labels, zero_shot=zero_shot, tuned=tuned, thumbnails=thumbnails))
     return tests
 
 
