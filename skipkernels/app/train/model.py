@@ -15,14 +15,11 @@ import open_clip
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.utils import EntryNotFoundError
-from open_clip.transform import AugmentationCfg, PreprocessCfg, image_transform_v2
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from torchvision.transforms import Compose, RandomHorizontalFlip
 
 from ...formatting import first_line
-from ...options import Preset
 from ..data import InputError
 from ..data.files import absolute_path
 from ..devices import seeded
@@ -214,15 +211,6 @@ def load_weights(model: nn.Module, path: Path) -> None:
         if "TorchScript" in reason:  # PyTorch's message says how to execute the file
             reason = "it is a TorchScript archive, which holds code. Pass the tag of these weights, or a state dict."
         raise InputError(f"{path}: not usable as weights of this model: {reason}") from error
-
-
-def augmentation(model: Any, preset: Preset = "default") -> Callable:
-    """Return the transform of training images: open_clip's random crop, or the crop and flip of Wu et al."""
-    cfg = PreprocessCfg(**getattr(model, "visual", model).preprocess_cfg)
-    if preset == "default":
-        return image_transform_v2(cfg, is_train=True)
-    crop = image_transform_v2(cfg, is_train=True, aug_cfg=AugmentationCfg(scale=(0.08, 1.0)))
-    return Compose([RandomHorizontalFlip(), crop])
 
 
 @contextlib.contextmanager

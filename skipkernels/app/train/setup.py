@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from open_clip.transform import AugmentationCfg, PreprocessCfg, image_transform_v2
 from torch import Tensor, nn
+from torchvision.transforms import Compose, RandomHorizontalFlip
 
 from ...features import FeatureCache, Progress
-from ...options import Refresh
+from ...options import Preset, Refresh
 from ..config import TuneConfig
 from ..data import Source
 from ..data.tasks import Task, load_task
@@ -20,7 +22,7 @@ from ..heads import Examples, fit_head
 from ..methods import Method
 from ..methods.frozen import FrozenModel
 from ..methods.zero_shot import ZeroShot
-from .model import Loaded, augmentation, load_model
+from .model import Loaded, load_model
 
 BATCH = 64
 """Images per batch without training."""
@@ -126,6 +128,15 @@ def build_run(
     method = build_method(config, model, tokenizer, task)
     zero_shot = ZeroShot(model, tokenizer, task) if isinstance(method, FrozenModel) else method
     return RunSetup(config, model, tokenizer, task, method, zero_shot)
+
+
+def augmentation(model: Any, preset: Preset = "default") -> Callable:
+    """Return the transform of training images: open_clip's random crop, or the crop and flip of Wu et al."""
+    cfg = PreprocessCfg(**getattr(model, "visual", model).preprocess_cfg)
+    if preset == "default":
+        return image_transform_v2(cfg, is_train=True)
+    crop = image_transform_v2(cfg, is_train=True, aug_cfg=AugmentationCfg(scale=(0.08, 1.0)))
+    return Compose([RandomHorizontalFlip(), crop])
 
 
 def class_weights(labels: Tensor, classes: int, exponent: float = 1.0) -> Tensor:

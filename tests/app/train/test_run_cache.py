@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from skipkernels.app.train import evaluate_run, tune
-from skipkernels.app.train.model import augmentation, load_model
+from skipkernels.app.train.model import load_model
+from skipkernels.app.train.setup import augmentation
 from skipkernels.features import extraction
 from tests.app.runs import fails, losses, rows, small, without_cost
 
