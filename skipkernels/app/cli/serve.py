@@ -13,7 +13,7 @@ from skipkernels.app.console import Terminal
 
 from .options import Device, PrecisionOption, Run, Threshold, Top, Trust, check_run, import_torch
 
-LOCAL = ("127.0.0.1", "localhost", "::1")
+_LOCAL = ("127.0.0.1", "localhost", "::1")
 _CONNECTIONS = 100  # open ones; a request of one more is answered by status 503
 
 
@@ -40,7 +40,7 @@ class ServeCommand:
         try:
             import python_multipart  # noqa: F401
             import starlette  # noqa: F401
-            import uvicorn
+            import uvicorn  # noqa: F401
         except ModuleNotFoundError as error:
             raise InputError(f"serve needs {error.name}: pip install 'skipkernels[web]'.") from None
         check_run(self.run, "serve", err)
@@ -57,16 +57,12 @@ class ServeCommand:
             address = f"[{host}]" if ":" in host else host
             out.print(f"{self.run} is served at http://{address}:{port}/ ; Ctrl-C ends it", soft_wrap=True)
             out.output.flush()
-            app = make_app(service, [*LOCAL, "[::1]"] if self._is_local else None)
-            settings: dict[str, Any] = {"log_level": "warning", "access_log": False, "lifespan": "off"}
-            settings |= {"limit_concurrency": _CONNECTIONS, "server_header": False, "timeout_graceful_shutdown": 2}
-            server = uvicorn.Server(uvicorn.Config(app, **settings))
-            server.run(sockets=[listener])  # raises the signal that ends it again
+            _run(make_app(service, [*_LOCAL, "[::1]"] if self._is_local else None), listener)
         return 0
 
     @property
     def _is_local(self) -> bool:
-        return self.host in LOCAL
+        return self.host in _LOCAL
 
     def _listening(self) -> contextlib.closing[socket.socket]:
         """Return a socket that listens at the address."""
@@ -84,3 +80,13 @@ class ServeCommand:
             raise InputError(
                 f"can't listen at {self.host}, port {self.port} ({reason}). Choose another {at}.", at, "serve"
             ) from None
+
+
+def _run(app: Any, listener: socket.socket) -> None:
+    """Answer the requests at a socket until an interruption."""
+    import uvicorn
+
+    settings: dict[str, Any] = {"log_level": "warning", "access_log": False, "lifespan": "off"}
+    settings |= {"limit_concurrency": _CONNECTIONS, "server_header": False, "timeout_graceful_shutdown": 2}
+    server = uvicorn.Server(uvicorn.Config(app, **settings))
+    server.run(sockets=[listener])  # raises the signal that ends it again

@@ -65,12 +65,12 @@ def _split_folders(name: str, root: Path) -> dict[str, Split]:
             f"{name}: {format_names(candidates)} and {format_names(others)} are side by side, so they may be "
             "splits or classes. Move the folders that are neither elsewhere."
         )
-    if others:  # a class may have the name of a split
+    if others or not candidates:  # a class may have the name of a split
         return {"": "train"}
     splits = {f"{folder}/": SPLIT_NAMES[folder.lower()] for folder in candidates}
     if len(set(splits.values())) < len(splits):
         raise open_error(f"{name}: two of {format_names(candidates)} have images of one split. Merge them.")
-    return splits or {"": "train"}
+    return splits
 
 
 def _class_folders(name: str, root: Path, parts: list[str]) -> list[str]:
