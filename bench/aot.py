@@ -67,7 +67,7 @@ def main() -> None:
     else:
         columns = [name for name in Row._fields if name not in ("constants", "triton")]
         tables.show(columns, [[getattr(row, name) for name in columns] for row in rows])
-    tables.report(problems, f"{len(rows)} kernels")
+    tables.exit_with(problems, f"{len(rows)} kernels")
     if whole and set(args.target) == set(ARCHITECTURES) and not (args.check or args.no_save):
         tables.write(TABLE, of_table)
         print(f"wrote {TABLE}")

@@ -190,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"wrote {TABLE}")
         return
     table = [row for row in tables.read(TABLE, Row) if row.C in args.classes]
-    tables.report(list(compare(rows, table)), f"{len(rows)} rows")
+    tables.exit_with(list(compare(rows, table)), f"{len(rows)} rows")
 
 
 if __name__ == "__main__":

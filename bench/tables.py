@@ -45,7 +45,7 @@ def write(path: Path, rows: Sequence[R]) -> None:
         writer.writerows(rows)
 
 
-def report(problems: Sequence[str], compared: str) -> None:
+def exit_with(problems: Sequence[str], compared: str) -> None:
     """Print the problems, what was compared, and how many there are; exit with 1 if there are any."""
     for problem in problems:
         print(problem)
