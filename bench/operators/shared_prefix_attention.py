@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,12 @@ from ..measure import CPU, OURS
 from . import Arguments, Case, Random, Work, case
 from .record import Call, Record, ids, on_meta
 
-SHAPES = tuple((K, 5, 6, 8, 64) for K in (26, 77, 500, 1380))  # classes, tokens of a suffix and of the prefix, H, E
+# K, S, P, H, E: classes, tokens of a suffix and of the prefix, heads and their width.
+SHAPES = tuple((K, 5, 6, 8, 64) for K in (26, 77, 500, 1380))
+# Prompts of classes, and suffixes and a prefix of several tiles with wide heads.
+LAUNCHED = ((1380, 5, 6, 8, 64), (50, 40, 70, 10, 128))
+# Suffixes within a tile and longer ones, with heads of every width that has a kernel, in steps of 8.
+WIDTHS = [(50, S, P, 8, E) for E in range(8, MAX_E + 1, 8) for S, P in ((5, 6), (40, 70))]
 
 
 def over_prompts(attention: Callable[..., Tensor], *, whole: bool = False) -> Callable[..., Tensor]:
@@ -65,10 +71,6 @@ def cases(dtype: torch.dtype, device: torch.device = CPU) -> Iterator[Case]:
         )
 
 
-# K, S, P, H, E: prompts of classes, and suffixes and a prefix of several tiles with wide heads.
-LAUNCHED = ((1380, 5, 6, 8, 64), (50, 40, 70, 10, 128))
-
-
 def launches_of_layout(dtype: torch.dtype) -> Iterator[Call]:
     """The prompts of a step on ImageNet; the dtype plays no part."""
     yield Call("K107-P5-R891", (ids(107), ids(1000), ids(1000), 5, 891))
@@ -96,8 +98,11 @@ def flops(packed: torch.Size, heads: int, P: int, offsets: torch.Size | None, ma
     return round(2 * (T * (P + (length + 1) / 2) + P * (P + 1) / 2) * (packed[1] // 3))
 
 
-# Suffixes within a tile and longer ones, with heads of every width that has a kernel, in steps of 8.
-WIDTHS = [(50, S, P, 8, E) for E in range(8, MAX_E + 1, 8) for S, P in ((5, 6), (40, 70))]
+def flops_backward(d_out: torch.Size, packed: torch.Size, lse: torch.Size, *options: Any, **results: Any) -> int:
+    """FLOPs of backward: five products."""
+    return 5 * flops(packed, *options)
+
+
 RECORD = Record(
     cases=cases,
     launches={
@@ -117,6 +122,6 @@ RECORD = Record(
     },
     flops={
         "shared_prefix_attention": lambda *shapes, **_: 2 * flops(*shapes),
-        "shared_prefix_attention_backward": lambda _, packed, __, *options, **___: 5 * flops(packed, *options),
+        "shared_prefix_attention_backward": flops_backward,
     },
 )

@@ -80,11 +80,11 @@ def step_bars() -> str:
         axes.spines["bottom"].set_visible(False)
         axes.set_title(title, color=GREY, fontsize=10)
 
-    def both(figure: Figure) -> None:
-        left, right = figure.subplots(1, 2)
+    def both(canvas: Figure) -> None:
+        left, right = canvas.subplots(1, 2)
         draw("p50_ms", "a training step, seconds", left)
         draw("saved_mib", "saved for backward, GiB", right)
         where: dict[str, Any] = {"loc": "outside lower center", "ncols": 4, "frameon": False}
-        figure.legend(*right.get_legend_handles_labels(), **where, labelcolor=GREY, fontsize=9)
+        canvas.legend(*right.get_legend_handles_labels(), **where, labelcolor=GREY, fontsize=9)
 
     return svg_of("bars", "time and memory of a step at 100 and at 1,000 classes", both, size=(9.6, 3.4))
