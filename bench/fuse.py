@@ -10,6 +10,7 @@ pass, in turn. Appends to bench/results/DEVICE/fuse.csv.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import itertools
 from collections.abc import Callable, Sequence
@@ -50,7 +51,7 @@ class Implementation(NamedTuple):
 IMPLEMENTATIONS = {
     EAGER: Implementation(),
     "checkpointing": Implementation(model=_with_checkpointing),
-    "compile": Implementation(loss=torch.compile),
+    "compile": Implementation(loss=lambda loss: torch.compile(loss)),  # looked up in the call: tests replace it
     **{
         f"fuse-{memory}": Implementation(model=partial(sk.fuse, memory=memory))
         for memory in ("fast", "balanced", "min")
@@ -87,14 +88,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = options.parse_args(arguments)
     names = list(dict.fromkeys((EAGER, *args.implementations)))
     for model, B, precision in itertools.product(args.model, args.batch, args.precision):
-        inputs = random_inputs(model, B, B, args.device)
-        inputs.model.train().requires_grad_(True)
-        case = {"model": model, "B": B, "precision": precision, "rounds": args.rounds}
-        rows = [row for part in args.part for row in rows_of(names, inputs, part, precision, args.rounds)]
-        save(args, [row | case for row in rows], "fuse")
+        save(args, rows_of(args, names, args.part, model, B, precision), "fuse")
 
 
-def rows_of(names: Sequence[str], inputs: Inputs, part: str, precision: str, rounds: int) -> list[dict[str, Any]]:
+def rows_of(
+    args: argparse.Namespace, names: Sequence[str], parts: Sequence[str], model: str, B: int, precision: str
+) -> list[dict[str, Any]]:
+    """Rows of implementations of a model, on parts of it, with batches of B."""
+    inputs = random_inputs(model, B, B, args.device)
+    inputs.model.train().requires_grad_(True)
+    case = {"model": model, "B": B, "precision": precision, "rounds": args.rounds}
+    return [row | case for part in parts for row in rows_of_part(names, inputs, part, precision, args.rounds)]
+
+
+def rows_of_part(names: Sequence[str], inputs: Inputs, part: str, precision: str, rounds: int) -> list[dict[str, Any]]:
     """Check the gradients, then measure each implementation."""
     losses, steps = {}, {}
     for name in names:

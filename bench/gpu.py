@@ -127,7 +127,7 @@ def step(args: argparse.Namespace) -> None:
 def full(args: argparse.Namespace) -> None:
     """Time training of a whole CLIP on pairs: with its own blocks, the same compiled, and by `sk.fuse`."""
     names = ("eager", "compile", "fuse-fast")
-    rows = fuse.rows_of(args, args.model, args.batch, args.precision, names, ("pairs",))
+    rows = fuse.rows_of(args, names, ("pairs",), args.model, args.batch, args.precision)
     tell(f"{args.batch} pairs: " + ", ".join(f"{row['implementation']} {row['p50_ms']} ms" for row in rows))
     save(args, rows, "fuse", args.out)
 
