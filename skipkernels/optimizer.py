@@ -166,8 +166,11 @@ class FusedSGD(torch.optim.Optimizer):
 
     def _update_in_backward(self, weight: Tensor) -> None:
         """Update a weight, or let it wait for others; hook after its gradient."""
-        if not self._updated:  # once per step: a process group may be created after the optimizer
+        if not self._updated:  # once per step: a process group may be created after the optimizer, or weights moved
             _refuse_several_processes()
+            self._places = self._read_places()
+        if weight not in self._places:  # taken out of its group
+            return
         if _is_consumed(weight):
             _refuse_second_optimizer()
         if weight in self._updated:
@@ -226,11 +229,13 @@ class FusedSGD(torch.optim.Optimizer):
         with torch.enable_grad():
             loss = None if closure is None else closure()
         self._discard_backward()
-        self._update([p for group in self.param_groups for p in group["params"] if p.grad is not None])
+        self._places = self._read_places()
+        self._update([p for p in self._places if p.grad is not None])
         for group in self.param_groups:
             if isinstance(group["step_seed"], Tensor):
                 group["step_seed"].add_(_SEED_STRIDE)
         self._updated.clear()
+        self._places = {}  # a weight that is replaced can be freed
         return loss
 
     # ---- the update --------------------------------------------------------------------------------------------------
@@ -239,7 +244,7 @@ class FusedSGD(torch.optim.Optimizer):
         """Update weights by one call for each group, dtype and device."""
         alike: defaultdict[tuple[int, torch.dtype, torch.device], list[Tensor]] = defaultdict(list)
         for weight in weights:
-            alike[self._place(weight).group, weight.dtype, weight.device].append(weight)
+            alike[self._places[weight].group, weight.dtype, weight.device].append(weight)
         for (number, _, device), of_group in alike.items():
             group = self.param_groups[number]
             # Without momentum the buffer is scratch memory: that of one weight at a time, not of the whole model.
@@ -252,18 +257,17 @@ class FusedSGD(torch.optim.Optimizer):
                     momentum=self._option(number, "momentum", device),
                     weight_decay=self._option(number, "weight_decay", device),
                     seed=_step_seed(group, device),
-                    offsets=[self._place(weight).offset for weight in part],
+                    offsets=[self._places[weight].offset for weight in part],
                     casts=casts.of_weights(part),
                 )
 
-    def _place(self, weight: Tensor) -> _Place:
-        if weight not in self._places:  # also of a group that was added, or of a trainer that replaces parameters
-            offset = 0
-            for number, group in enumerate(self.param_groups):
-                for x in group["params"]:
-                    self._places[x] = _Place(number, offset)
-                    offset += -(-x.numel() // 4) * 4  # a multiple of 4: four elements share a hash
-        return self._places[weight]
+    def _read_places(self) -> dict[Tensor, _Place]:
+        places, offset = {}, 0
+        for number, group in enumerate(self.param_groups):
+            for weight in group["params"]:
+                places[weight] = _Place(number, offset)
+                offset += -(-weight.numel() // 4) * 4  # a multiple of 4: four elements share a hash
+        return places
 
     def copy_options(self) -> None:
         """Copy changed learning rates, momenta and weight decays to the device, before a step on several streams.

@@ -6,6 +6,7 @@ import copy
 import gc
 import importlib
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -277,6 +278,40 @@ def test_step_of_parameters_that_a_trainer_replaced():
     sum(replaced).sum().backward()
     optimizer.step()
     assert [x.tolist() for x in (*weights, *replaced)] == 2 * [3 * [0.5]] + 2 * [3 * [0.0]]
+
+
+@pytest.mark.parametrize("in_backward", [True, False])
+def test_weights_follow_their_groups(in_backward):
+    """They change their group, a group is removed, and a weight that was taken out of its group stays."""
+    first, second, third = weights = [nn.Parameter(torch.zeros(3)) for _ in range(3)]
+    groups = [{"params": [x], "lr": rate} for x, rate in zip(weights, (1.0, 0.1, 0.01), strict=True)]
+    optimizer = sk.FusedSGD(groups, lr=1.0, momentum=0.0, in_backward=in_backward)
+
+    def step() -> list[float]:
+        sum(weights).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return [x[0].item() for x in weights]
+
+    assert step() == pytest.approx([-1.0, -0.1, -0.01])
+    optimizer.param_groups[0]["params"], optimizer.param_groups[1]["params"] = [second], [first]
+    assert step() == pytest.approx([-1.1, -1.1, -0.02])
+    optimizer.param_groups.pop(0)
+    assert step() == pytest.approx([-1.2, -1.1, -0.03])
+    optimizer.param_groups[0]["params"] = []
+    assert step() == pytest.approx([-1.2, -1.1, -0.04])
+
+
+def test_replaced_weights_are_freed():
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = sk.FusedSGD([weight], lr=0.5, momentum=0.0, in_backward=False)
+    weight.sum().backward()
+    optimizer.step()
+    optimizer.param_groups[0]["params"] = [nn.Parameter(torch.ones(3))]
+    optimizer.state.clear()
+    freed = weakref.ref(weight)
+    del weight
+    assert freed() is None
 
 
 def test_hooks_do_not_keep_the_optimizer_alive():

@@ -7,6 +7,7 @@ import pickle
 import re
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -252,13 +253,19 @@ def test_option_set_after_a_draw_is_used(tail, name, value):
     assert changed.expected_keep(120, 4) == made.expected_keep(120, 4)
 
 
+def test_options_take_numbers_of_numpy():
+    plain = RankSampler(0.5, max_keep=3, decay=0.25, max_tail=2)
+    numpy = RankSampler(np.float32(0.5), max_keep=np.int64(3), decay=np.float32(0.25), max_tail=np.int64(2))
+    assert plain.options() == numpy.options() and plain.draw(100, 2).equal(numpy.draw(100, 2))
+    assert RankSampler(decay=Fraction(1, 4)).decay == 0.25
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
         ("keep_ratio", 0),
         ("max_keep", 0.5),
         ("decay", -1.0),
-        ("decay", Fraction(3, 10)),  # PyTorch divides no tensor by it
         ("tail", "none"),
         ("max_tail", -1),
     ],

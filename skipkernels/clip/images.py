@@ -60,7 +60,7 @@ class ImageEncoder:
             raise
         except RuntimeError as error:
             height, width = self.tower.image_size
-            if tuple(images.shape[2:]) == (height, width) or out_of_memory(error):
+            if tuple(images.shape[1:]) == (3, height, width) or out_of_memory(error):
                 raise
             raise ValueError(
                 f"SkipCLIP: images must be [B, 3, {height}, {width}], the size that the model takes; got "

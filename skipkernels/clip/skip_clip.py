@@ -296,7 +296,7 @@ class SkipCLIP(nn.Module):
         return self.images.encode(pixel_values)
 
     def encode_classes(self, class_ids: Tensor) -> Tensor:
-        """Class ids [K], int64 in [0, C), to text embeddings [K, D], not normalised. Ids may repeat."""
+        """Class ids [K], int64 in [0, C), to text embeddings [K, D], not normalised. Equal ids are encoded once."""
         self.check_device()
         checks.check_class_ids(class_ids, len(self.texts))
         return self.texts.encode_repeated(class_ids.to(self.prototypes.device, torch.int64))

@@ -65,7 +65,10 @@ class PromptEncoder:
         return mean_of_templates(embeddings).to(embeddings[0].dtype)
 
     def encode_repeated(self, class_ids: Tensor) -> Tensor:
-        """Class ids [K] that may repeat to text embeddings [K, D], as `encode`; on a GPU with a host sync."""
+        """Class ids [K] that may repeat to text embeddings [K, D]; on a GPU with a host sync.
+
+        Each class is encoded once: where a class repeats, dropout above the cut drops the same values.
+        """
         different, positions = class_ids.unique(return_inverse=True)
         return self.encode(different)[positions]
 

@@ -36,7 +36,8 @@ def pair_loss(
         pixel_values: Images [B, 3, height, width], or features at the cut [B, N, W].
         captions: [B] int64, the caption of each image as an index of the `tokens` that SkipCLIP was made with;
             their features at the cut are cached. Or tokens [B, L] of any captions, which run below the cut in each
-            call, cropped to the longest. On a GPU both need a host sync, to read the number of tokens.
+            call, cropped to the longest. On a GPU both need a host sync, to read the number of tokens. Equal ids are
+            encoded once, so that dropout above the cut drops the same values.
         loss: "softmax", the symmetric cross-entropy of CLIP (`functional.contrastive_loss`), or "sigmoid", the
             pairwise sigmoid loss of SigLIP (`functional.pairwise_sigmoid_loss`).
         logit_bias: Bias of the logits of "sigmoid", as in `sigmoid_loss`.

@@ -91,4 +91,4 @@ def sigmoid_loss(
 
 def _value(bias: Tensor | float | None) -> float | None:
     """Value of a bias, which processes compare; on a GPU a host sync."""
-    return None if bias is None else float(bias)
+    return float(bias.detach()) if isinstance(bias, Tensor) else bias

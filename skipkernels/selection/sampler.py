@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from numbers import Integral, Real
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -74,6 +75,8 @@ class RankSampler:
 
     def __setattr__(self, name: str, value: Any) -> None:
         _check_option(name, value)
+        if isinstance(value, Real) and not isinstance(value, int):  # a number of NumPy, or a fraction
+            value = int(value) if isinstance(value, Integral) else float(value)
         super().__setattr__(name, value)
 
     # ---- number of classes -------------------------------------------------------------------------------------
@@ -213,11 +216,11 @@ def _to_device_of(scores: Tensor, ranks: Tensor) -> Tensor:
 
 
 def _is_real(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 # Conditions of the options of RankSampler, each with its text
