@@ -69,6 +69,7 @@ def test_step_writes_a_row_per_implementation(monkeypatch, table):
 def test_step_that_does_not_fit_is_skipped(monkeypatch, table):
     """Neither is the published step of the check, which is not timed here; the note says so."""
     monkeypatch.setattr(step, "free_bytes", lambda device: 40 * 2**20)
+    monkeypatch.setattr(step, "_LONGEST", math.inf)  # the time depends on what else the machine does
     rows = table("--implementation", "skipkernels", "full", "--precision", "fp32", "--classes", "10", "1000")
     assert rows["skipkernels", "fp32", 10]["note"] == "", "compared at all classes"
     assert rows["full fine-tuning", "fp32", 10]["note"] == ""
