@@ -22,6 +22,7 @@ import skipkernels as sk
 from skipkernels.app.cli.main import main
 from skipkernels.app.config import TuneConfig
 from skipkernels.app.data import InputError
+from skipkernels.app.methods.registry import METHODS
 from skipkernels.app.serve import to_hugging_face, to_onnx
 from skipkernels.app.serve.exporting import Exported
 from skipkernels.app.serve.loading import TunedRun, load_plain
@@ -144,7 +145,8 @@ def test_hugging_face_names_classes_with_other_tokens(tmp_path):
     assert note.endswith("e &amp; e and 2 more")
 
 
-HEADED = {name: {"method": name} for name in ("coop", "clip-adapter", "linear-probe")}
+HEADED = {name: {"method": name} for name, method in METHODS.items() if "head_code" in vars(method)}
+HEADED |= {"linear-probe": {"method": "linear-probe"}}
 HEADED |= {"skip, gaussian": {"method": "skip", "head": "gaussian"}, "lora, probe": {"method": "lora", "head": "probe"}}
 
 
