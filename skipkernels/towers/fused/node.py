@@ -45,9 +45,9 @@ class _BlockFunction(torch.autograd.Function):
         ctx.names, ctx.weight_dtype = names, given["mlp_out"].dtype
         # Backward reads the weights in the dtype of the products. If they were cast, their casts are saved, by the
         # fields of `BlockWeights`; else the weights as given, which are no copies. "min" casts them again.
-        was_cast = ctx.weight_dtype != call.dtype
-        fields = {name: x for name, x in vars(call.weights).items() if x is not None}
-        saved_weights = fields if record and was_cast else given
+        saved_weights = given
+        if record and ctx.weight_dtype != call.dtype:
+            saved_weights = {name: x for name, x in vars(call.weights).items() if x is not None}
         ctx.call = call._replace(weights=None)  # type: ignore[arg-type]
         ctx.saved_names = tuple(saved_weights)
         ctx.save_for_backward(*saved_weights.values(), *stages.to_save(call, saved))
