@@ -6,8 +6,9 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
-NAMES = ("README.md", "CONTRIBUTING.md", "tests/README.md")
 
 
 class Block(NamedTuple):
@@ -56,5 +57,7 @@ class Page(NamedTuple):
         return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", self.prose)]
 
 
-def pages() -> list[Path]:
-    return [*(ROOT / name for name in NAMES), *sorted((ROOT / "docs").rglob("*.md"))]
+PATHS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "tests/README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+each_page = pytest.mark.parametrize(
+    "page", [pytest.param(Page.read(path), id=str(path.relative_to(ROOT))) for path in PATHS]
+)

@@ -26,13 +26,7 @@ from PIL import Image
 import skipkernels
 from skipkernels.app.heads import logistic
 from skipkernels.ops import OPERATORS, registration
-from tests.pages import ROOT, Block, Page, pages
-
-
-@pytest.fixture(params=pages(), ids=lambda path: str(path.relative_to(ROOT)))
-def page(request: pytest.FixtureRequest) -> Page:
-    return Page.read(request.param)
-
+from tests.pages import ROOT, Block, Page, each_page
 
 # ---- Python ------------------------------------------------------------------------------------------------------
 
@@ -89,7 +83,8 @@ def reader(tmp_path, monkeypatch) -> Iterator[dict[str, Any]]:
     library._destroy()
 
 
-def run_python(page: Page, names: dict[str, Any]) -> None:
+@each_page
+def test_python_blocks_run(page, reader):
     for block, behind in itertools.pairwise([*page.blocks, Block("", "", 0)]):
         needed = re.match(r'# pip install "(\w+)', block.text)
         if block.kind != "python" or (needed and importlib.util.find_spec(needed[1]) is None):
@@ -97,19 +92,19 @@ def run_python(page: Page, names: dict[str, Any]) -> None:
         printed = io.StringIO()
         code = compile("\n" * (block.line - 1) + block.text, page.path, "exec", dont_inherit=True)
         with contextlib.redirect_stdout(printed):
-            exec(code, names)
+            exec(code, reader)
         last = block.line + block.text.count("\n")  # the closing fence
         between = page.text.splitlines()[last : max(last, behind.line - 2)]
         if behind.kind == "text" and not "".join(between).strip():
-            where = f"{page.path.name}, line {behind.line}: the block before it prints"
-            assert printed.getvalue().split("\n") == behind.text.split("\n"), f"{where}\n{printed.getvalue()}"
+            message = f"the block before line {behind.line} prints\n{printed.getvalue()}"
+            assert printed.getvalue().split("\n") == behind.text.split("\n"), message
 
 
-def test_python_blocks_run(page, reader):
-    run_python(page, reader)
+# ---- quotations, files, tests and links ------------------------------------------------------------------------------
 
 
-def check_quotations(page: Page) -> None:
+@each_page
+def test_quoted_lines_are_in_their_files(page):
     for block in page.blocks:
         language, _, path = block.kind.partition(" ")
         if not path:
@@ -117,14 +112,12 @@ def check_quotations(page: Page) -> None:
         rest = iter((ROOT / path).read_text(encoding="utf-8").splitlines())
         for line in filter(None, map(str.strip, block.text.splitlines())):
             if line != "…":
-                assert any(line == other.strip() for other in rest), f"{page.path.name}: {path} has no line {line!r}"
+                assert any(line == other.strip() for other in rest), f"{path} has no line {line!r}"
 
 
-# ---- files, tests and links ----------------------------------------------------------------------------------------
-
-
-def check_named(page: Page) -> None:
-    """Check paths with a folder, and names of tests."""
+@each_page
+def test_named_files_and_tests_exist(page):
+    """Files are named by paths with a folder."""
     file = ""  # of the previous test
     for span in page.spans:
         path, _, test = span.partition("::")
@@ -133,9 +126,9 @@ def check_named(page: Page) -> None:
             names = re.findall(r"^ *def (\w+)", "\n".join(p.read_text() for p in _files(page, file)), re.MULTILINE)
             wanted = test.partition("[")[0]
             found = any(n.startswith(wanted[:-1]) if wanted.endswith("…") else n == wanted for n in names)
-            assert found, f"{page.path.name}: there is no {file}::{test}"
+            assert found, f"there is no {file}::{test}"
         elif re.fullmatch(r"[\w.-]+(/[\w.-]+)+\.(py|h|cpp|md|csv|svg|json|toml)", path):
-            assert _files(page, path), f"{page.path.name}: there is no {path}"
+            assert _files(page, path), f"there is no {path}"
 
 
 def _files(page: Page, path: str) -> list[Path]:
@@ -156,21 +149,16 @@ def anchors(page: Page) -> set[str]:
     return found
 
 
-def check_links(page: Page) -> None:
+@each_page
+def test_links_lead_to_files_and_headings(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`]*`", "", page.prose)):
         if re.match(r"[a-z]+:", target):
             continue
         path, _, anchor = target.partition("#")
         file = page.path.parent / path
-        assert file.exists(), f"{page.path.name}: broken link to {target}"
+        assert file.exists(), f"broken link to {target}"
         if anchor:
-            assert anchor in anchors(Page.read(file) if path else page), f"{page.path.name}: {target}: no heading"
-
-
-@pytest.mark.parametrize("check", [check_quotations, check_named, check_links], ids=lambda f: f.__name__)
-def test_pages(check):
-    for path in pages():
-        check(Page.read(path))
+            assert anchor in anchors(Page.read(file) if path else page), f"{target}: no heading"
 
 
 # ---- the site ----------------------------------------------------------------------------------------------------

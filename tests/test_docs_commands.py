@@ -23,7 +23,7 @@ import pytest
 
 from skipkernels.app.cli import main as cli
 from skipkernels.app.cli.options import tune_config
-from tests.pages import ROOT, Block, Page, pages
+from tests.pages import ROOT, Block, Page, each_page
 
 # Placeholders in commands, and a value for each.
 PLACEHOLDERS = {"NAME": "mlp_activation"}
@@ -163,13 +163,14 @@ def nothing_runs(monkeypatch) -> None:
     monkeypatch.setattr(cli, "command_with_file", lambda *_: cli.TuneCommand())  # the file of --config
 
 
-def check_commands(page: Page) -> None:
+@each_page
+def test_programs_parse_the_commands(page, nothing_runs):
     wrong = []
     for command in commands(page):
         try:
             CHECKS[command.words[0]](command.words[1:], command.mention)
         except (AssertionError, argparse.ArgumentError) as error:
-            wrong.append(f"{page.path.name}: {' '.join(command.words)}: {error}")
+            wrong.append(f"{' '.join(command.words)}: {error}")
     assert not wrong, "\n".join(wrong)
 
 
@@ -185,13 +186,7 @@ def options() -> set[str]:
     return found
 
 
-def check_options(page: Page) -> None:
+@each_page
+def test_options_exist(page):
     words = [word for span in page.spans if span.startswith("--") for word in span.split() if word.startswith("--")]
-    unknown = [word for word in words if word not in options()]
-    assert not unknown, f"{page.path.name}: {unknown[0]}: no program has this option"
-
-
-@pytest.mark.parametrize("check", [check_commands, check_options], ids=lambda f: f.__name__)
-def test_pages(check, nothing_runs):
-    for path in pages():
-        check(Page.read(path))
+    assert not [word for word in words if word not in options()], "no program has these options"
