@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 from skipkernels.folders import is_locked, locked, replace_tensors, replace_text, replaced_file, replaced_files, sweep
+from tests.failures import STOPS, Killed, stopped_at
 
 # ---- files -----------------------------------------------------------------------------------------------------------
 
@@ -129,34 +128,6 @@ def names(parent: Path) -> set[str]:
 
 OTHERS = {"mine.txt": "old", "sub/mine.json": "old"}
 AFTER = {"names.json": "new", "other.json": "new"} | OTHERS
-
-
-class Killed(BaseException):
-    """Stands in for SIGKILL."""
-
-
-CALLS = ("replace", "rename", "unlink", "rmdir", "mkdir", "fsync")  # functions of `os` that change a folder
-STOPS = {"error": OSError(errno.EIO, "Input/output error"), "kill": Killed()}
-
-
-@contextlib.contextmanager
-def stopped_at(moment: int, stop: str = "error") -> Iterator[list[str]]:
-    """Raise an error in the call of the system with a number; a killed process makes no later call either."""
-    made: list[str] = []
-
-    def wrapped(name: str, call: Callable) -> Callable:
-        def wrapper(*arguments, **options):
-            made.append(name)
-            if len(made) == moment or (stop == "kill" and len(made) > moment):
-                raise STOPS[stop]
-            return call(*arguments, **options)
-
-        return wrapper
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in CALLS:
-            patch.setattr(os, name, wrapped(name, getattr(os, name)))
-        yield made
 
 
 @pytest.mark.parametrize("stop", STOPS)

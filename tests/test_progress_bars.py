@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from skipkernels._progress import Output, progress
-from tests.streams import Broken
+from tests.failures import Broken
 
 
 @pytest.mark.parametrize("installed", [True, False], ids=["rich", "without"])

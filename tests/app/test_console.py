@@ -13,7 +13,7 @@ from rich.table import Table
 
 from skipkernels.app.cli.main import main
 from skipkernels.app.console import Terminal, plain
-from tests.streams import Broken
+from tests.failures import Broken
 
 HOSTILE = "[/b]:ok:\x1b[2Jé\udc80"
 SHOWN = r"[/b]:ok:\x1b[2Jé\udc80"

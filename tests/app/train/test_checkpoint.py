@@ -18,7 +18,7 @@ from skipkernels.app.train.description import Description
 from skipkernels.app.train.reading import read_model
 from skipkernels.digests import digest_file, digest_json
 from skipkernels.folders import locked
-from tests.test_folders import STOPS, Killed, stopped_at
+from tests.failures import STOPS, Killed, stopped_at
 
 CLASSIFIER = Description("model", None, "skip", {}, "data", ["a"], ["{}"], weights=MODEL, whole_model=True)
 ACCURACIES = {1: 50.0, 2: 70.0, 3: 60.0}  # on the validation images; the second epoch is the best

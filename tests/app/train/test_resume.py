@@ -19,7 +19,7 @@ from skipkernels.app.train import checkpoint, evaluate_run, trainer, tune
 from skipkernels.app.train.evaluation import Evaluator
 from skipkernels.app.train.reading import unfinished
 from tests.app.runs import fails, files, results, rows, small, stopped
-from tests.test_folders import Killed, stopped_at
+from tests.failures import Killed, stopped_at
 
 ADAMW = {"optimizer": "adamw", "text_lr": 1e-4, "image_lr": 1e-4, "warmup_epochs": 1, "warmup_lr": 1e-5}
 # Settings of a run of two epochs of two steps, and the steps in which it is interrupted: each after a resume.
