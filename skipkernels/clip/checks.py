@@ -34,7 +34,9 @@ def as_tokens(tokens: Any) -> Tensor:
             f"1; got {described(tokens)}. Tokenise a prompt of each class with the model's own tokenizer (from "
             "transformers: input_ids)."
         )
-    return (tokens[:, 0] if tokens.ndim == 3 and tokens.shape[1] == 1 else tokens).to("cpu", torch.int32)
+    tokens = tokens[:, 0] if tokens.ndim == 3 and tokens.shape[1] == 1 else tokens
+    # A copy; ids beyond int32 stay outside of every vocabulary
+    return tokens.clamp(-1, torch.iinfo(torch.int32).max).to("cpu", torch.int32)
 
 
 def check_vocabulary(function: str, argument: str, tokens: Tensor, vocabulary: int | None) -> None:
@@ -185,25 +187,25 @@ def check_class_ids(class_ids: Any, num_classes: int) -> None:
         check_range("SkipCLIP", "class_ids", class_ids, num_classes, "Encode other texts with the model itself.")
 
 
-def check_features(features: Any, shape: torch.Size) -> None:
-    """Raise unless features are [B, …], those of an image of the given shape."""
-    if not isinstance(features, Tensor) or features.shape[1:] != shape:
+def check_features_at_cut(features: Any, shape: torch.Size) -> None:
+    """Raise unless features are [B, …], at least one, those of an image of the given shape."""
+    if not isinstance(features, Tensor) or features.shape[1:] != shape or len(features) == 0:
         raise ValueError(
-            f"SkipCLIP.encode_upper: features must be features at the cut, [B, {', '.join(map(str, shape))}]; got "
-            f"{described(features)}. For images use encode_image."
+            f"SkipCLIP.encode_upper: features must be features at the cut, [B, {', '.join(map(str, shape))}], at least "
+            f"one; got {described(features)}. For images use encode_image."
         )
 
 
 def check_image_embeddings(image: Any, D: int) -> None:
-    """Raise unless image embeddings are [B, D]."""
-    expected = f"image embeddings, floating-point [B, D={D}]"
+    """Raise unless image embeddings are [B, D], at least one."""
+    expected = f"image embeddings, floating-point [B, D={D}], at least one"
     _check_embeddings("SkipCLIP.loss: image", image, D, expected, "Compute them with clip.encode_image(images).")
 
 
 def as_class_embeddings(class_embeddings: Any, prototypes: Tensor) -> Tensor:
     """Return class embeddings [C', D] in the dtype of the prototypes, or raise unless they have unit norm."""
     D = prototypes.shape[1]
-    expected = f"floating-point [C', D={D}]"
+    expected = f"floating-point [C', D={D}], at least one"
     remedy = "Compute them with clip.class_embeddings(tokens), or pass tokens."
     _check_embeddings("SkipCLIP.predict: class_embeddings", class_embeddings, D, expected, remedy)
     norms = class_embeddings.detach().float().norm(dim=1)
@@ -218,7 +220,7 @@ def as_class_embeddings(class_embeddings: Any, prototypes: Tensor) -> Tensor:
 
 def _check_embeddings(name: str, embeddings: Any, D: int, expected: str, remedy: str) -> None:
     valid = isinstance(embeddings, Tensor) and embeddings.is_floating_point()
-    if not valid or embeddings.shape[1:] != (D,):
+    if not valid or embeddings.shape[1:] != (D,) or len(embeddings) == 0:
         raise ValueError(f"{name} must be {expected}; got {described(embeddings)}. {remedy}")
 
 

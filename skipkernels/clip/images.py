@@ -28,16 +28,16 @@ class ImageEncoder:
         self.below = Watch(tower.lower_parts)
         image = torch.zeros(1, 3, *tower.image_size, device=tower.model.logit_scale.device)
         with evaluating([tower.model]), torch.no_grad():
-            features = self.compute_features(image)
+            features = self.lower(image)
             self.feature_shape = features.shape[1:]
 
     def encode(self, pixel_values: Tensor) -> Tensor:
         """Images [B, 3, height, width], or features at the cut [B, N, W], to embeddings [B, D], not normalised."""
         if self.are_features(pixel_values):
-            return self.encode_features(pixel_values)
-        return self.tower.upper(self.compute_features(pixel_values))  # features of now are never stale
+            return self.upper(pixel_values)
+        return self.tower.upper(self.lower(pixel_values))  # features of now are never stale
 
-    def encode_features(self, features: Tensor) -> Tensor:
+    def upper(self, features: Tensor) -> Tensor:
         """Features that the caller kept [B, N, W] to embeddings [B, D]; an error if modules below the cut changed."""
         self.watch()
         if self.below.is_stale():
@@ -52,7 +52,7 @@ class ImageEncoder:
         if not self.below.started:
             self.below.start()
 
-    def compute_features(self, images: Tensor) -> Tensor:
+    def lower(self, images: Tensor) -> Tensor:
         """Images [B, 3, height, width] to features at the cut [B, N, W]; `watch` first if the caller keeps them."""
         try:  # Sizes are not checked before: a convolutional model takes others too.
             return self.tower.lower(images)

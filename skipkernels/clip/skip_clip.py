@@ -192,10 +192,10 @@ class SkipCLIP(nn.Module):
 
     def _compare_with_classes(self, image: Tensor, labels: Tensor, return_logits: bool) -> SkipOutput:
         """Compare embeddings [B, D] with selected classes, in evaluation mode with all."""
-        options = LossOptions(self.label_smoothing, self.class_weight, return_logits)
+        options = LossOptions(self.label_smoothing, self.class_weight)
         if not self.training:
             return compare_with_all(image, labels, self.evaluation_embeddings(), self.scale, options)
-        return step(image, labels, self.texts, self.sampler, self.scale, options)
+        return step(image, labels, self.texts, self.sampler, self.scale, options, return_logits)
 
     def evaluation_embeddings(self) -> Tensor:
         """Embeddings [C, D] of all classes: with gradient and any norm, else unit norm; ShardedSkipCLIP overrides."""
@@ -249,7 +249,7 @@ class SkipCLIP(nn.Module):
             return self.texts.kept_embeddings().clone()  # the original is kept
         tokens = checks.as_tokens(tokens)
         checks.check_vocabulary("SkipCLIP", "tokens", tokens, self.texts.tower.vocabulary)
-        return PromptEncoder(self.texts.tower, tokens).embeddings()
+        return PromptEncoder(self.texts.tower, tokens).compute_embeddings()
 
     @torch.no_grad()
     def classifier(self, head: AffineHead | None = None) -> nn.Module:
@@ -282,13 +282,13 @@ class SkipCLIP(nn.Module):
         """
         checks.check_pixel_values(images)
         self.images.watch()
-        return self.images.compute_features(images)
+        return self.images.lower(images)
 
     def encode_upper(self, features: Tensor) -> Tensor:
         """Features at the cut [B, N, W] to image embeddings [B, D], not normalised."""
         self.check_device()
-        checks.check_features(features, self.images.feature_shape)
-        return self.images.encode_features(features)
+        checks.check_features_at_cut(features, self.images.feature_shape)
+        return self.images.upper(features)
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
         """Images [B, 3, height, width], or features at the cut [B, N, W], to image embeddings [B, D], any norm."""

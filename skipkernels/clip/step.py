@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
@@ -17,38 +17,42 @@ from ..dtypes import without_autocast
 
 
 def step(
-    image: Tensor, labels: Tensor, texts: Texts, sampler: Sampler, scale: Tensor, options: LossOptions
+    image: Tensor,
+    labels: Tensor,
+    texts: Texts,
+    sampler: Sampler,
+    scale: Tensor,
+    options: LossOptions,
+    return_logits: bool = False,
 ) -> SkipOutput:
     """Select classes for image embeddings [B, D] and labels [B] or [B, C], embed these alone, and compute the loss."""
-    text, class_ids, targets = select_and_encode(image, labels, texts, sampler)
-    return cross_entropy(image, text, class_ids, targets, scale, options)
-
-
-def select_and_encode(
-    image: Tensor, labels: Tensor, texts: Texts, sampler: Sampler, max_labels: int | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Select classes for image embeddings [B, D], and embed these alone; see `RankSampler.select`."""
     scores = texts.scores(image, labels)  # [C]: highest cosine with an image, +∞ for labels
-    class_ids, targets = sampler.select(scores, labels, max_labels)  # [K], [B]; of labels [B, C] their columns [B, K]
+    class_ids, targets = sampler.select(scores, labels)  # [K], [B]; of labels [B, C] their columns [B, K]
     text = texts.encode(class_ids)  # [K, D], with gradient if texts train
-    return text, class_ids, targets
+    return cross_entropy(image, text, class_ids, targets, scale, options, return_logits)
 
 
 def compare_with_all(image: Tensor, labels: Tensor, text: Tensor, scale: Tensor, options: LossOptions) -> SkipOutput:
     """Compare image embeddings [B, D], of labels [B] or [B, C], with all classes [C, D], in the dtype of `predict`."""
-    class_ids, options = torch.arange(len(text), device=image.device), replace(options, return_logits=True)
+    class_ids = torch.arange(len(text), device=image.device)
     image = image.to(torch.promote_types(image.dtype, text.dtype))  # those of a kept evaluation are at least fp32
     with without_autocast(image.device):
-        return cross_entropy(image, text, class_ids, labels, scale, options)
+        return cross_entropy(image, text, class_ids, labels, scale, options, return_logits=True)
 
 
 def cross_entropy(
-    image: Tensor, text: Tensor, class_ids: Tensor, targets: Tensor, scale: Tensor, options: LossOptions
+    image: Tensor,
+    text: Tensor,
+    class_ids: Tensor,
+    targets: Tensor,
+    scale: Tensor,
+    options: LossOptions,
+    return_logits: bool = False,
 ) -> SkipOutput:
     """Cross-entropy of images [B, D] over classes [K, D]; targets are positions [B] or probabilities [B, K]."""
     text = text.to(image.dtype)  # texts that do not train are at least fp32
     weight = None if options.class_weight is None else options.class_weight.index_select(0, class_ids)
-    if targets.ndim == 1 and not options.return_logits:
+    if targets.ndim == 1 and not return_logits:  # the logits are not computed
         loss = functional.class_sampled_ce(
             image, text, targets, scale, class_weight=weight, label_smoothing=options.label_smoothing
         )
@@ -92,7 +96,7 @@ class Texts(Protocol):
 class Sampler(Protocol):
     """Selection of the classes of a step, such as `RankSampler`."""
 
-    def select(self, scores: Tensor, labels: Tensor, max_labels: int | None = None) -> tuple[Tensor, Tensor]:
+    def select(self, scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Scores [C] and labels [B] to the kept classes [K], and the positions of the labels among them [B].
 
         Labels [B, C] to the kept classes [K], and the columns of these classes [B, K].
@@ -105,4 +109,3 @@ class LossOptions:
 
     label_smoothing: float = 0.0
     class_weight: Tensor | None = None  # [C]
-    return_logits: bool = False  # of the kept classes; the loss does not need them

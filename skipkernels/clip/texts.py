@@ -83,7 +83,7 @@ class PromptEncoder:
             return [self.tower.lower(of_template) for of_template in selected]
         return self.features.rows(selected)
 
-    def embeddings(self) -> Tensor:
+    def compute_embeddings(self) -> Tensor:
         """Unit-norm embeddings [n, D] of all classes in evaluation mode, without gradient, at least fp32."""
         with evaluating([self.tower.model]), torch.no_grad(), parametrize.cached():
             chunks = self.class_ids.split(self.tower.cut.chunk)
@@ -95,33 +95,14 @@ def mean_of_templates(embeddings: Sequence[Tensor]) -> Tensor:
     return embeddings[0] if len(embeddings) == 1 else torch.stack([unit_norm(x) for x in embeddings]).mean(0)
 
 
-class _Kept(NamedTuple):
-    """Embeddings of all classes, with what they were computed by."""
-
-    embeddings: Tensor  # [C, D]
-    autocast: torch.dtype | None
-    table: FeatureTable | None  # features at the cut, if they are kept
-    above: Watch  # of modules and weights above the cut
-
-    def is_valid(self, autocast: torch.dtype | None, table: FeatureTable | None) -> bool:
-        """Return True if an evaluation would compute the same embeddings, by contents and settings above the cut.
-
-        Contents, since a write through `.data` changes no version. A step compares versions alone, see
-        `TextFeatures.table`: it should not read all weights.
-        """
-        if self.autocast != autocast or self.table is not table:
-            return False
-        return self.above.is_comparable() and not self.above.compare()
-
-
 class ClassTexts(PromptEncoder):
     """Texts of the C classes of a task.
 
-        embeddings of      gradient   norm   kept
-        encode             yes        any    no
-        embeddings         no         1      no
-        kept_embeddings    no         1      until a change of weights, settings or autocast
-        prototypes         no         1      always
+        embeddings of        gradient   norm   kept
+        encode               yes        any    no
+        compute_embeddings   no         1      no
+        kept_embeddings      no         1      until a change of weights, settings or autocast
+        prototypes           no         1      always
 
     Args:
         tower: Text tower, cut.
@@ -141,7 +122,7 @@ class ClassTexts(PromptEncoder):
         if tower.skip > 0:
             self.features = TextFeatures(tower, self.templates, folder)
         self._kept: _Kept | None = None
-        self.prototypes = self.embeddings() if prototypes is None else prototypes
+        self.prototypes = self.compute_embeddings() if prototypes is None else prototypes
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_kept": None}  # not shared with other processes or copies
@@ -162,7 +143,7 @@ class ClassTexts(PromptEncoder):
         autocast, table = autocast_dtype(self.device), None if self.features is None else self.features.table()
         if self._kept is None or not self._kept.is_valid(autocast, table):
             with torch.inference_mode(False):
-                embeddings = self.embeddings()
+                embeddings = self.compute_embeddings()
             above = Watch(self.tower.upper_parts)
             above.start()
             self._kept = _Kept(embeddings, autocast, table, above)
@@ -207,3 +188,22 @@ class FixedTexts(ClassTexts):
 
     def step_tensors(self) -> list[Tensor | None]:  # noqa: D102
         return [self.prototypes]
+
+
+class _Kept(NamedTuple):
+    """Embeddings of all classes, with what they were computed by."""
+
+    embeddings: Tensor  # [C, D]
+    autocast: torch.dtype | None
+    table: FeatureTable | None  # features at the cut, if they are kept
+    above: Watch  # of modules and weights above the cut
+
+    def is_valid(self, autocast: torch.dtype | None, table: FeatureTable | None) -> bool:
+        """Return True if an evaluation would compute the same embeddings, by contents and settings above the cut.
+
+        Contents, since a write through `.data` changes no version. A step compares versions alone, see
+        `TextFeatures.table`: it should not read all weights.
+        """
+        if self.autocast != autocast or self.table is not table:
+            return False
+        return self.above.is_comparable() and not self.above.compare()

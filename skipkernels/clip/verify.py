@@ -86,7 +86,7 @@ def _of_an_image(images: ImageEncoder) -> _Comparison:
     return _Comparison(
         "an image",
         lambda: tower.reference_forward(image.to(tower.dtype)),
-        lambda: tower.upper(images.compute_features(image)),
+        lambda: tower.upper(images.lower(image)),
         list(tower.upper_parameters()),
     )
 

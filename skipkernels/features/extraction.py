@@ -42,7 +42,7 @@ class Encoder:
                 f"FeatureCache.build: images must be [3, {self._image_size[0]}, {self._image_size[1]}], the model's "
                 f"input size; got {list(images.shape[1:])}. Give the dataset the model's own preprocessing."
             )
-        return self._images.compute_features(images.to(self._device, non_blocking=True)).cpu()
+        return self._images.lower(images.to(self._device, non_blocking=True)).cpu()
 
     def probe(self) -> Tensor:
         """Features of a fixed image."""

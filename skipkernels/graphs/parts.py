@@ -34,8 +34,8 @@ class ReservedRanks:
         self.ranks.copy_(pinned(drawn, device), non_blocking=True)
         return self.ranks
 
-    def select(self, scores: Tensor, labels: Tensor, max_labels: int | None = None) -> ClassSelection:
-        """Select the classes [K] at these ranks, which `max_labels` cannot change any more."""
+    def select(self, scores: Tensor, labels: Tensor) -> ClassSelection:
+        """Select the classes [K] at these ranks, see `RankSampler.select`."""
         return ClassSelection(*classes_at_ranks(scores, self.ranks, labels))
 
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from .. import functional
 from ..clip import SkipCLIP, SkipOutput, check_clip
-from ..clip.step import select_and_encode
 from ..clip.texts import PromptEncoder
 from .checks import PairLoss, check_pair_loss, check_sigmoid_loss, check_texts
 from .chunked import Part, encoded_loss
@@ -129,8 +128,9 @@ def sigmoid_loss(
     check_texts("sigmoid_loss", clip)
     bias = check_sigmoid_loss(clip, pixel_values, labels, max_labels, logit_bias)
     image, labels = clip.images.encode(pixel_values), labels != 0  # [B, D], [B, C]
-    most = len(labels) * max_labels
-    text, class_ids, targets = select_and_encode(image, labels, clip.texts, clip.sampler, most)  # [K, D], [K], [B, K]
+    scores = clip.texts.scores(image, labels)  # [C]
+    class_ids, targets = clip.sampler.select(scores, labels, len(labels) * max_labels)  # [K], [B, K]
+    text = clip.texts.encode(class_ids)  # [K, D]
     return _binary_cross_entropy(image, text, class_ids, targets, clip.scale, bias)
 
 

@@ -37,6 +37,7 @@ CONSTRUCTION: list[tuple[dict[str, Any], str]] = [
     ({"tokens": tiny_tokens(C, context=80)}, r"must be \[C, L=77\], as long as the model's context; got \[17, 80\]"),
     ({"tokens": tokens_with(60)}, r"tokens must be ids in \[0, 60\), the model's vocabulary; got "),
     ({"tokens": tokens_with(-1)}, r"tokens must be ids in \[0, 60\), the model's vocabulary; got -1"),
+    ({"tokens": tokens_with(1 << 32)}, r"tokens must be ids in \[0, 60\)"),  # 0 in int32
     ({"label_smoothing": 1.5}, r"SkipCLIP: label_smoothing must be a number in \[0, 1\]; got 1.5"),
     ({"class_weight": [1.0] * C}, r"SkipCLIP: class_weight must be a floating-point tensor \[C=17\].*; got list"),
     ({"class_weight": class_weights(C + 1)}, r"class_weight .* got torch.float32 \[18\]"),
@@ -94,7 +95,8 @@ CALLS: list[tuple[Callable[[sk.SkipCLIP], object], type[Exception], str]] = [
     *((lambda clip, name=name, x=x: getattr(clip, name)(x), ValueError, "SkipCLIP: ")
       for name in ("encode_lower", "encode_image", "predict")
       for x in (IMAGES[:0], IMAGES.repeat(1, 1, 2, 2), torch.full((3, 5, 24), torch.nan).double())),
-    (lambda clip: clip.encode_upper(IMAGES), ValueError, r"be .* \[B, 5, 24\]; got .* \[4, 3, 16, 16\]"),
+    *((lambda clip, x=x: clip.encode_upper(x), ValueError, r"be .* \[B, 5, 24\], at least one; got .* \[")
+      for x in (IMAGES, torch.zeros(0, 5, 24).double())),
     *((lambda clip, ids=ids: clip.encode_classes(ids), ValueError, "SkipCLIP: class_ids must be")
       for ids in ([0, 1], torch.tensor([0.0]), torch.tensor([[0]]), torch.tensor([0, C]))),
     (lambda clip: clip.top_k(IMAGES, 0), ValueError, r"top_k: k must be in \[1, C=17\]; got 0"),
@@ -102,13 +104,14 @@ CALLS: list[tuple[Callable[[sk.SkipCLIP], object], type[Exception], str]] = [
     (lambda clip: clip.predict(IMAGES, tokens=tiny_tokens(5)[:, :20]), ValueError, r"\[C, L=77\]"),
     (lambda clip: clip.predict(IMAGES, tokens=tiny_tokens(5) + 1), ValueError, r"tokens must be ids in \[0, 60\)"),
     (lambda clip: clip.predict(IMAGES, class_embeddings=tiny_tokens(5)), ValueError,
-     r"class_embeddings must be .* \[C', D=12\]; got torch.int64 \[5, 77\]"),
+     r"class_embeddings must be .* \[C', D=12\], at least one; got torch.int64 \[5, 77\]"),
     (lambda clip: clip.predict(IMAGES, class_embeddings=torch.ones(5, 12)), ValueError,
      "class_embeddings must have unit norm; got norms from 3.46 to 3.46"),
     (lambda clip: clip.predict(IMAGES, class_embeddings=EMBEDDINGS, tokens=tiny_tokens(5)), TypeError,
      "pass tokens or class_embeddings; got both"),
     (lambda clip: clip.loss(IMAGES, LABELS), ValueError,
-     r"SkipCLIP.loss: image must be .* \[B, D=12\]; got .*\[4, 3, 16, 16\]. .*encode_image"),
+     r"SkipCLIP.loss: image must be .* \[B, D=12\], at least one; got .*\[4, 3, 16, 16\]. .*encode_image"),
+    (lambda clip: clip.loss(torch.zeros(0, 12).double(), LABELS[:0]), ValueError, r"at least one; got .*\[0, 12\]"),
     (lambda clip: clip.loss(torch.zeros(4, 12).long(), LABELS), ValueError,
      "image must be image embeddings, floating-point .* got torch.int64"),
     (lambda clip: clip.loss(torch.zeros(4, 12).double(), LABELS[:2]), ValueError,

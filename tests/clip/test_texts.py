@@ -190,6 +190,15 @@ def test_templates_share_the_free_memory(monkeypatch):
     assert clip.texts.tower.block_memory(rows, fused=True) == "fast"
 
 
+@pytest.mark.parametrize("tokens", [tiny_tokens(C), tiny_tokens(C)[:, None]], ids=["[C, L]", "[C, 1, L]"])
+def test_tokens_are_a_copy(tokens):
+    given = tokens.int()
+    clip = make_clip(tokens=given)
+    state = clip.get_extra_state()
+    given.zero_()
+    assert clip.get_extra_state().equal(state)
+
+
 def test_class_weight_is_a_copy_that_moves():
     given = class_weights()
     clip = sk.SkipCLIP(tiny_clip(torch.float32), tiny_tokens(C), skip_layers=1, class_weight=given)
