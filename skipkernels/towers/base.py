@@ -1,10 +1,14 @@
 """Towers: an embedding, a list of blocks and a head, cut below block `skip`.
 
-A model family defines the embedding, the blocks and the head; this file runs the blocks below and above the cut. If all
-of these take rows (`block.why_takes_no_rows`), they are called with rows [R, W], packed tokens of any number of
-sequences, else as the model calls them, with sequences [n, tokens, W].
+A model family defines the embedding, the blocks and the head; this file runs the blocks below and above the cut. They
+are called with rows [R, W], packed tokens of any number of sequences, or as the model calls them, with sequences
+[n, tokens, W]. Three functions return why a call is not with rows, or None:
 
-    below the cut   _run_lower            the embedding and `_run_lower_blocks`, in chunks, without gradient
+    Tower.why_no_rows          for some blocks: the first reason of the other two
+    Tower.why_never_rows       for all blocks of a family
+    block.why_takes_no_rows    for one block: it is not fused, or has hooks
+
+    below the cut   _run_lower            the embedding and the blocks, in chunks, without gradient
     above the cut   _run_upper_rows       blocks that take rows
                     _call_upper_blocks    other blocks
 """
@@ -102,11 +106,19 @@ class Tower(ABC):
         """True if the blocks above the cut, at least one, are called with rows."""
         return len(self.upper_blocks) > 0 and self.why_no_rows(self.upper_blocks) is None
 
-    def _run_lower(self, run: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
-        """Run the embedding and the blocks below the cut, `run`, over images or tokens; see `run_frozen`.
+    def _run_lower(self, embed: Callable[[Tensor], tuple[Tensor, Tensor | None]], inputs: Tensor) -> Tensor:
+        """Run the embedding and the blocks below the cut over images or tokens, see `run_frozen`.
 
         Evaluation mode: no dropout, frozen batch norms. With skip = 0 the embedding trains, and runs as any other part.
+
+        Args:
+            embed: Maps a chunk of the inputs to hidden states in front of the first block, and their mask.
+            inputs: Images [n, 3, height, width], or tokens [n, L].
         """
+
+        def run(chunk: Tensor) -> Tensor:
+            return self._run_lower_blocks(*embed(chunk))
+
         if self.skip == 0:
             return run(inputs)
         device = inputs.device
@@ -115,7 +127,7 @@ class Tower(ABC):
         with evaluating([part for part in self.lower_parts() if isinstance(part, nn.Module)]):
             return run_frozen(run, inputs, self.cut.chunk).to(device)
 
-    def _run_lower_blocks(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
+    def _run_lower_blocks(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
         """Run the blocks below the cut over sequences [n, tokens, W]. They save nothing for backward."""
         blocks = self.lower_blocks
         if self.why_no_rows(blocks) is None:

@@ -27,7 +27,7 @@ class ImageTower(Tower):
 
     def lower(self, images: Tensor) -> Tensor:
         """Map images [n, 3, height, width], in any dtype, to hidden states at the cut; with a cut constants."""
-        return self._run_lower(lambda images: self._run_lower_blocks(self.embed(images)), images.to(self.dtype))
+        return self._run_lower(lambda chunk: (self.embed(chunk), None), images.to(self.dtype))
 
     @abstractmethod
     def finish(self, hidden: Tensor) -> Tensor:
@@ -42,8 +42,8 @@ class ImageTower(Tower):
         features = features.to(self.dtype)
         if not self.takes_rows_above:
             return self.finish(self._call_upper_blocks(features))
-        of_first_tokens = SingleQuery(slice(None, None, features.shape[1]))  # such as the class token, among the rows
-        last_attention = of_first_tokens if self.why_not_pooled() is None else None
+        pools_first = self.why_not_pooled() is None
+        last_attention = SingleQuery.of_first_tokens(features.shape[1]) if pools_first else None
         rows = self._run_upper_rows(features.flatten(0, 1), self._of_sequences(features), last_attention)
         return self.finish(rows.unflatten(0, (len(features), -1)))  # [n, 1 or tokens, W]
 

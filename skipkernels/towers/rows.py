@@ -123,6 +123,11 @@ class SingleQuery:
     mask: Tensor | None = None  # [n, tokens], added to their logits
     separate_queries: ClassVar[bool] = True
 
+    @classmethod
+    def of_first_tokens(cls, tokens: int) -> SingleQuery:
+        """Queries of the first token, such as the class token, of each sequence of this many tokens."""
+        return cls(slice(None, None, tokens))
+
     def __call__(self, query: Tensor, key_value: Tensor, *, heads: int) -> Tensor:
         """Map queries [n, W], and keys and values [R, 2W], to [n, W]."""
         n, width = query.shape

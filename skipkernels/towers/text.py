@@ -57,13 +57,10 @@ class TextTower(Tower):
 
     def lower(self, selected: SelectedPrompts) -> Tensor:
         """Map prompts to rows [R, W] at the cut; with a cut constants, which do not depend on autocast."""
-        prompts = selected.prompts
-
-        def run(tokens: Tensor) -> Tensor:
-            return self._run_lower_blocks(self.embed(tokens, prompts), self.mask(tokens, prompts))
-
-        with without_autocast(selected.class_ids.device) if self.skip > 0 else contextlib.nullcontext():
-            return selected.pack(self._run_lower(run, selected.tokens))
+        prompts, tokens = selected.prompts, selected.tokens
+        with without_autocast(tokens.device) if self.skip > 0 else contextlib.nullcontext():
+            hidden = self._run_lower(lambda chunk: (self.embed(chunk, prompts), self.mask(chunk, prompts)), tokens)
+            return selected.pack(hidden)
 
     @abstractmethod
     def finish(self, hidden: Tensor) -> Tensor:
