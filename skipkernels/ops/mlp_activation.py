@@ -10,7 +10,7 @@
 Saved for backward: x and bias; g is recomputed. For a fused block backward also returns out, recomputed.
 
 On a GPU one kernel sums the gradient of the bias over fixed blocks of rows, and a second adds these sums in order. With
-`partial` they are returned, fp32 [P, W], for swiglu [P, 2W], with an empty d_bias: `column_sums` adds them.
+`partial` they are returned, and `column_sums` adds them.
 """
 
 from __future__ import annotations
@@ -46,6 +46,15 @@ class Backward(NamedTuple):
     # For fused blocks
     need_out: bool = False
     partial: bool = False
+
+
+class BackwardResults(NamedTuple):
+    """Results of the backward operator; empty if not needed."""
+
+    d_x: Tensor  # [..., W], for swiglu [..., 2W]
+    d_bias: Tensor  # [W], for swiglu [2W]
+    out: Tensor  # [..., W]
+    partial_sums: Tensor  # with `partial` on a GPU, fp32 [P, W], for swiglu [P, 2W]; d_bias is then empty
 
 
 @triton.jit
@@ -188,12 +197,12 @@ def _launch(x: Tensor, bias: Tensor | None, kind: int) -> Tensor:
     return out
 
 
-def _launch_backward(*arguments: Any) -> tuple[Tensor, ...]:
+def _launch_backward(*arguments: Any) -> BackwardResults:
     call = Backward(*arguments)
     W, width, device = call.d_out.shape[-1], call.x.shape[-1], call.x.device
     P, rows, options = _backward_rows(call)
-    d_x, d_bias, out, partial_sums = _outputs(call)
-    sums = partial_sums  # [P, W], for swiglu [P, 2W]
+    results = _outputs(call)
+    sums = results.partial_sums  # [P, W], for swiglu [P, 2W]
     if call.need_bias and not call.partial:
         sums = torch.empty(P, width, dtype=torch.float32, device=device)
     launch(
@@ -203,8 +212,8 @@ def _launch_backward(*arguments: Any) -> tuple[Tensor, ...]:
         d_out_ptr=call.d_out.contiguous(),
         x_ptr=call.x.contiguous(),
         bias_ptr=contiguous_or_none(call.bias),
-        d_x_ptr=d_x if call.need_x else None,
-        out_ptr=out if call.need_out else None,
+        d_x_ptr=results.d_x if call.need_x else None,
+        out_ptr=results.out if call.need_out else None,
         d_bias_sums_ptr=sums if call.need_bias else None,
         R=call.d_out.numel() // W,
         rows=rows,
@@ -213,8 +222,8 @@ def _launch_backward(*arguments: Any) -> tuple[Tensor, ...]:
         **options,
     )
     if call.need_bias and not call.partial:
-        write_column_sums([sums], [d_bias])
-    return d_x, d_bias, out, partial_sums
+        write_column_sums([sums], [results.d_bias])
+    return results
 
 
 def _options(kernel: str, x: Tensor, W: int) -> Mapping[str, Any]:
@@ -230,7 +239,7 @@ def _backward_rows(call: Backward) -> tuple[int, int, Mapping[str, Any]]:
     return *blocks_of_rows(call.d_out.numel() // W, options["BLOCK_R"], ROWS_PER_SUM, MAX_SUMS), options
 
 
-def _outputs(call: Backward) -> tuple[Tensor, ...]:
+def _outputs(call: Backward) -> BackwardResults:
     """Allocate the results: [0] where not needed, since an operator cannot return None."""
     partial = call.partial and call.need_bias
     inputs = call.x, call.x if call.bias is None else call.bias, call.d_out
@@ -238,7 +247,7 @@ def _outputs(call: Backward) -> tuple[Tensor, ...]:
     partial_sums = d_bias.new_empty(0)
     if partial:
         partial_sums = d_bias.new_empty(_backward_rows(call)[0], call.x.shape[-1], dtype=torch.float32)
-    return d_x, d_bias, out, partial_sums
+    return BackwardResults(d_x, d_bias, out, partial_sums)
 
 
 # ---- plain PyTorch ---------------------------------------------------------------------------------------------------
@@ -248,7 +257,7 @@ def _fallback(x: Tensor, bias: Tensor | None, kind: int) -> Tensor:
     return reference.mlp_activation(x.contiguous(), bias, KINDS[kind])
 
 
-def _fallback_backward(*arguments: Any) -> tuple[Tensor, ...]:
+def _fallback_backward(*arguments: Any) -> BackwardResults:
     call = Backward(*arguments)
     x, function = call.x.contiguous(), functools.partial(reference.mlp_activation, kind=KINDS[call.kind])
     if call.bias is None:
@@ -258,7 +267,7 @@ def _fallback_backward(*arguments: Any) -> tuple[Tensor, ...]:
         needs = call.need_x, call.need_bias
         d_x, d_bias = autograd.reference_gradients(function, (x, call.bias), needs, call.d_out)
     out = function(x, call.bias) if call.need_out else x.new_empty(0)
-    return d_x, d_bias, out, d_bias.new_empty(0)
+    return BackwardResults(d_x, d_bias, out, partial_sums=d_bias.new_empty(0))
 
 
 def _fake(x: Tensor, bias: Tensor | None, kind: int) -> Tensor:
@@ -266,7 +275,7 @@ def _fake(x: Tensor, bias: Tensor | None, kind: int) -> Tensor:
     return x.new_empty(*rest, width // 2 if KINDS[kind] == "swiglu" else width)
 
 
-def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
+def _fake_backward(*arguments: Any) -> BackwardResults:
     call = Backward(*arguments)
     # The C++ kernel and the fallback ignore `partial`.
     uses_triton = launching.launches_on(call.x.device) and call.x.dtype != torch.float64

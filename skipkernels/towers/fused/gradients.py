@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...ops import launching
 from ...ops.row_sums import MAX_ROWS, column_sums
-from .weights import ATTENTION_NORMS, PARTS, WHOLE
+from .weights import ATTENTION_NORMS, field_of, split_into_parts
 
 
 class Gradients:
@@ -37,7 +37,7 @@ class Gradients:
         partial: bool,
     ):
         self.needs_hidden, self.partial = needs_hidden, partial
-        self._given, self._fields = needed, {WHOLE.get(name, name) for name, need in needed.items() if need}
+        self._given, self._fields = needed, {field_of(name) for name, need in needed.items() if need}
         self._dtype, self._sums_dtype = dtype, sums_dtype
         self._found: dict[str, Tensor] = {}
         # Vectors that are column sums of the matrices, side by side: the width of each by its field
@@ -101,9 +101,7 @@ class Gradients:
         if self._widths:
             totals = column_sums(self._matrices, self._sums_dtype).split(list(self._widths.values()))
             self._found |= zip(self._widths, totals, strict=True)
-        for name, parts in PARTS.items():
-            if name in self._found and parts[0] in self._given:
-                self._found |= zip(parts, self._found[name].chunk(len(parts)), strict=True)
+        split_into_parts(self._found, self._given)
         return [self._found[name] if need else None for name, need in self._given.items()]
 
 

@@ -46,6 +46,7 @@ from ...ops.add_layer_norm import BackwardResults as NormResults
 from ...ops.add_layer_norm import add_layer_norm, add_layer_norm_backward
 from ...ops.mlp_activation import KINDS, mlp_activation, mlp_activation_backward
 from ...ops.mlp_activation import Backward as ActivationBackward
+from ...ops.mlp_activation import BackwardResults as ActivationResults
 from ...ops.rotary_embedding import rotary_embedding
 from ..rows import Hidden, RowsOptions
 from .gradients import Gradients
@@ -352,9 +353,9 @@ def mlp_act_backward(
         need_out=need_active,
         partial=gradients.partial,
     )
-    d_inner, d_bias, active, partial_sums = mlp_activation_backward(*arguments)
-    gradients.set_sums({"mlp_in_bias": d_bias}, partial_sums)
-    return d_inner, active
+    found = ActivationResults(*mlp_activation_backward(*arguments))
+    gradients.set_sums({"mlp_in_bias": found.d_bias}, found.partial_sums)
+    return found.d_x, found.out
 
 
 # ---- norms -----------------------------------------------------------------------------------------------------------

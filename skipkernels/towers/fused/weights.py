@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -50,7 +50,20 @@ class BlockWeights:
 GivenWeights = dict[str, Tensor]
 PARTS = {"in_proj": ("query", "key", "value"), "mlp_in": ("mlp_gate", "mlp_value")}
 PARTS |= {f"{name}_bias": tuple(f"{part}_bias" for part in parts) for name, parts in PARTS.items()}
-WHOLE = {part: name for name, parts in PARTS.items() for part in parts}  # field that a part belongs to
+_WHOLE = {part: name for name, parts in PARTS.items() for part in parts}
+
+
+def field_of(name: str) -> str:
+    """Return the field of `BlockWeights` to which a given weight belongs."""
+    return _WHOLE.get(name, name)
+
+
+def split_into_parts(values: dict[str, Tensor], given: Container[str]) -> None:
+    """Add the parts of those fields in `values` that are given in parts."""
+    for name, parts in PARTS.items():
+        if name in values and parts[0] in given:
+            values |= zip(parts, values[name].chunk(len(parts)), strict=True)
+
 
 # Fields that products read. The operators upcast the others: that of the activation adds mlp_in_bias.
 _OF_PRODUCTS = ("in_proj", "in_proj_bias", "out_proj", "out_proj_bias", "mlp_in", "mlp_out", "mlp_out_bias")
@@ -70,13 +83,13 @@ class BlockSettings(NamedTuple):
 
 @torch.no_grad()
 def prepare(given: Mapping[str, Tensor], dtype: torch.dtype) -> BlockWeights:
-    """Join weights in parts, and cast those of products to their dtype, all by one launch.
+    """Return the weights as given, but with parts joined, and those of products in their dtype; one launch copies all.
 
     A captured step, and the eager ones before its capture, take the casts that their update renews (`casts.py`).
     """
     parts_of: dict[str, list[Tensor]] = {}
     for name, x in given.items():
-        parts_of.setdefault(WHOLE.get(name, name), []).append(x)
+        parts_of.setdefault(field_of(name), []).append(x)
     weights: dict[str, Tensor] = {}
     targets: list[Tensor] = []
     sources: list[Tensor] = []
