@@ -16,7 +16,6 @@ from ..dtypes import without_autocast
 from ..options import AttentionName, Memory
 from ..towers import registry, xformers
 from ..towers.base import Cut
-from ..towers.block import FusedBlock
 from ..towers.fused_classes import fuse_blocks
 from ..towers.image import ImageTower
 from ..towers.rows import SDPA
@@ -106,7 +105,7 @@ def _cut_towers(
     image, text = registry.build_towers(model)
     fuse_blocks([*image.blocks, *text.blocks])
     if cut.backend != SDPA:
-        _check_xformers(image, text)
+        xformers.check_available(image, text)
     image_skip, text_skip = as_pair(skip_layers)
     image.cut = replace(cut, skip=blocks_to_skip(image_skip, len(image.blocks), "image"))
     templates = _number_of_templates(tokens)
@@ -139,22 +138,6 @@ def _move_texts(texts: ClassTexts, options: TrainOptions) -> None:
     if not options.train_text:
         texts.drop()
     texts.tower.move_lower()
-
-
-def _check_xformers(image: ImageTower, text: TextTower) -> None:
-    """Raise a ValueError unless xformers runs on this device, with the heads of both towers."""
-    device = image.model.logit_scale.device
-    for tower in (image, text):
-        block = tower.blocks[0]
-        if isinstance(block, FusedBlock) and block.why_not_fused() is None:
-            weights, settings = block.read_weights()
-            out_proj = weights["out_proj"]
-            reason = xformers.why_unavailable(device, out_proj.dtype, len(out_proj) // settings.heads)
-            if reason is not None:
-                raise ValueError(
-                    f'SkipCLIP: attention="xformers" cannot be used here: {reason} Leave it at "sdpa", or use a GPU '
-                    "and an xformers that was built for this PyTorch."
-                )
 
 
 @contextmanager

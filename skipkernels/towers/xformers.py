@@ -3,7 +3,7 @@
 Suffixes behind a shared prefix are one block-diagonal call, in which the keys of each suffix follow a copy of the
 prefix and the causal mask is aligned to the bottom right. `shared_prefix_attention` needs no copies of the prefix.
 
-The package is imported by the functions, so that `why_unavailable` can say that it is missing.
+The package is imported by the functions, so that `check_available` can say that it is missing.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from .base import Tower
+from .block import FusedBlock
 from .rows import AttentionBackend
 
 
@@ -57,7 +59,23 @@ def _shared_prefix(
 XFORMERS = AttentionBackend(_full, _shared_prefix)
 
 
-def why_unavailable(device: torch.device, dtype: torch.dtype, head_width: int) -> str | None:
+def check_available(*towers: Tower) -> None:
+    """Raise a ValueError unless xformers runs on the device of these towers, with their heads."""
+    for tower in towers:
+        block = tower.blocks[0]
+        if not isinstance(block, FusedBlock) or block.why_not_fused() is not None:
+            continue
+        weights, settings = block.read_weights()
+        out_proj = weights["out_proj"]
+        reason = _why_unavailable(out_proj.device, out_proj.dtype, len(out_proj) // settings.heads)
+        if reason is not None:
+            raise ValueError(
+                f'SkipCLIP: attention="xformers" cannot be used here: {reason} Leave it at "sdpa", or use a GPU '
+                "and an xformers that was built for this PyTorch."
+            )
+
+
+def _why_unavailable(device: torch.device, dtype: torch.dtype, head_width: int) -> str | None:
     """Return why xformers cannot be used, or None if a forward and a backward pass succeed."""
     try:
         packed = torch.zeros(4, 3 * head_width, device=device, dtype=dtype).requires_grad_()
