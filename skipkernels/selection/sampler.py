@@ -79,28 +79,6 @@ class RankSampler:
             value = int(value) if isinstance(value, Integral) else float(value)
         super().__setattr__(name, value)
 
-    # ---- number of classes -------------------------------------------------------------------------------------
-
-    def law(self, num_classes: int, max_labels: int, counted: int = 0) -> RankLaw:
-        """Return the law of the kept ranks of the next step; draws nothing.
-
-        m is raised so that every label is kept; see `draw` for `max_labels` and `counted`.
-        """
-        m = base_keep(num_classes, self.keep_ratio, self.max_keep)
-        keep = max(m, min(num_classes, max(self._largest_batch, max_labels, counted)))
-        return _law(num_classes, keep, self.decay, self.max_tail)
-
-    def expected_keep(self, num_classes: int, max_labels: int = 1) -> int:
-        """Return m + round(Σq), the rounded mean of K; with `tail="resample"` K in a CUDA graph.
-
-        >>> [RankSampler().expected_keep(C) for C in (1000, 500, 199, 98, 51, 24, 19, 5)]
-        [107, 77, 59, 52, 28, 13, 11, 4]
-        >>> RankSampler().expected_keep(1_000_000), RankSampler(max_tail=1000).expected_keep(1_000_000)
-        (60047, 1050)
-        """
-        law = self.law(num_classes, max_labels)
-        return law.keep + round(law.q.sum().item())
-
     # ---- classes of a step -------------------------------------------------------------------------------------
 
     def select(self, scores: Tensor, labels: Tensor, max_labels: int | None = None) -> ClassSelection:
@@ -162,6 +140,28 @@ class RankSampler:
 
     def _uniform(self, *shape: int) -> Tensor:
         return torch.rand(shape, generator=self.generator, dtype=torch.float64, device=self.generator.device).cpu()
+
+    # ---- number of classes -------------------------------------------------------------------------------------
+
+    def law(self, num_classes: int, max_labels: int, counted: int = 0) -> RankLaw:
+        """Return the law of the kept ranks of the next step; draws nothing.
+
+        m is raised so that every label is kept; see `draw` for `max_labels` and `counted`.
+        """
+        m = base_keep(num_classes, self.keep_ratio, self.max_keep)
+        keep = max(m, min(num_classes, max(self._largest_batch, max_labels, counted)))
+        return _law(num_classes, keep, self.decay, self.max_tail)
+
+    def expected_keep(self, num_classes: int, max_labels: int = 1) -> int:
+        """Return m + round(Σq), the rounded mean of K; with `tail="resample"` K in a CUDA graph.
+
+        >>> [RankSampler().expected_keep(C) for C in (1000, 500, 199, 98, 51, 24, 19, 5)]
+        [107, 77, 59, 52, 28, 13, 11, 4]
+        >>> RankSampler().expected_keep(1_000_000), RankSampler(max_tail=1000).expected_keep(1_000_000)
+        (60047, 1050)
+        """
+        law = self.law(num_classes, max_labels)
+        return law.keep + round(law.q.sum().item())
 
     # ---- state -------------------------------------------------------------------------------------------------
 
