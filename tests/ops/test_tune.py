@@ -16,8 +16,8 @@ from bench.operators import Case
 from bench.operators.gate import Gate
 from bench.operators.record import cases_of
 from skipkernels.ops import launching
+from tests.bench.test_tables import KERNEL
 from tests.ops.backends import INTERPRETED, Backend
-from tests.test_aot import ROW
 
 interpreted = pytest.mark.parametrize("backend", [INTERPRETED], indirect=True)
 DEFAULT = {"BLOCK_B": 16, "BLOCK_C": 16, "BLOCK_D": 32, "num_warps": 2, "num_stages": 4}
@@ -105,7 +105,8 @@ def test_default_stays_without_time(backend: Backend, small, monkeypatch, tmp_pa
 
 def test_sound_candidates_compile_without_spills(monkeypatch):
     """In all calls: the second candidate does not compile in one of two, and the third spills in one."""
-    good, missing, spilling = Compiled(ROW, []), Compiled(None, ["does not compile"]), Compiled(ROW, ["spills 4 bytes"])
+    good, spilling = Compiled(KERNEL, []), Compiled(KERNEL, ["spills 4 bytes"])
+    missing = Compiled(None, ["does not compile"])
     monkeypatch.setattr(tune, "once", lambda _: ["job", "job"])
     monkeypatch.setattr(tune, "compile_all", lambda _: [good, good, good, missing, spilling, good])
     given = [{"num_warps": warps} for warps in (1, 2, 4)]

@@ -1,4 +1,4 @@
-"""bench/operators: wrong results get no time, missing peers have a reason, and times become rows."""
+"""bench/operators, in docs/operators.md: wrong results get no time, missing peers have a reason, times become rows."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from bench import measure, peers
+from bench import peers
 from bench.measure import CPU
 from bench.operators import COMPILED, Case, Run, Work, conftest, test_operators
 from bench.operators.gate import Gate
 from bench.rows import KINDS, MACHINE, latest_rows
-from skipkernels import testing
 from skipkernels.ops import OPERATORS
 from tests.ops.harness import Calls
 
@@ -57,10 +56,8 @@ def doubling(factor: float = 2.0) -> Case:
 
 
 @pytest.fixture
-def measured(monkeypatch) -> Callable[..., types.SimpleNamespace]:
+def measured(machine, monkeypatch) -> Callable[..., types.SimpleNamespace]:
     """Run a benchmark of a case that takes `seconds`, without them with pytest-benchmark disabled; returns options."""
-    monkeypatch.setattr(measure, "bandwidth", lambda device: 1e9)
-    monkeypatch.setattr(testing, "peak_bytes", lambda run, device: 0)
     option = types.SimpleNamespace(device=CPU, deadline=math.inf, measured=[], save=None)
 
     def run(case: Case, implementation: str, seconds: float | None = None) -> types.SimpleNamespace:
@@ -90,9 +87,8 @@ def test_operator_without_a_time(measured, implementation, factor, outcome, reas
     assert "\n" not in str(found.value)
 
 
-def test_operator_saves_rows(measured, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("bench.rows.RESULTS", tmp_path)
-    measured(doubling(), "eager").save = tmp_path
+def test_operator_saves_rows(measured, results, capsys):
+    measured(doubling(), "eager").save = results
     for implementation, seconds in {"skipkernels": 0.002, "eager": 0.004, "peer": 0.001}.items():
         option = measured(doubling(), implementation, seconds)
     rows = latest_rows("operators")

@@ -1,4 +1,4 @@
-"""bench.equivalence: SkipCLIP and the published training part by rounding, and by much if they differ."""
+"""bench.equivalence, "Same result" in README: trainings part by rounding only, and a difference shows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""bench.gpu_step: rows of a step on a GPU, for which the CPU stands in, and the comparison of bits."""
+"""bench.gpu_step, of which no page has numbers yet: rows, with the CPU in place of a GPU, and a comparison of bits."""
 
 from __future__ import annotations
 

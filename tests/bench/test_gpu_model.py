@@ -1,4 +1,6 @@
-"""bench.recording and bench.gpu_model: the launches of a step, and times that follow the assumptions."""
+"""bench.gpu_model, "Estimated" in docs/gpu.md: the launches of a step, and times that follow the assumptions."""
+
+from __future__ import annotations
 
 import pytest
 import torch
@@ -6,8 +8,7 @@ import torch
 from bench import counts, gpu_model, recording, tables
 
 
-def test_launches_are_those_that_are_counted():
-    """In the two committed tables."""
+def test_two_committed_tables_have_the_same_launches():
     counted = {
         row.precision: row.launches
         for row in tables.read(counts.TABLE, counts.Row)

@@ -1,9 +1,8 @@
-"""Every command of bench runs to its end: here at a small size, or in the file of tests that is named."""
+"""Every command of bench, as the pages name it, runs to its end: here at a small size, or in a named file of tests."""
 
 from __future__ import annotations
 
 import importlib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -23,13 +22,13 @@ COMMANDS = {
     "when.__main__": ("--methods zero-shot --tasks activities --seeds 1 --workers 1", {}),
 }
 ELSEWHERE = {
-    "aot": "test_aot.py",
-    "counts": "test_aot.py",
-    "gpu": "test_bench_gpu.py",
-    "infer": "test_bench_step.py",
-    "report": "test_bench_report.py",
-    "step": "test_bench_step.py",
-    "tune": "ops/test_tune.py",
+    "aot": "test_tables.py",
+    "counts": "test_tables.py",
+    "gpu": "test_gpu.py",
+    "infer": "test_step.py",
+    "report": "test_report.py",
+    "step": "test_step.py",
+    "tune": "../ops/test_tune.py",
 }
 
 
@@ -38,15 +37,14 @@ def test_every_command_is_run():
     mains = {path for path in folder.rglob("*.py") if "\ndef main(" in path.read_text(encoding="utf-8")}
     names = {".".join(path.relative_to(folder).with_suffix("").parts) for path in mains}
     assert names == {*COMMANDS, *ELSEWHERE}
+    assert all((Path(__file__).parent / file).is_file() for file in ELSEWHERE.values())
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_command_runs(name, monkeypatch, tmp_path, capsys):
+def test_command_runs(name, results, threads_for_workers, monkeypatch, capsys):
     options, changes = COMMANDS[name]
     for key, value in changes.items():
         monkeypatch.setattr(f"bench.{name}.{key}", value)
-    monkeypatch.setattr("bench.rows.RESULTS", tmp_path)  # no run has rows
-    monkeypatch.setattr("bench.when.rows.ProcessPoolExecutor", lambda n, _, *start: ThreadPoolExecutor(n, "", *start))
     monkeypatch.setattr("sys.argv", [name, *options.split(), "--no-save"])
     importlib.import_module(f"bench.{name}").main()
     assert capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""bench.report: which rows count, and pages and pictures made of them."""
+"""bench.report: every table of README and docs is made of the rows that count, and only of them."""
 
 from __future__ import annotations
 
@@ -30,14 +30,13 @@ def test_latest_keeps_the_last_row_but_no_skipped_one():
     assert latest([measured, no_room], kind) == [no_room]
 
 
-def test_read_leaves_out_rows_of_one_round_and_of_another_pytorch(monkeypatch, tmp_path):
-    monkeypatch.setattr("bench.rows.RESULTS", tmp_path)
+def test_read_leaves_out_rows_of_one_round_and_of_another_pytorch(results):
     once, old, prediction, new = (
         step("published", 10, ms, rounds=rounds, torch=torch)
         for ms, rounds, torch in ((1.0, 1, "2.15"), (1.0, 3, "2.13"), ("", "", "2.15"), (1.0, 3, "2.15"))
     )
-    (tmp_path / "cpu").mkdir()
-    with (tmp_path / "cpu/step.csv").open("w", newline="") as file:
+    (results / "cpu").mkdir()
+    with (results / "cpu/step.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(once))
         writer.writeheader()
         writer.writerows([once, old, prediction, new])

@@ -1,7 +1,8 @@
-"""bench.when: tasks, one short run of each kind, and the choice of settings; test_bench_report.py has its tables."""
+"""bench.when, the study of docs/when.md and the tables of when-tables.md, when-details.md and heads.md (long tail)."""
+
+from __future__ import annotations
 
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,6 +21,9 @@ from skipkernels.app.train.evaluation import Evaluator
 BY_NAME = {shift.name: shift for shift in tasks.SHIFTS}
 PACKAGED = [shift for shift in tasks.SHIFTS if shift.tasks]
 SMALL = Shift("small", ("activities",))
+
+
+# ---- names: zero-shot accuracies of docs/when.md are of names that no search has seen --------------------------------
 
 
 @pytest.mark.parametrize("shift", PACKAGED, ids=lambda shift: shift.name)
@@ -64,15 +68,55 @@ def test_source_reads_drawings_of_a_file(drawings):
         assert (np.asarray(image) == 80 + int(source.classes[label].split()[1])).all()
 
 
+# ---- runs: which settings, of which the tables of docs/when-details.md tell, are measured ----------------------------
+
+
+def row(method, seed, value, phase="search", setting="adamw 0.001 0.001", **others):
+    named = {"task": "all", "method": method, "phase": phase, "seed": seed, "setting": setting, "blended": 0} | others
+    return {name: str(value) for name, value in (named | {"base": value, "new": value}).items()}
+
+
+def test_best_setting_is_that_of_the_search():
+    names = [candidate.name for candidate in plan.CANDIDATES["full"]]
+    found = [
+        row("full", seed, 10.0 * n + seed, setting=name) for n, name in enumerate(names) for seed in plan.SEARCH_SEEDS
+    ]
+    found += [row("full", 10, 999.0, setting=names[0], **others) for others in ({"blended": 1}, {"head": "anchored"})]
+    found += [row("full", 0, 999.0, phase="report"), row("full", 10, 999.0, setting="a removed candidate")]
+    assert best(found, "full").name == names[-1]
+
+
+def test_reported_runs_have_every_omega():
+    found = [row(m, 10, 1.0, setting=c.name) for m, of in plan.CANDIDATES.items() for c in of]
+    planned = list(reported(BY_NAME["all"], 0, found, plan.CANDIDATES))
+    assert sorted(run.name for run in planned) == sorted(summary.METHODS)
+    assert [run.config().skip_layers for run in planned[1:4]] == [0.25, 0.5, 0.75]
+    configs = {run.name: run.config() for run in planned}
+    assert configs["skip, K/C = 0.05"].keep_ratio == 0.05 and not configs["skip, image only"].train_text
+    assert configs["skip, one class"].sampler == "class_pure" and configs["full"].method == "full"
+
+
+def test_many_classes_leave_out_methods_that_take_hours():
+    found = [row(m, 10, 1.0, setting=c.name) for m, of in plan.CANDIDATES.items() for c in of]
+    shift, methods = BY_NAME["many classes"], plan.CANDIDATES
+    trained, measured = ({run.name for run in reported(shift, 0, found, methods, skip_slow=s)} for s in (True, False))
+    assert measured - trained == {"full", "lora", "coop"} and "skip, K/C = 1" in trained
+    assert {run.config().epochs for run in reported(shift, 0, found, ["skip"])} == {plan.MANY_EPOCHS}
+
+
 def run_of(name, candidate, shift=SMALL):
     return plan.Run(shift, name, plan.EVERY[name], candidate, "report", 0)
 
 
-def test_blend_of_lora_has_half_of_its_update():
-    """B is zero before tuning; half of A and B would be a quarter."""
-    method = runs.setup_of(run_of("lora", plan.CANDIDATES["lora"][0])).method
-    found = runs.weights_of_a_blend(method)
-    assert found and all(name.endswith(".lora_B") and not weight.any() for name, weight in found.items())
+def test_runs_without_a_row_are_executed_and_recorded_where_they_run(threads_for_workers, monkeypatch):
+    torch.set_num_threads(3)
+    old, new = (run_of(name, plan.Candidate("fit", 0.0, 0.0)) for name in ("zero-shot", "linear-probe"))
+    monkeypatch.setattr("bench.when.rows.latest_rows", lambda kind: [{**old.columns}])
+    found = run_missing([old, new], "when", lambda run: [run.columns], save=False)
+    assert [(row["method"], row["threads"]) for row in found[1:]] == [("linear-probe", "1")]
+
+
+# ---- rows: accuracies of docs/when-tables.md, costs, steps and trials of docs/when-details.md ------------------------
 
 
 SHORT, FITTED = plan.Candidate("adamw", 1e-3, 1e-3), plan.CANDIDATES["linear-probe"][0]
@@ -94,19 +138,11 @@ def test_run_has_rows(measure, name, setting, expected, monkeypatch):
         assert found.items() >= columns.items()
 
 
-def test_trials_are_those_of_the_rows(monkeypatch):
-    for optimizer in ("adamw", "sgd"):
-        monkeypatch.setitem(plan.SCHEDULES, optimizer, (1, 64, "random"))
-    found = [row["trial"] for name in (trials.NAME, trials.IMAGE_ONLY) for row in trials.execute(run_of(name, SHORT))]
-    assert sorted(found) == sorted({row["trial"] for row in latest_rows("when_trials")})
-
-
-def test_many_classes_leave_out_methods_that_take_hours():
-    found = [row(m, 10, 1.0, setting=c.name) for m, of in plan.CANDIDATES.items() for c in of]
-    shift, methods = BY_NAME["many classes"], plan.CANDIDATES
-    trained, measured = ({run.name for run in reported(shift, 0, found, methods, skip_slow=s)} for s in (True, False))
-    assert measured - trained == {"full", "lora", "coop"} and "skip, K/C = 1" in trained
-    assert {run.config().epochs for run in reported(shift, 0, found, ["skip"])} == {plan.MANY_EPOCHS}
+def test_blend_of_lora_has_half_of_its_update():
+    """B is zero before tuning; half of A and B would be a quarter."""
+    method = runs.setup_of(run_of("lora", plan.CANDIDATES["lora"][0])).method
+    found = runs.weights_of_a_blend(method)
+    assert found and all(name.endswith(".lora_B") and not weight.any() for name, weight in found.items())
 
 
 def test_heads_are_fitted():
@@ -138,14 +174,14 @@ def test_joint_accuracy_is_among_all_classes():
     assert accuracy.accuracies(setup, method, caches) == expected
 
 
-def test_runs_without_a_row_are_executed_and_recorded_where_they_run(monkeypatch):
-    """A thread has its own number of threads, as the process of a worker has."""
-    monkeypatch.setattr("bench.when.rows.ProcessPoolExecutor", lambda n, _, *start: ThreadPoolExecutor(n, "", *start))
-    torch.set_num_threads(3)
-    old, new = (run_of(name, plan.Candidate("fit", 0.0, 0.0)) for name in ("zero-shot", "linear-probe"))
-    monkeypatch.setattr("bench.when.rows.latest_rows", lambda kind: [{**old.columns}])
-    found = run_missing([old, new], "when", lambda run: [run.columns], save=False)
-    assert [(row["method"], row["threads"]) for row in found[1:]] == [("linear-probe", "1")]
+def test_trials_are_those_of_the_rows(monkeypatch):
+    for optimizer in ("adamw", "sgd"):
+        monkeypatch.setitem(plan.SCHEDULES, optimizer, (1, 64, "random"))
+    found = [row["trial"] for name in (trials.NAME, trials.IMAGE_ONLY) for row in trials.execute(run_of(name, SHORT))]
+    assert sorted(found) == sorted({row["trial"] for row in latest_rows("when_trials")})
+
+
+# ---- own sets of images: docs/when-details.md, and the long tail of docs/heads.md ------------------------------------
 
 
 def test_tail_has_a_large_class_and_small_ones():
@@ -179,28 +215,3 @@ def test_flags_of_a_fourth_designer_have_the_classes_and_training_images_of_the_
     np.savez(drawings, **arrays)
     flags, flagpack = (own.flags(own.OwnRun(task, "zero-shot", 0, drawings)) for task in ("flags", more.FLAGPACK))
     assert flagpack[:2] == flags[:2] and flagpack[2] == flags[2][1:]
-
-
-def row(method, seed, value, phase="search", setting="adamw 0.001 0.001", **others):
-    named = {"task": "all", "method": method, "phase": phase, "seed": seed, "setting": setting, "blended": 0} | others
-    return {name: str(value) for name, value in (named | {"base": value, "new": value}).items()}
-
-
-def test_best_setting_is_that_of_the_search():
-    names = [candidate.name for candidate in plan.CANDIDATES["full"]]
-    found = [
-        row("full", seed, 10.0 * n + seed, setting=name) for n, name in enumerate(names) for seed in plan.SEARCH_SEEDS
-    ]
-    found += [row("full", 10, 999.0, setting=names[0], **others) for others in ({"blended": 1}, {"head": "anchored"})]
-    found += [row("full", 0, 999.0, phase="report"), row("full", 10, 999.0, setting="a removed candidate")]
-    assert best(found, "full").name == names[-1]
-
-
-def test_reported_runs_have_every_omega():
-    found = [row(m, 10, 1.0, setting=c.name) for m, of in plan.CANDIDATES.items() for c in of]
-    planned = list(reported(BY_NAME["all"], 0, found, plan.CANDIDATES))
-    assert sorted(run.name for run in planned) == sorted(summary.METHODS)
-    assert [run.config().skip_layers for run in planned[1:4]] == [0.25, 0.5, 0.75]
-    configs = {run.name: run.config() for run in planned}
-    assert configs["skip, K/C = 0.05"].keep_ratio == 0.05 and not configs["skip, image only"].train_text
-    assert configs["skip, one class"].sampler == "class_pure" and configs["full"].method == "full"

@@ -1,4 +1,7 @@
-"""Benchmarks of steps: wrong results get no time, what cannot run is skipped, rows fit the tables."""
+"""bench.step and bench.infer: the table of README, and those of steps, sizes and predictions in docs/benchmarks.md.
+
+Wrong results get no time, what cannot run is skipped, and rows have what the tables show.
+"""
 
 from __future__ import annotations
 
@@ -15,21 +18,13 @@ import torch
 import skipkernels as sk
 from bench import infer, inputs, measure, published, step, training
 from bench.rows import KINDS, MACHINE
-from skipkernels import testing
 
 SMALL = "--model vit-tiny --classes 20 --device cpu --rounds 1".split()
 INFER = [*SMALL, *"--skip-layers 3 --images 4 --batch 2".split()]
 FEW = "--precision fp32 --implementation skipkernels".split()
 
 
-@pytest.fixture(autouse=True)
-def results(monkeypatch, tmp_path) -> Path:
-    """Folder for rows; fixed limits of the machine, and no slow measurement of memory."""
-    monkeypatch.setattr("bench.rows.RESULTS", tmp_path)
-    monkeypatch.setattr(testing, "peak_bytes", lambda function, device, **_: 0)
-    monkeypatch.setattr(measure, "matrix_rate", lambda device, dtype: 1e11)
-    monkeypatch.setattr(measure, "bandwidth", lambda device: 1e10)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("machine", "results")
 
 
 def rows_of(results: Path, kind: str) -> list[dict[str, str]]:
