@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from skipkernels import FeatureCache
 from skipkernels.app.data import Source
@@ -113,7 +114,8 @@ def chosen(run: Run) -> list[dict[str, Any]]:
     torch.manual_seed(run.seed)
     with tempfile.TemporaryDirectory() as folder:
         config = replace(run.config(), out=Path(folder, "run"))
-        tuning = TuneRun(config, RunFolder(config), open_data(run))
+        quiet: dict[str, Any] = {"command": "", "console": Console(quiet=True), "loggers": []}
+        tuning = TuneRun(config, RunFolder(config), open_data(run), **quiet)
         setup, tests = tuning.setup, tuning.setup.test_features()
         zero_shot = accuracies(setup, setup.zero_shot, tests)
         metrics = tuning.execute()

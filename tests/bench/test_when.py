@@ -16,6 +16,7 @@ from bench.when.rows import best, reported, run_missing
 from bench.when.tasks import Shift
 from recipes.pictograms import more
 from skipkernels.app import heads
+from skipkernels.app.demo.pictogram_tiny import RECIPES
 from skipkernels.app.train.evaluation import Evaluator
 
 BY_NAME = {shift.name: shift for shift in tasks.SHIFTS}
@@ -127,13 +128,15 @@ SHORT, FITTED = plan.Candidate("adamw", 1e-3, 1e-3), plan.CANDIDATES["linear-pro
     [
         (runs.execute, "lora", SHORT, [{"blended": 0, "steps": 2}, {"blended": 1, "steps": 2}]),
         (runs.execute, "linear-probe", FITTED, [{"blended": 0, "new": None, "joint": None}]),
+        (runs.execute, "auto", plan.CANDIDATES["auto"][0], [{"chosen": "Skip Tuning ×3, blended + Gaussian head"}]),
         (runs.curve, "skip, image only", SHORT, [{"epoch": 1}]),
         (runs.first_steps, "skip, label smoothing", SHORT, [{"batch_size": 64}]),
     ],
-    ids=["blended", "probe", "curve", "steps"],
+    ids=["blended", "probe", "chosen", "curve", "steps"],
 )
 def test_run_has_rows(measure, name, setting, expected, monkeypatch):
     monkeypatch.setitem(plan.SCHEDULES, "adamw", (1, 64, "random"))
+    monkeypatch.setitem(RECIPES, "skip", RECIPES["skip"] | {"epochs": 1})
     for found, columns in zip(measure(run_of(name, setting)), expected, strict=True):
         assert found.items() >= columns.items()
 
