@@ -83,7 +83,7 @@ def execute(run: Run) -> list[dict[str, Any]]:
     zero_shot = accuracies(setup, setup.zero_shot, tests)
     l2 = choose_l2("anchored", setup.examples(train)) if run.name in HEADED else None
     blended_weights = weights_of_a_blend(method)
-    between = Interpolation(blended_weights)
+    between = Interpolation(blended_weights.values())
     diverged = False
     try:
         *_, (steps, seconds) = epochs_of(setup, train)

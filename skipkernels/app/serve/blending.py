@@ -139,7 +139,7 @@ class _Blends:
         self._evaluator = Evaluator(setup, setup.test_features(), setup.validation_features())
         self._zero_shot = self._evaluator.evaluate(setup.method)
         self._features = None if config.head == "none" else setup.train_features()
-        self._weights = Interpolation(setup.method.state_dict())
+        self._weights = Interpolation(setup.method.state_dict().values())
         weights.load_into(setup.method, file)
         self._weights.end()
 

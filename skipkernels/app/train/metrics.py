@@ -134,7 +134,7 @@ def _parameters(setup: RunSetup) -> dict[str, int]:
     method = setup.method
     weights = [] if method.fitted is None else [method.fitted.weight, method.fitted.bias]
     if setup.config.epochs:
-        weights += setup.trained.values()
+        weights += setup.trained
     every = {*weights, *setup.model.parameters()}  # once each: LoRA's are in the model
     return {name: sum(weight.numel() for weight in each) for name, each in (("trained", weights), ("all", every))}
 

@@ -49,10 +49,10 @@ class RunSetup:
         return autocast(self.config.precision, self.device)
 
     @property
-    def trained(self) -> dict[str, Tensor]:
-        """The weights that training changes, by number."""
+    def trained(self) -> list[Tensor]:
+        """The weights that training changes."""
         groups = self.method.parameter_groups(text_lr=0.0, image_lr=0.0)
-        return {str(n): weight for n, weight in enumerate(w for group in groups for w in group["params"])}
+        return [weight for group in groups for weight in group["params"]]
 
     @property
     def images(self) -> int:

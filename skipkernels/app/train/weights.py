@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -69,37 +69,34 @@ def _load_head(folder: Path, described: Description) -> Head | None:
 
 
 class Interpolation:
-    """Weights θ = (1 − alpha) · θ_before + alpha · θ_after, set in the tensors of `state`.
+    """Weights set in place to θ = (1 − alpha) · θ_before + alpha · θ_after.
 
     θ_before are their values at construction, and θ_after those when `end` is called.
 
     Example:
         >>> weight = torch.zeros(1)
-        >>> between = Interpolation({"weight": weight})
+        >>> between = Interpolation([weight])
         >>> _ = weight.fill_(4.0)
         >>> between.end()
         >>> between.set(0.25), weight.item()
         (None, 1.0)
     """
 
-    def __init__(self, state: Mapping[str, Tensor]):
-        self._state = {name: tensor.detach() for name, tensor in state.items()}
-        self._before = {name: tensor.clone() for name, tensor in self._state.items()}
-        self._ends: dict[str, tuple[Tensor, Tensor]] = {}
+    def __init__(self, weights: Iterable[Tensor]):
+        self._weights = [(weight.detach(), weight.detach().clone()) for weight in weights]  # now, and before training
+        self._ends: list[tuple[Tensor, Tensor, Tensor]] = []  # weights that changed, with both values
 
     def end(self) -> None:
-        """Take the values that the tensors have now as those after training."""
-        self._ends = {
-            name: (before, self._state[name].clone())
-            for name, before in self._before.items()
-            if not torch.equal(before, self._state[name])
-        }
+        """Take the values that the weights have now as those after training."""
+        self._ends = [
+            (weight, before, weight.clone()) for weight, before in self._weights if not torch.equal(weight, before)
+        ]
 
     @torch.no_grad()
     def set(self, alpha: float) -> None:
         """Set the weights; alpha 0 are exactly those before training, and 1 those after it."""
-        for name, (before, after) in self._ends.items():
-            self._state[name].copy_(_between(before, after, alpha))
+        for weight, before, after in self._ends:
+            weight.copy_(_between(before, after, alpha))
 
 
 def _between(before: Tensor, after: Tensor, alpha: float) -> Tensor:
