@@ -29,9 +29,9 @@ from ..report.words import name_of_run
 from ..results.files import CANDIDATES
 from ..untrusted import read_object, validated
 
-FACTORS = (1.0, 3.0, 10.0)
+FACTORS: tuple[float, ...] = (1.0, 3.0, 10.0)
 """Factors of the default learning rates."""
-BLENDS = (1.0, 0.5)
+BLENDS: tuple[float, ...] = (1.0, 0.5)
 """Weights of the tuned model; 1/2 is what Wortsman et al. (WiSE-FT) recommend where nothing is known about new data."""
 
 
@@ -76,22 +76,26 @@ def groups_of(config: TuneConfig, *, tests_new: bool) -> list[list[Candidate]]:
         config: Configuration that leaves the method or the head open.
         tests_new: True if classes are tested that are not trained.
     """
-    auto = config.method == AUTO
-    factors: tuple[float, ...] = FACTORS if auto else (1.0,)
-    if auto and tests_new:
-        factors = FACTORS[1:2]  # the blend halves what training changes
+    assert config.head is not None
+    factors, blends = FACTORS, BLENDS
+    of_frozen: tuple[HeadName, ...] = get_args(HeadName)
+    of_trained = of_frozen
+    if tests_new:
+        factors, blends = FACTORS[1:2], BLENDS[1:]  # the blend halves what training changes
+        of_frozen, of_trained = ("anchored",), ("gaussian",)
+    given = config.method != AUTO
+    if given:
+        factors = (1.0,)
+    if given or config.blend != 1:
+        blends = (config.blend,)
+    if config.head != "auto":
+        of_frozen = of_trained = (config.head,)
     if not config.epochs:  # nothing is trained
         factors = ()
-    blends = BLENDS[1:] if tests_new else BLENDS
-    if not auto or config.blend != 1:  # it is given
-        blends = (config.blend,)
-    of_frozen: Sequence[HeadName] = ["anchored"] if tests_new else get_args(HeadName)
-    of_trained: Sequence[HeadName] = ["gaussian"] if tests_new else of_frozen
-    if config.head not in ("auto", None):  # it is given
-        of_frozen = of_trained = [config.head]  # type: ignore[list-item]
-    allowed = of_frozen if auto or not factors else []
-    heads = dict.fromkeys(["none", *allowed])
-    frozen = [Candidate(config, None, head=head, compared=head not in allowed) for head in heads]
+    if given and factors:  # pretrained weights are only compared
+        of_frozen = ()
+    heads = dict.fromkeys(["none", *of_frozen])
+    frozen = [Candidate(config, None, head=head, compared=head not in of_frozen) for head in heads]
     return [
         frozen,
         *([Candidate(config, factor, blend, head) for blend in blends for head in of_trained] for factor in factors),
