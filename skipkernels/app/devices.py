@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from ..formatting import first_line
@@ -65,12 +65,11 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """
     import torch
 
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), ExitStack() as restoring:
+    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
         torch.default_generator.manual_seed(seed)
         if device.type == "cuda":
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
-        elif device.type == "mps":  # fork_rng does not take it
-            restoring.callback(torch.mps.set_rng_state, torch.mps.get_rng_state())
+        elif device.type == "mps":
             torch.mps.manual_seed(seed)
         yield
