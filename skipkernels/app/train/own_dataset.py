@@ -27,13 +27,13 @@ class OwnData:
     classes: Sequence[str] | None = None
     identity: Any = None
 
-    def applied(self, config: TuneConfig, function: str) -> tuple[TuneConfig, Callable[[], Source] | None]:
-        """Return the configuration for the dataset, and the function that opens it; None without a dataset."""
+    def applied(self, config: TuneConfig, function: str) -> tuple[TuneConfig, Callable[[], Source]]:
+        """Return the configuration for the dataset, and a function that opens it once; without one, that of `data`."""
         parts = {"dataset": self.dataset, "test": self.test, "validation": self.validation}
         given = {argument: part for argument, part in parts.items() if part is not None}
         self._check(config, given, function)
         if self.dataset is None:
-            return config, None
+            return config, functools.cache(config.open_data)
         name = f"{IN_PYTHON}:{file_name(type(self.dataset).__name__)}"
         parts_identity = [[argument, dataset_identity(part, self.identity)] for argument, part in given.items()]
         digest = digest_json([parts_identity, None if self.classes is None else list(self.classes)])

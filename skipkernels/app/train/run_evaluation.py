@@ -59,7 +59,8 @@ def evaluate_run(
     folder, console = existing_run(folder, "evaluate_run", "folder"), console or Console(quiet=True)
     given = {name: value for name, value in settings.items() if value is not None}
     own = OwnData(dataset, test, classes=classes)
-    config, open_data = own.applied(_config_of_run(folder, own, given, trust), "evaluate_run")
+    config = _config_of_run(folder, own, given, trust)
+    config, open_data = own.applied(_for_tests(config, own, given), "evaluate_run")
     config = config.resolved(open_data)
     described, file = read_model(folder)
     loaded = load_run_model(folder, described, file, torch.device(config.device), trust=config.trust)
@@ -74,15 +75,20 @@ def evaluate_run(
 
 
 def _config_of_run(folder: Path, own: OwnData, given: dict[str, Any], trust: bool) -> TuneConfig:
-    """Return the configuration of a run with other settings, for its test images alone."""
-    replaced = ("model", "pretrained", *(["data"] if "data" in given or own.dataset is not None else []))
-    config = TuneConfig.from_yaml(folder / CONFIG, trust=trust, given=replaced)  # the model is checked later
+    """Read the configuration of a run, which has test images, or gets others."""
+    other_data = ["data"] if "data" in given or own.dataset is not None else []
+    # The model is checked when it is loaded.
+    config = TuneConfig.from_yaml(folder / CONFIG, trust=trust, given=["model", "pretrained", *other_data])
     if config.test == "none" and "data" not in given and own.test is None:
         raise InputError(f"must be given: all images of {config.data} trained or validated.", "data", "evaluate_run")
-    changes: dict[str, Any] = {"trust": trust, "workers": 0, "cache": None, "test": "split"}
-    changes |= {"refresh": "never", "validation": "none", "class_weight": None}
-    if own.dataset is not None and "data" not in given and config.data.partition(":")[0] != IN_PYTHON:
-        changes["data"] = f"{IN_PYTHON}:"  # `OwnData.applied` adds the name of the dataset
-    if (changes | given).get("data", config.data) != config.data:
-        changes["max_classes"] = None
-    return replace(config, **changes | given)
+    return replace(config, trust=trust)
+
+
+def _for_tests(config: TuneConfig, own: OwnData, given: dict[str, Any]) -> TuneConfig:
+    """Return the configuration with other settings, for test images alone."""
+    if own.dataset is not None and config.data.partition(":")[0] != IN_PYTHON:
+        given = {"data": f"{IN_PYTHON}:"} | given  # `OwnData.applied` adds the name of the dataset
+    if given.get("data", config.data) != config.data:
+        given = {"max_classes": None} | given
+    unused = {"workers": 0, "cache": None, "refresh": "never", "validation": "none", "class_weight": None}
+    return replace(config, test="split", **unused | given)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -98,7 +97,6 @@ def _run(config: TuneConfig, own: OwnData, console: Console, loggers: Sequence[L
     """Start or continue a run; return the contents of metrics.json."""
     config, open_data = own.applied(config, "tune")
     command = config.command("tune") if own.dataset is None else ""
-    open_data = open_data or functools.cache(config.open_data)
     config = config.resolved(open_data)
     if config.resume is None:  # errors of data and model come before those of the run folder
         open_data()
