@@ -18,14 +18,13 @@ from ...memory import PeakMemory
 from ..config import TuneConfig
 from ..console import print_plain
 from ..data import InputError, Source
-from ..heads import Examples, choose_l2
+from ..heads import choose_l2
 from ..methods.registry import PACKAGED
 from ..report.words import name_of_run, title_of
 from ..results import notes
 from ..results.class_metrics import BALANCED
 from ..results.files import CANDIDATES
 from . import checkpoint, weights
-from .candidates import Choice
 from .checkpoint import best_epoch
 from .description import describe, write_open_clip_config
 from .evaluation import Evaluation, Evaluator
@@ -110,7 +109,10 @@ class Run:
             trainer = self._trainer(images.train)
             before = Interpolation(self.setup.trained) if self.config.blend != 1 else None
             with self.folder.lock(self.config):  # nothing is written before
-                self._begin(trainer)  # files that training does not change, and the checkpoint to resume
+                self._write_setup()  # files that training does not change
+                if trainer is not None:
+                    self._resume(trainer)  # from the checkpoint, if there is one
+                self.memory.reset()
                 fit_seconds = self._fit(images.train)  # in closed form
                 if trainer is not None:
                     self._train(trainer, images)  # by epochs
@@ -128,21 +130,17 @@ class Run:
         return Embedded(train, evaluator, evaluator.evaluate(self.setup.zero_shot, when))
 
     def _choose(self, train: FeatureCache) -> float:
-        """Choose the settings among candidates, if the configuration leaves them open; return the head's penalty."""
-        frozen: Examples | None = None
-        if self.config.chooses:
-            search = Search(self.setup, train)
-            self.choice, frozen = self._choice(search), search.frozen
-            self.setup = replace(self.setup, config=replace(self.config, **self.choice.settings))
-            chosen = f"{name_of_run(self.config)} ({self.choice.because})"
-            print_plain(self.console, f"chosen: {chosen}. It now gets all training images.")
-        if self.config.head == "none":
+        """Choose what the configuration leaves open: settings, and the penalty of the head, which is returned."""
+        if not self.config.chooses and self.config.head == "none":
             return 0.0
-        return choose_l2(self.config.head, frozen or self.setup.examples(train))  # with the pretrained weights
+        frozen = self.setup.examples(train)  # with the pretrained weights
+        if self.config.chooses:
+            self._choose_settings(Search(self.setup, train, frozen))
+        return choose_l2(self.config.head, frozen)
 
-    def _choice(self, search: Search) -> Choice:
-        """Try candidates until all are done, or Ctrl-C."""
-        if search.masks:
+    def _choose_settings(self, search: Search) -> None:
+        """Choose the settings of the best candidate; of those before Ctrl-C, if it ends the search."""
+        if search.splits:
             print_plain(self.console, notes.compared(self.config, self.task.held_out, search.factors))
         advance = self.display.candidates(search.steps)
         stopped, started = False, time.perf_counter()
@@ -153,7 +151,10 @@ class Run:
             if type(error) is not KeyboardInterrupt or not search.allowed:  # not Ctrl-C, but the end of the job
                 raise
             stopped = True
-        return replace(search.choice(stopped=stopped), seconds=time.perf_counter() - started)
+        self.choice = replace(search.choice(stopped=stopped), seconds=time.perf_counter() - started)
+        self.setup = replace(self.setup, config=replace(self.config, **self.choice.settings))
+        chosen = f"{name_of_run(self.config)} ({self.choice.because})"
+        print_plain(self.console, f"chosen: {chosen}. It now gets all training images.")
 
     def _trainer(self, train: FeatureCache) -> Trainer | None:
         """Make the trainer; None without epochs."""
@@ -164,16 +165,18 @@ class Run:
             self._tell("note", f"steps run without a CUDA graph: {trainer.not_graphed}")
         return trainer
 
-    def _begin(self, trainer: Trainer | None) -> None:
-        """Write the files that training does not change, and load the checkpoint to resume, if there is one."""
+    def _write_setup(self) -> None:
+        """Write the files that training does not change: the configuration of the model, and the choice."""
         if self.method.trains_model:
             write_open_clip_config(self.folder.path, self.setup.model, self.setup.tokenizer)
         if self.choice is not None:
             self.folder.write(CANDIDATES, self.choice.to_json())
-        if self.folder.checkpoint is not None and trainer is not None:
+
+    def _resume(self, trainer: Trainer) -> None:
+        """Load the checkpoint to resume, if there is one."""
+        if self.folder.checkpoint is not None:
             weights.load_into(self.method, self.folder.checkpoint.weights)
             trainer.load_state_dict(self.folder.checkpoint.training)
-        self.memory.reset()
 
     def _fit(self, train: FeatureCache) -> float:
         """Train a method without steps; return the seconds. Others are trained by epochs, or only get a head."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -70,8 +70,10 @@ class Trial:
         plain, of_classes = (accuracy(labels, top, balanced=each) for each in (False, True))
         return cls(candidate, plain, of_classes, F.cross_entropy(logits.double(), labels).item(), logits)
 
-    def score(self, *, balanced: bool) -> tuple[float, float]:
-        """Return the accuracy by which candidates are compared; of equal ones a lower loss is better."""
+    @property
+    def score(self) -> tuple[float, float]:
+        """Accuracy by which candidates are compared; of equal ones a lower loss is better."""
+        balanced = self.candidate.asked.balances
         return round(self.balanced_accuracy if balanced else self.accuracy, 6), -self.loss
 
     def row(self, images: int, *, chosen: bool) -> dict[str, Any]:
@@ -87,11 +89,18 @@ class Trial:
         }
 
 
-def best(trials: Sequence[Trial], *, balanced: bool) -> tuple[Trial, int]:
+def best(trials: Sequence[Trial]) -> tuple[Trial, int]:
     """Return the trial with the highest accuracy, and of equal ones the lowest loss; and the number of equal ones."""
-    top = max(trials, key=lambda trial: trial.score(balanced=balanced))
-    highest, _ = top.score(balanced=balanced)
-    return top, sum(trial.score(balanced=balanced)[0] == highest for trial in trials) - 1
+    top = max(trials, key=lambda trial: trial.score)
+    return top, sum(trial.score[0] == top.score[0] for trial in trials) - 1
+
+
+@dataclass(eq=False)
+class Split:
+    """A split of the training images: those that are held out, and the penalties of heads for the others."""
+
+    held_out: Tensor  # mask [n]
+    l2: dict[HeadName, float] = field(default_factory=dict)  # chosen on the pretrained model
 
 
 class Search:
@@ -100,24 +109,23 @@ class Search:
     Args:
         setup: Setup of the run.
         features: Features of all training images.
+        frozen: All training images on the pretrained model.
 
     Attributes:
         groups: Candidates that share a training; see `groups_of`.
-        frozen: All training images on the pretrained model.
-        masks: Mask [n] of the held-out images of each split.
+        splits: Splits of the training images; empty if none can be held out.
         trials: Trials so far, the first of the texts on pretrained embeddings.
     """
 
-    def __init__(self, setup: RunSetup, features: FeatureCache):
-        self.setup, self.config, self.features = setup, setup.config, features
+    def __init__(self, setup: RunSetup, features: FeatureCache, frozen: Examples):
+        self.setup, self.config, self.features, self.frozen = setup, setup.config, features, frozen
         self.tests_new = len(setup.task.tests) > 1
         self.groups = groups_of(setup.config, tests_new=self.tests_new)
-        self.masks = held_out_masks(features.labels, setup.task.held_out)
-        self.labels = torch.cat([features.labels[mask] for mask in self.masks] or [features.labels[:0]])
+        masks = held_out_masks(features.labels, setup.task.held_out)
+        self.splits = [Split(mask) for mask in masks]
+        self.labels = torch.cat([features.labels[mask] for mask in masks] or [features.labels[:0]])
         self.trials: list[Trial] = []
-        self.frozen = setup.examples(features)
         self._between = Interpolation(setup.trained)
-        self._l2: dict[tuple[int, HeadName], float] = {}  # by split
 
     @property
     def factors(self) -> list[float]:
@@ -128,7 +136,7 @@ class Search:
     def steps(self) -> int:
         """Number of training steps of all candidates together."""
         size, epochs = self.config.batch_size or 1, self.config.epochs or 0
-        per_epoch = [math.ceil(int((~mask).sum()) / size) for mask in self.masks]
+        per_epoch = [math.ceil(int((~split.held_out).sum()) / size) for split in self.splits]
         return len(self.factors) * epochs * sum(per_epoch)
 
     @property
@@ -140,7 +148,7 @@ class Search:
 
     def run(self, advance: Callable[[], None] = lambda: None) -> Iterator[list[Trial]]:
         """Yield the trials of each group, none if its training diverged. `advance` is called after each step."""
-        for group in self.groups if self.masks else ():
+        for group in self.groups if self.splits else ():
             trials = self.tried(group, advance)
             self.trials += trials
             best_so_far = self._best()[0] if self.allowed else None
@@ -152,19 +160,19 @@ class Search:
     def tried(self, group: Sequence[Candidate], advance: Callable[[], None] = lambda: None) -> list[Trial]:
         """Try candidates that share a training, on each split; none if it diverged."""
         try:
-            splits = [self._try_split(group, split, advance) for split in range(len(self.masks))]
+            logits = [self._try_split(group, split, advance) for split in self.splits]
         except FloatingPointError:
             return []
-        of_candidates = map(torch.cat, zip(*splits, strict=True))
+        of_candidates = map(torch.cat, zip(*logits, strict=True))
         return [Trial.scored(one, logits, self.labels) for one, logits in zip(group, of_candidates, strict=True)]
 
-    def _try_split(self, group: Sequence[Candidate], split: int, advance: Callable[[], None]) -> list[Tensor]:
+    def _try_split(self, group: Sequence[Candidate], split: Split, advance: Callable[[], None]) -> list[Tensor]:
         """Train without the held-out images of a split; return the logits [n, C] of these by each candidate."""
         factor = group[0].factor
         logits = []
         try:
             if factor is not None:
-                self._train(factor, ~self.masks[split], advance)
+                self._train(factor, ~split.held_out, advance)
             self._between.end()
             for blend, blended in itertools.groupby(group, key=lambda candidate: candidate.blend):
                 self._between.set(blend)
@@ -178,6 +186,7 @@ class Search:
         return logits
 
     def _train(self, factor: float, images: Tensor, advance: Callable[[], None]) -> None:
+        """Train on the images of a mask [n]; the sampler of classes has its state again afterwards."""
         config = replace(self.config, **Candidate(self.config, factor).settings)
         sampler = self.setup.method.class_sampler
         before = None if sampler is None else sampler.state_dict()
@@ -191,16 +200,16 @@ class Search:
                 sampler.load_state_dict(before)
 
     @torch.no_grad()
-    def _logits(self, name: HeadName, examples: Examples, split: int) -> Tensor:
+    def _logits(self, name: HeadName, examples: Examples, split: Split) -> Tensor:
         """Fit a head to the images of a split that are not held out; return the logits [n, C] of the others."""
-        held = self.masks[split].to(examples.image.device)
+        held = split.held_out.to(examples.image.device)
         image = examples.image[held]
         if name == "none":
             return cosine_logits(image, examples.text, self.setup.method.model.logit_scale).float().cpu()
-        if (split, name) not in self._l2:
-            self._l2[split, name] = choose_l2(name, _part(self.frozen, ~held))
+        if name not in split.l2:
+            split.l2[name] = choose_l2(name, _part(self.frozen, ~held))
         balanced = self.config.prior == "balanced"
-        head = fit_head(name, _part(examples, ~held), self._l2[split, name], equal_priors=balanced)
+        head = fit_head(name, _part(examples, ~held), split.l2[name], equal_priors=balanced)
         assert head is not None
         return head.logits(image).float().cpu()
 
@@ -212,20 +221,20 @@ class Search:
             raise FloatingPointError(f"tune: the training of every candidate diverged. {REMEDY}")
         if self.tests_new:
             return self.allowed[-1], "new classes are tested, and held-out images do not show what these lose"
-        top, equal = best(self.allowed, balanced=self.config.balances)
+        top, equal = best(self.allowed)
         because = f"highest {'balanced ' * self.config.balances}accuracy on {len(self.labels)} held-out images"
         return top, because + (f", equal to {plural(equal, 'other')}; lowest loss" if equal else "")
 
     def choice(self, *, stopped: bool) -> Choice:
         """Return the choice among the trials so far; `stopped` before all of them."""
         asked = self.config.identity()
-        if not self.masks:
+        if not self.splits:
             candidate = untested(self.groups, tests_new=self.tests_new)
             because = "no class has two training images, so that none can be held out"
             return Choice(asked, candidate.settings, because)
         chosen, because = self._best()
-        first, images, balanced = self.trials[0], len(self.labels), self.config.balances
-        ranked = sorted(self.trials, key=lambda one: (one is chosen, one.score(balanced=balanced)), reverse=True)
+        first, images = self.trials[0], len(self.labels)
+        ranked = sorted(self.trials, key=lambda trial: (trial is chosen, trial.score), reverse=True)
         assert first.logits is not None and chosen.logits is not None
         fields, thresholds = calibrate(chosen.logits, self.labels)
         accuracies = {"zero_shot": round(first.accuracy, 4), "tuned": round(chosen.accuracy, 4)}

@@ -35,7 +35,8 @@ def run(tmp_path_factory):
 
 def search_of(**changes) -> Search:
     setup = build_run(small(None, **AUTO | changes).resolved())
-    return Search(setup, setup.train_features())
+    features = setup.train_features()
+    return Search(setup, features, setup.examples(features))
 
 
 def test_the_best_candidate_is_chosen(run):
@@ -101,7 +102,7 @@ def test_held_out_masks(counts, given, held_out):
 def winning(monkeypatch, chosen):
     """Let the first candidate win for which `chosen` returns True; before there is one, the last."""
 
-    def best(trials, *, balanced):
+    def best(trials):
         return next((trial for trial in trials if chosen(trial.candidate)), trials[-1]), 0
 
     monkeypatch.setattr(search, "best", best)
@@ -221,7 +222,7 @@ def test_of_equal_candidates_that_with_the_lowest_loss_is_chosen(rights, chosen,
     for factor, right in zip((None, 1.0, 3.0), rights, strict=True):
         logits = torch.eye(2)[(torch.arange(24) >= right).long()] * (2 if factor == 3 else 1)
         trials.append(Trial.scored(Candidate(TINY, factor, head="anchored"), logits, labels))
-    found, others = search.best(trials, balanced=False)
+    found, others = search.best(trials)
     assert (found.candidate.factor, others) == (chosen, equal)
     assert found.row(24, chosen=True)["loss"] == round(found.loss, 6)
 
