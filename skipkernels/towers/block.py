@@ -1,8 +1,8 @@
 """A fused block: the caller's block, with the class of `fused_classes.py`, which has another `forward`.
 
-It reads weights and settings from the block's children at each call. If a child is not what the fused path knows (an
-adapter, a quantised layer, a hook, a method that was replaced on its class), the block runs the forward of its own
-class.
+The caller's model calls it with its ordinary input, a tower with rows: `block(hidden, options)`. It reads weights and
+settings from the block's children at each call. If a child is not what the fused path knows (an adapter, a quantised
+layer, a hook, a method that was replaced on its class), the block runs the forward of its own class.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class BlockInput(NamedTuple):
 
 
 class FusedBlock:
-    """Base of the classes of fused blocks. A subclass knows one family of blocks, by its methods up to `_output`.
+    """Base of the classes of fused blocks. A subclass knows one family of blocks, by its methods up to `_why_settings`.
 
     A fused class comes before the caller's class in the order of bases: its names must differ from those of the
     caller's attributes and methods.
@@ -46,14 +46,6 @@ class FusedBlock:
     _methods: ClassVar[Mapping[str, Any]]  # its methods that this class replaces, as its package defines them
     _memory: ClassVar[FusedMemory]  # saved for backward of a call with its ordinary input
 
-    def _submodules(self) -> Submodules:
-        """Return the submodules that this block must have."""
-        raise NotImplementedError
-
-    def _why_settings(self) -> str | None:
-        """Return why the settings of this block can't be fused, or None."""
-        return None
-
     def read_weights(self) -> tuple[GivenWeights, BlockSettings]:
         """Read weights and settings from the children."""
         raise NotImplementedError
@@ -62,13 +54,21 @@ class FusedBlock:
         """Name the arguments of the block's own forward, or return None if only that forward takes them."""
         raise NotImplementedError
 
+    def _output(self, hidden: Tensor) -> Tensor:
+        """Return hidden states [n, tokens, W] as the block's own forward does."""
+        return hidden
+
     def example_input(self, draw: Callable[..., Tensor], width: int) -> tuple[Any, ...] | None:
         """Return arguments of a small call, of tensors `draw(*shape)`; None if its own forward takes no fp32."""
         return (draw(2, 3, width),)
 
-    def _output(self, hidden: Tensor) -> Tensor:
-        """Return hidden states [n, tokens, W] as the block's own forward does."""
-        return hidden
+    def _submodules(self) -> Submodules:
+        """Return the submodules that this block must have."""
+        raise NotImplementedError
+
+    def _why_settings(self) -> str | None:
+        """Return why the settings of this block can't be fused, or None."""
+        return None
 
     # ---- running -----------------------------------------------------------------------------------------------------
 

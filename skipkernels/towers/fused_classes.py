@@ -19,6 +19,21 @@ from .block import FusedBlock
 from .families import BLOCKS, type_name
 
 
+def fuse_blocks(modules: Iterable[nn.Module], memory: FusedMemory = "fast") -> list[Any]:
+    """Make every known block among these modules a fused block, in place, and return the fused blocks.
+
+    Those that are fused already stay as they are.
+    """
+    blocks: list[Any] = []
+    for module in modules:
+        kind: Any = type(module)
+        if not isinstance(module, FusedBlock) and type_name(kind) in BLOCKS:
+            module.__class__ = _fused_class(kind, memory)
+        if isinstance(module, FusedBlock):
+            blocks.append(module)
+    return blocks
+
+
 @functools.cache
 def _fused_class(own: Any, memory: FusedMemory) -> type:
     """Make the class of fused blocks in front of the caller's class `own`, with the same name.
@@ -43,21 +58,6 @@ def unfused_class(kind: Any) -> Any:
         return kind.caller_class
     attributes = {name: x for name, x in vars(kind).items() if name not in ("__dict__", "__weakref__")}
     return type(kind.__name__, tuple(map(unfused_class, kind.__bases__)), attributes)
-
-
-def fuse_blocks(modules: Iterable[nn.Module], memory: FusedMemory = "fast") -> list[Any]:
-    """Make every known block among these modules a fused block, in place, and return the fused blocks.
-
-    Those that are fused already stay as they are.
-    """
-    blocks: list[Any] = []
-    for module in modules:
-        kind: Any = type(module)
-        if not isinstance(module, FusedBlock) and type_name(kind) in BLOCKS:
-            module.__class__ = _fused_class(kind, memory)
-        if isinstance(module, FusedBlock):
-            blocks.append(module)
-    return blocks
 
 
 @contextmanager

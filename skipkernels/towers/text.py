@@ -84,20 +84,16 @@ class TextTower(Tower):
     def _upper_by_rows(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:
         """Map rows [R, W] to hidden states [K, W] of the pooled tokens, by blocks that take rows."""
         prompts = selected.prompts
-        if prompts.prefix_length == 0:
-            return self._run_whole_prompts(rows, selected)
-        attention = Suffixes(
-            backend=self.cut.backend,
-            prefix_length=prompts.prefix_length,
-            offsets=selected.offsets,
-            max_length=prompts.max_suffix_length,
-            last_rows=selected.last_rows,
-        )
-        return self._run_upper_rows(rows, RowsOptions(attention), last_attention=replace(attention, only_last=True))
-
-    def _run_whole_prompts(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:
-        """Run prompts that share no prefix; see `_upper_by_rows`."""
-        features, mask = selected.unpack(rows), self.mask(selected.tokens, selected.prompts)
+        if prompts.prefix_length > 0:
+            attention = Suffixes(
+                backend=self.cut.backend,
+                prefix_length=prompts.prefix_length,
+                offsets=selected.offsets,
+                max_length=prompts.max_suffix_length,
+                last_rows=selected.last_rows,
+            )
+            return self._run_upper_rows(rows, RowsOptions(attention), replace(attention, only_last=True))
+        features, mask = selected.unpack(rows), self.mask(selected.tokens, prompts)
         K, L, _ = features.shape
         class_numbers, positions = torch.arange(K, device=features.device), selected.pooled  # [K] each
         # Rows of the mask at the pooled tokens: [1 or K, 1, L, L] -> [K, L]

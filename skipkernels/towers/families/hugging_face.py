@@ -44,27 +44,6 @@ class HuggingFaceBlock(FusedBlock):
         *(f"self_attn.{name}_proj.weight" for name in ("q", "k", "v", "out")), "mlp.fc1.weight", "mlp.fc2.weight"
     )  # fmt: skip
 
-    def _submodules(self) -> Submodules:
-        return _BLOCKS[self.caller_class]
-
-    def _why_settings(self) -> str | None:
-        attention = self._modules["self_attn"]
-        if self._attention_function() not in _ATTENTION_FUNCTIONS:
-            name = attention.config._attn_implementation
-            return f"the attention function {name!r} of transformers was registered or replaced"
-        if attention.dropout > 0:
-            return "a block's attention has dropout"
-        if attention.is_causal or attention.scale != attention.head_dim**-0.5:
-            return "a block's attention is causal or has an unusual scale"
-        return None
-
-    def _attention_function(self) -> Any:
-        """The function of transformers that the attention module calls."""
-        attention = self._modules["self_attn"]
-        module = sys.modules[type(attention).__module__]
-        functions, eager = module.ALL_ATTENTION_FUNCTIONS, module.eager_attention_forward
-        return functions.get(attention.config._attn_implementation, eager)
-
     def read_weights(self) -> tuple[GivenWeights, BlockSettings]:
         parts = self._modules
         norm_1, norm_2, attention = parts["layer_norm1"], parts["layer_norm2"], parts["self_attn"]
@@ -102,6 +81,27 @@ class HuggingFaceBlock(FusedBlock):
     def example_input(self, draw: Callable[..., Tensor], width: int) -> tuple[Any, ...] | None:
         takes_fp32 = self._attention_function() is not flash_attention_forward
         return (draw(2, 3, width), None) if takes_fp32 else None  # without a mask
+
+    def _submodules(self) -> Submodules:
+        return _BLOCKS[self.caller_class]
+
+    def _why_settings(self) -> str | None:
+        attention = self._modules["self_attn"]
+        if self._attention_function() not in _ATTENTION_FUNCTIONS:
+            name = attention.config._attn_implementation
+            return f"the attention function {name!r} of transformers was registered or replaced"
+        if attention.dropout > 0:
+            return "a block's attention has dropout"
+        if attention.is_causal or attention.scale != attention.head_dim**-0.5:
+            return "a block's attention is causal or has an unusual scale"
+        return None
+
+    def _attention_function(self) -> Any:
+        """The function of transformers that the attention module calls."""
+        attention = self._modules["self_attn"]
+        module = sys.modules[type(attention).__module__]
+        functions, eager = module.ALL_ATTENTION_FUNCTIONS, module.eager_attention_forward
+        return functions.get(attention.config._attn_implementation, eager)
 
 
 def _submodules_of(attention: type, mlp: type) -> Submodules:

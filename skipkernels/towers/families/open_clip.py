@@ -35,51 +35,12 @@ from ..text import TextTower
 from .reading import activation, layer_scale, weights_of
 
 _ACTIVATIONS = {QuickGELU: "quick_gelu", nn.GELU: "gelu"}
-_NORM, _SCALE = (LayerNorm, LayerNormFp32), (nn.Identity, LayerScale)
-BLOCK_TYPES: dict[str, tuple[type, ...]] = {
-    "ln_1": _NORM,
-    "attn": (nn.MultiheadAttention, Attention),
-    "attn.out_proj": (NonDynamicallyQuantizableLinear, nn.Linear),
-    "ls_1": _SCALE,
-    "ln_2": _NORM,
-    "mlp": (nn.Sequential,),
-    "mlp.c_fc": (nn.Linear,),
-    "mlp.gelu": tuple(_ACTIVATIONS),
-    "mlp.c_proj": (nn.Linear,),
-    "ls_2": _SCALE,
-}
-# Further submodules if `attn` is the `Attention` of open_clip 4.
-_ATTENTION: dict[str, tuple[type, ...]] = {f"attn.ln_{name}": (nn.Identity,) for name in ("q", "k", "inner")}
-_ATTENTION |= {f"attn.{name}_drop": (nn.Dropout,) for name in ("attn", "out")}
-_BLOCK, _BLOCK_OF_OPEN_CLIP_4 = submodules(BLOCK_TYPES), submodules(BLOCK_TYPES | _ATTENTION)
 
 
 class OpenClipBlock(FusedBlock):
     """open_clip's `ResidualAttentionBlock`."""
 
     linear_weights = ("attn.in_proj_weight",) * 3 + ("attn.out_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-
-    def _submodules(self) -> Submodules:
-        return _BLOCK_OF_OPEN_CLIP_4 if isinstance(self._modules["attn"], Attention) else _BLOCK
-
-    def _why_settings(self) -> str | None:
-        attention = self._modules["attn"]
-        if tuple(self._modules["mlp"]._modules) != ("c_fc", "gelu", "c_proj"):
-            return "the layers of a block's MLP are in another order"
-        if not getattr(attention, "_qkv_same_embed_dim", True):
-            return "a block's attention has separate projections"
-        if isinstance(attention, Attention):
-            if attention.logit_scale is not None or attention.head_scale is not None:
-                return "a block's attention has an extra scale"
-            if attention.attn_drop.p > 0 or attention.out_drop.p > 0:
-                return "a block's attention has dropout"
-            width = attention._modules["out_proj"].in_features  # in_proj_weight may be a low-rank update
-            if attention.scale != (width // attention.num_heads) ** -0.5:
-                return "a block's attention is scaled"
-            return None
-        if attention.dropout > 0 or attention.add_zero_attn or attention.bias_k is not None:
-            return "a block's attention has dropout or an extra key"
-        return None
 
     def read_weights(self) -> tuple[GivenWeights, BlockSettings]:
         parts = self._modules
@@ -109,6 +70,47 @@ class OpenClipBlock(FusedBlock):
         if attn_mask is not None and attn_mask.ndim == 3:  # [n · H, tokens, tokens]
             return BlockInput(q_x, attn_mask.unflatten(0, (len(q_x), -1)))
         return BlockInput(q_x, None if attn_mask is None else attn_mask[None, None])
+
+    def _submodules(self) -> Submodules:
+        return _BLOCK_OF_OPEN_CLIP_4 if isinstance(self._modules["attn"], Attention) else _BLOCK
+
+    def _why_settings(self) -> str | None:
+        attention = self._modules["attn"]
+        if tuple(self._modules["mlp"]._modules) != ("c_fc", "gelu", "c_proj"):
+            return "the layers of a block's MLP are in another order"
+        if not getattr(attention, "_qkv_same_embed_dim", True):
+            return "a block's attention has separate projections"
+        if isinstance(attention, Attention):
+            if attention.logit_scale is not None or attention.head_scale is not None:
+                return "a block's attention has an extra scale"
+            if attention.attn_drop.p > 0 or attention.out_drop.p > 0:
+                return "a block's attention has dropout"
+            width = attention._modules["out_proj"].in_features  # in_proj_weight may be a low-rank update
+            if attention.scale != (width // attention.num_heads) ** -0.5:
+                return "a block's attention is scaled"
+            return None
+        if attention.dropout > 0 or attention.add_zero_attn or attention.bias_k is not None:
+            return "a block's attention has dropout or an extra key"
+        return None
+
+
+_NORM, _SCALE = (LayerNorm, LayerNormFp32), (nn.Identity, LayerScale)
+BLOCK_TYPES: dict[str, tuple[type, ...]] = {
+    "ln_1": _NORM,
+    "attn": (nn.MultiheadAttention, Attention),
+    "attn.out_proj": (NonDynamicallyQuantizableLinear, nn.Linear),
+    "ls_1": _SCALE,
+    "ln_2": _NORM,
+    "mlp": (nn.Sequential,),
+    "mlp.c_fc": (nn.Linear,),
+    "mlp.gelu": tuple(_ACTIVATIONS),
+    "mlp.c_proj": (nn.Linear,),
+    "ls_2": _SCALE,
+}
+# Further submodules if `attn` is the `Attention` of open_clip 4.
+_ATTENTION: dict[str, tuple[type, ...]] = {f"attn.ln_{name}": (nn.Identity,) for name in ("q", "k", "inner")}
+_ATTENTION |= {f"attn.{name}_drop": (nn.Dropout,) for name in ("attn", "out")}
+_BLOCK, _BLOCK_OF_OPEN_CLIP_4 = submodules(BLOCK_TYPES), submodules(BLOCK_TYPES | _ATTENTION)
 
 
 def _is_sin_cos_table(positions: Tensor, grid: tuple[int, int]) -> bool:

@@ -27,13 +27,6 @@ class OpenAIBlock(OpenClipBlock):
 
     attn_mask: Tensor | None
 
-    def _submodules(self) -> Submodules:
-        return _submodules(sys.modules["clip.model"])  # already imported: it defines the model
-
-    def _why_settings(self) -> str | None:
-        learned = self.attn_mask is not None and self.attn_mask.requires_grad
-        return "a block's attention mask is learned" if learned else super()._why_settings()
-
     def _parse_input(self, x: Tensor) -> BlockInput | None:  # type: ignore[override]
         if x.ndim != 3:
             return None
@@ -41,11 +34,18 @@ class OpenAIBlock(OpenClipBlock):
         mask = None if mask is None else mask[None, None, -tokens:, -tokens:].to(x.device)
         return BlockInput(x.transpose(0, 1), mask)
 
+    def _output(self, hidden: Tensor) -> Tensor:
+        return hidden.transpose(0, 1)
+
     def example_input(self, draw: Callable[..., Tensor], width: int) -> tuple[Any, ...]:
         return (draw(3 if self.attn_mask is None else len(self.attn_mask), 2, width),)
 
-    def _output(self, hidden: Tensor) -> Tensor:
-        return hidden.transpose(0, 1)
+    def _submodules(self) -> Submodules:
+        return _submodules(sys.modules["clip.model"])  # already imported: it defines the model
+
+    def _why_settings(self) -> str | None:
+        learned = self.attn_mask is not None and self.attn_mask.requires_grad
+        return "a block's attention mask is learned" if learned else super()._why_settings()
 
 
 @functools.cache

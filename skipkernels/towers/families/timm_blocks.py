@@ -25,36 +25,6 @@ from ..rows import Rotary
 from .reading import activation, layer_scale, weights_of, weights_of_parts
 
 _ACTIVATIONS = {nn.GELU: "gelu", GELU: "gelu", GELUTanh: "gelu_tanh", QuickGELU: "quick_gelu"}
-_NORM = (nn.LayerNorm, LayerNorm, RmsNorm)
-_OPTIONAL_NORM = (nn.Identity, *_NORM)
-
-
-def _submodules(attention: Any, mlp: Any, packed: bool) -> Submodules:
-    """Submodules of a block with these types, and a packed projection of query, key and value or three."""
-    types: dict[str, tuple[type, ...]] = {
-        "norm1": _NORM,
-        "attn": (attention,),
-        **{f"attn.{name}": (nn.Linear,) for name in (("qkv",) if packed else ("q_proj", "k_proj", "v_proj"))},
-        **{f"attn.{name}": _OPTIONAL_NORM for name in ("q_norm", "k_norm", "norm")},
-        "attn.proj": (nn.Linear,),
-        "norm2": _NORM,
-        "mlp": (mlp,),
-        **{f"mlp.{name}": (nn.Linear,) for name in (("fc1_g", "fc1_x") if mlp is SwiGLU else ("fc1",))},
-        "mlp.act": tuple(_ACTIVATIONS) if mlp is Mlp else (nn.SiLU,),
-        "mlp.norm": _OPTIONAL_NORM,
-        "mlp.fc2": (nn.Linear,),
-        **{name: (nn.Dropout,) for name in ("attn.attn_drop", "attn.proj_drop", "mlp.drop1", "mlp.drop2")},
-        **{name: (nn.Identity, DropPath) for name in ("drop_path1", "drop_path2")},
-    }
-    if attention is Attention:
-        types |= {name: (nn.Identity, LayerScale) for name in ("ls1", "ls2")}
-    return submodules(types)
-
-
-_SUBMODULES = {
-    key: _submodules(*key)
-    for key in itertools.product((Attention, EvaAttention, AttentionRope), (Mlp, GluMlp, SwiGLU), (True, False))
-}
 
 
 class TimmBlock(FusedBlock):
@@ -68,6 +38,39 @@ class TimmBlock(FusedBlock):
         qkv = ("qkv",) * 3 if "qkv" in layers else ("q_proj", "k_proj", "v_proj")
         fc = "mlp.fc1.weight" if "fc1" in mlp else ("mlp.fc1_g.weight", "mlp.fc1_x.weight")
         return (*(f"attn.{name}.weight" for name in qkv), "attn.proj.weight", fc, "mlp.fc2.weight")
+
+    def read_weights(self) -> tuple[GivenWeights, BlockSettings]:
+        attention, mlp = self._modules["attn"], self._modules["mlp"]._modules
+        norms, scales = self._norms(), self._scales()
+        weights = _projections(attention)
+        for name, norm in norms.items():
+            weights |= weights_of(name, norm)
+        if "fc1_g" in mlp:  # SwiGLU
+            weights |= weights_of_parts("mlp_in", [mlp["fc1_g"], mlp["fc1_x"]])
+        else:
+            weights |= weights_of("mlp_in", mlp["fc1"])
+        weights |= weights_of("out_proj", attention._modules["proj"], scales[0])
+        weights |= weights_of("mlp_out", mlp["fc2"], scales[1])
+        kind = "swiglu" if type(mlp["act"]) is nn.SiLU else activation(mlp["act"], _ACTIVATIONS)
+        eps = {name: norm.eps for name, norm in norms.items()}
+        return weights, BlockSettings(kind, eps, attention.num_heads, isinstance(norms["norm_1"], RmsNorm))
+
+    def _norms(self) -> dict[str, Any]:
+        """Norms of the block by their fields of `BlockWeights`."""
+        parts = self._modules
+        attention, mlp = parts["attn"]._modules, parts["mlp"]._modules
+        norms = {"norm_1": parts["norm1"], "query_norm": attention["q_norm"], "key_norm": attention["k_norm"]}
+        norms |= {"attention_norm": attention["norm"], "norm_2": parts["norm2"], "mlp_norm": mlp["norm"]}
+        return {name: norm for name, norm in norms.items() if not isinstance(norm, nn.Identity)}
+
+    def _scales(self) -> tuple[Tensor | None, Tensor | None]:
+        """Layer scales of both branches."""
+        return layer_scale(self._modules["ls1"]), layer_scale(self._modules["ls2"])
+
+    def _parse_input(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> BlockInput | None:
+        if x.ndim != 3 or attn_mask is not None:  # towers of CLIP have no mask
+            return None
+        return BlockInput(x, None, is_causal)
 
     def _submodules(self) -> Submodules:
         attention, mlp = self._modules.get("attn"), type(self._modules.get("mlp"))
@@ -95,39 +98,6 @@ class TimmBlock(FusedBlock):
         if len({isinstance(x, RmsNorm) for x in norms.values()}) > 1:
             return "a block has LayerNorm and RMSNorm"
         return None
-
-    def _norms(self) -> dict[str, Any]:
-        """Norms of the block by their fields of `BlockWeights`."""
-        parts = self._modules
-        attention, mlp = parts["attn"]._modules, parts["mlp"]._modules
-        norms = {"norm_1": parts["norm1"], "query_norm": attention["q_norm"], "key_norm": attention["k_norm"]}
-        norms |= {"attention_norm": attention["norm"], "norm_2": parts["norm2"], "mlp_norm": mlp["norm"]}
-        return {name: norm for name, norm in norms.items() if not isinstance(norm, nn.Identity)}
-
-    def _scales(self) -> tuple[Tensor | None, Tensor | None]:
-        """Layer scales of both branches."""
-        return layer_scale(self._modules["ls1"]), layer_scale(self._modules["ls2"])
-
-    def read_weights(self) -> tuple[GivenWeights, BlockSettings]:
-        attention, mlp = self._modules["attn"], self._modules["mlp"]._modules
-        norms, scales = self._norms(), self._scales()
-        weights = _projections(attention)
-        for name, norm in norms.items():
-            weights |= weights_of(name, norm)
-        if "fc1_g" in mlp:  # SwiGLU
-            weights |= weights_of_parts("mlp_in", [mlp["fc1_g"], mlp["fc1_x"]])
-        else:
-            weights |= weights_of("mlp_in", mlp["fc1"])
-        weights |= weights_of("out_proj", attention._modules["proj"], scales[0])
-        weights |= weights_of("mlp_out", mlp["fc2"], scales[1])
-        kind = "swiglu" if type(mlp["act"]) is nn.SiLU else activation(mlp["act"], _ACTIVATIONS)
-        eps = {name: norm.eps for name, norm in norms.items()}
-        return weights, BlockSettings(kind, eps, attention.num_heads, isinstance(norms["norm_1"], RmsNorm))
-
-    def _parse_input(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> BlockInput | None:
-        if x.ndim != 3 or attn_mask is not None:  # towers of CLIP have no mask
-            return None
-        return BlockInput(x, None, is_causal)
 
 
 class TimmEvaBlock(TimmBlock):
@@ -179,3 +149,35 @@ def _projections(attention: Any) -> GivenWeights:
     if getattr(attention, "q_bias", None) is not None:  # of EvaAttention, where the layer has no bias
         found |= {"query_bias": attention.q_bias, "key_bias": attention.k_bias, "value_bias": attention.v_bias}
     return found
+
+
+_NORM = (nn.LayerNorm, LayerNorm, RmsNorm)
+_OPTIONAL_NORM = (nn.Identity, *_NORM)
+
+
+def _submodules(attention: Any, mlp: Any, packed: bool) -> Submodules:
+    """Submodules of a block with these types, and a packed projection of query, key and value or three."""
+    types: dict[str, tuple[type, ...]] = {
+        "norm1": _NORM,
+        "attn": (attention,),
+        **{f"attn.{name}": (nn.Linear,) for name in (("qkv",) if packed else ("q_proj", "k_proj", "v_proj"))},
+        **{f"attn.{name}": _OPTIONAL_NORM for name in ("q_norm", "k_norm", "norm")},
+        "attn.proj": (nn.Linear,),
+        "norm2": _NORM,
+        "mlp": (mlp,),
+        **{f"mlp.{name}": (nn.Linear,) for name in (("fc1_g", "fc1_x") if mlp is SwiGLU else ("fc1",))},
+        "mlp.act": tuple(_ACTIVATIONS) if mlp is Mlp else (nn.SiLU,),
+        "mlp.norm": _OPTIONAL_NORM,
+        "mlp.fc2": (nn.Linear,),
+        **{name: (nn.Dropout,) for name in ("attn.attn_drop", "attn.proj_drop", "mlp.drop1", "mlp.drop2")},
+        **{name: (nn.Identity, DropPath) for name in ("drop_path1", "drop_path2")},
+    }
+    if attention is Attention:
+        types |= {name: (nn.Identity, LayerScale) for name in ("ls1", "ls2")}
+    return submodules(types)
+
+
+_SUBMODULES = {
+    key: _submodules(*key)
+    for key in itertools.product((Attention, EvaAttention, AttentionRope), (Mlp, GluMlp, SwiGLU), (True, False))
+}

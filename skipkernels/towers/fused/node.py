@@ -48,7 +48,7 @@ class _BlockFunction(torch.autograd.Function):
         saved_weights = given
         if record and ctx.weight_dtype != call.dtype:
             saved_weights = {name: x for name, x in vars(call.weights).items() if x is not None}
-        ctx.call = call._replace(weights=None)  # type: ignore[arg-type]
+        ctx.options = call.settings, call.options, call.dtype
         ctx.saved_names = tuple(saved_weights)
         ctx.save_for_backward(*saved_weights.values(), *stages.to_save(call, saved))
         # The graph of attention is no tensor. Backward frees it; a second backward records another.
@@ -74,7 +74,8 @@ class _BlockFunction(torch.autograd.Function):
             partial=launches_on(d_stream.device),
         )
         with without_autocast(d_stream.device):
-            call = ctx.call._replace(weights=prepare(saved_weights, ctx.call.dtype))
+            settings, options, dtype = ctx.options
+            call = BlockCall(prepare(saved_weights, dtype), settings, options, dtype)
             # 3. What was not saved, computed again; then the stages from the last to the first
             saved = stages.restore(call, tensors[count:], graph)
             d_inputs = stages.backward(call, saved, d_stream, d_branch, gradients)
