@@ -214,126 +214,6 @@ def class_scores(image: Tensor, prototypes: Tensor, labels: Tensor | None = None
     return call_and_explain(_class_scores, image, prototypes, labels)
 
 
-def contrastive_loss(image: Tensor, text: Tensor, logit_scale: Tensor | float, *, reduction: str = "mean") -> Tensor:
-    """Symmetric contrastive loss of B pairs of an image and a text.
-
-    With z_bc = logit_scale · ⟨x_b/|x_b|, t_c/|t_c|⟩ for images b and texts c of the batch:
-
-        loss_b = ½ · (log Σ_c exp(z_bc) − z_bb) + ½ · (log Σ_c exp(z_cb) − z_bb)
-
-    Computed by two calls of `class_sampled_ce`, without the [B, B] logits in memory. If two texts of a batch are equal,
-    each is a negative for the image of the other.
-
-    `image` and `text` are [B, D] embeddings of any norm, of which row b is a pair; the other arguments, the result and
-    the gradients are those of `class_sampled_ce`.
-
-    Source: Radford et al., CLIP, ICML 2021, arXiv 2103.00020, figure 3.
-
-    Example:
-        >>> image = torch.tensor([[3.0, 0.0], [0.0, 2.0]])  # [B=2, D=2]
-        >>> text = torch.tensor([[1.0, 0.0], [1.0, 1.0]])   # [B=2, D=2]
-        >>> print(f"{contrastive_loss(image, text, 10.0):.4f}")
-        0.1865
-    """
-    name = "contrastive_loss"
-    check_features(name, "image", image, B=None, D=None)
-    check_like(name, "text", text, ("image", image))
-    labels = torch.arange(len(image), device=image.device)
-    image_to_text = class_sampled_ce(image, text, labels, logit_scale, reduction=reduction)
-    return (image_to_text + class_sampled_ce(text, image, labels, logit_scale, reduction=reduction)) / 2
-
-
-def pairwise_sigmoid(
-    image: Tensor, text: Tensor, labels: Tensor, logit_scale: Tensor | float, logit_bias: Tensor | float
-) -> Tensor:
-    """Sigmoid loss of all pairs of B images and N texts, a block of the pairs of a batch.
-
-    With z_bn = logit_scale · ⟨x_b/|x_b|, t_n/|t_n|⟩ + logit_bias:
-
-        loss = −Σ_b Σ_n log σ(y_bn z_bn),   y_bn = +1 for n = labels_b, else −1
-
-    The losses of blocks, as of several processes, add up to that of the batch; `pairwise_sigmoid_loss` is the mean over
-    the images of one batch. Of more than 2²² pairs, the logits of a chunk of images at a time are in memory, and are
-    computed again in backward. Gradients flow to `image`, `text`, `logit_scale` and `logit_bias`.
-
-    Args:
-        image: [B, D] image embeddings of any norm, as in `class_sampled_ce`.
-        text: [N, D] text embeddings of any norm, in the dtype of `image`.
-        labels: int64 [B], the text of each image as a row of `text`, or −1 if it is not among these.
-        logit_scale: factor of the cosines, as in `class_sampled_ce`.
-        logit_bias: bias of the logits: a number, or a tensor of one element on the device of `image`.
-
-    Returns:
-        [], the sum: fp64 for fp64 features, else fp32.
-
-    Source: Zhai et al., SigLIP, ICCV 2023, arXiv 2303.15343.
-
-    Example:
-        >>> image = torch.tensor([[3.0, 0.0], [0.0, 2.0]])           # [B=2, D=2]
-        >>> text = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])  # [N=3, D=2]
-        >>> whole = pairwise_sigmoid(image, text, torch.tensor([0, 2]), 10.0, -10.0)
-        >>> first = pairwise_sigmoid(image, text[:2], torch.tensor([0, -1]), 10.0, -10.0)
-        >>> second = pairwise_sigmoid(image, text[2:], torch.tensor([-1, 0]), 10.0, -10.0)
-        >>> print(f"{whole:.4f} {first + second:.4f}")
-        4.4195 4.4195
-    """
-    name = "pairwise_sigmoid"
-    check_features(name, "image", image, B=None, D=None)
-    check_like(name, "text", text, ("image", image), N=None, D=image.shape[1])
-    check_ids(name, "labels", labels, ("image", image), B=image.shape[0])
-    scale = as_scalar(name, "logit_scale", logit_scale, ("image", image), dtypes.wide_dtype(image.dtype))
-    bias = as_scalar(name, "logit_bias", logit_bias, ("image", image), dtypes.wide_dtype(image.dtype))
-    B, N = len(image), len(text)
-    check_values(name, "labels", labels, (labels >= -1) & (labels < N), f"rows of text, 0 to {N - 1}, or no text (-1)")
-    rows = max(1, PAIRS_IN_MEMORY // N)
-    if rows >= B:
-        return _sum_over_pairs(image, text, labels, scale, bias)
-    # At least fp32, so that gradients of the text are not rounded to 16 bits before they are summed over the chunks.
-    wide = dtypes.at_least_fp32(text)
-    total = wide.new_zeros(())
-    for chunk, own in zip(image.split(rows), labels.split(rows), strict=True):
-        of_chunk = checkpoint(
-            _sum_over_pairs, chunk, wide, own, scale, bias, use_reentrant=False, preserve_rng_state=False
-        )
-        total = total + of_chunk
-    return total
-
-
-def _sum_over_pairs(image: Tensor, text: Tensor, labels: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """Compute `pairwise_sigmoid` from the logits [B, N] of all pairs."""
-    logits = class_sampled_logits(image, text.to(image.dtype), scale)
-    logits = logits + bias.reshape(()).to(logits.dtype)
-    own = labels[:, None] == torch.arange(len(text), device=text.device)
-    return -F.logsigmoid(torch.where(own, logits, -logits)).sum()
-
-
-def pairwise_sigmoid_loss(
-    image: Tensor, text: Tensor, logit_scale: Tensor | float, logit_bias: Tensor | float
-) -> Tensor:
-    """Sigmoid loss of B pairs of an image and a text, as of SigLIP.
-
-    With z_bc = logit_scale · ⟨x_b/|x_b|, t_c/|t_c|⟩ + logit_bias for images b and texts c of the batch:
-
-        loss = −1/B · Σ_b Σ_c log σ(y_bc z_bc),   y_bc = +1 for c = b, else −1
-
-    One call of `pairwise_sigmoid`, which documents the arguments and gradients. `text` is [B, D], row b the text of
-    image b; if two texts of a batch are equal, each is a negative for the image of the other.
-
-    Source: Zhai et al., SigLIP, ICCV 2023, arXiv 2303.15343, algorithm 1.
-
-    Example:
-        >>> image = torch.tensor([[3.0, 0.0], [0.0, 2.0]])  # [B=2, D=2]
-        >>> text = torch.tensor([[1.0, 0.0], [1.0, 1.0]])   # [B=2, D=2]
-        >>> print(f"{pairwise_sigmoid_loss(image, text, 10.0, -10.0):.4f}")
-        1.8631
-    """
-    name = "pairwise_sigmoid_loss"
-    check_features(name, "image", image, B=None, D=None)
-    check_like(name, "text", text, ("image", image))
-    labels = torch.arange(len(image), device=image.device)
-    return pairwise_sigmoid(image, text, labels, logit_scale, logit_bias) / image.shape[0]
-
-
 def add_layer_norm(
     x: Tensor,
     residual: Tensor | None,
@@ -662,3 +542,126 @@ def sgd_momentum_(
         seed = as_scalar(name, "seed", number, first, torch.int64)
     given = [] if casts is None else as_casts(name, weights, casts)
     _sgd_momentum_(weights, grads, buffers, *rates, seed, offsets, given)
+
+
+# ---- losses composed of operators ------------------------------------------------------------------------------------
+
+
+def contrastive_loss(image: Tensor, text: Tensor, logit_scale: Tensor | float, *, reduction: str = "mean") -> Tensor:
+    """Symmetric contrastive loss of B pairs of an image and a text.
+
+    With z_bc = logit_scale · ⟨x_b/|x_b|, t_c/|t_c|⟩ for images b and texts c of the batch:
+
+        loss_b = ½ · (log Σ_c exp(z_bc) − z_bb) + ½ · (log Σ_c exp(z_cb) − z_bb)
+
+    Computed by two calls of `class_sampled_ce`, without the [B, B] logits in memory. If two texts of a batch are equal,
+    each is a negative for the image of the other.
+
+    `image` and `text` are [B, D] embeddings of any norm, of which row b is a pair; the other arguments, the result and
+    the gradients are those of `class_sampled_ce`.
+
+    Source: Radford et al., CLIP, ICML 2021, arXiv 2103.00020, figure 3.
+
+    Example:
+        >>> image = torch.tensor([[3.0, 0.0], [0.0, 2.0]])  # [B=2, D=2]
+        >>> text = torch.tensor([[1.0, 0.0], [1.0, 1.0]])   # [B=2, D=2]
+        >>> print(f"{contrastive_loss(image, text, 10.0):.4f}")
+        0.1865
+    """
+    name = "contrastive_loss"
+    check_features(name, "image", image, B=None, D=None)
+    check_like(name, "text", text, ("image", image))
+    labels = torch.arange(len(image), device=image.device)
+    image_to_text = class_sampled_ce(image, text, labels, logit_scale, reduction=reduction)
+    return (image_to_text + class_sampled_ce(text, image, labels, logit_scale, reduction=reduction)) / 2
+
+
+def pairwise_sigmoid(
+    image: Tensor, text: Tensor, labels: Tensor, logit_scale: Tensor | float, logit_bias: Tensor | float
+) -> Tensor:
+    """Sigmoid loss of all pairs of B images and N texts, a block of the pairs of a batch.
+
+    With z_bn = logit_scale · ⟨x_b/|x_b|, t_n/|t_n|⟩ + logit_bias:
+
+        loss = −Σ_b Σ_n log σ(y_bn z_bn),   y_bn = +1 for n = labels_b, else −1
+
+    The losses of blocks, as of several processes, add up to that of the batch; `pairwise_sigmoid_loss` is the mean over
+    the images of one batch. Of more than 2²² pairs, the logits of a chunk of images at a time are in memory, and are
+    computed again in backward. Gradients flow to `image`, `text`, `logit_scale` and `logit_bias`.
+
+    Args:
+        image: [B, D] image embeddings of any norm, as in `class_sampled_ce`.
+        text: [N, D] text embeddings of any norm, in the dtype of `image`.
+        labels: int64 [B], the text of each image as a row of `text`, or −1 if it is not among these.
+        logit_scale: factor of the cosines, as in `class_sampled_ce`.
+        logit_bias: bias of the logits: a number, or a tensor of one element on the device of `image`.
+
+    Returns:
+        [], the sum: fp64 for fp64 features, else fp32.
+
+    Source: Zhai et al., SigLIP, ICCV 2023, arXiv 2303.15343.
+
+    Example:
+        >>> image = torch.tensor([[3.0, 0.0], [0.0, 2.0]])           # [B=2, D=2]
+        >>> text = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])  # [N=3, D=2]
+        >>> whole = pairwise_sigmoid(image, text, torch.tensor([0, 2]), 10.0, -10.0)
+        >>> first = pairwise_sigmoid(image, text[:2], torch.tensor([0, -1]), 10.0, -10.0)
+        >>> second = pairwise_sigmoid(image, text[2:], torch.tensor([-1, 0]), 10.0, -10.0)
+        >>> print(f"{whole:.4f} {first + second:.4f}")
+        4.4195 4.4195
+    """
+    name = "pairwise_sigmoid"
+    check_features(name, "image", image, B=None, D=None)
+    check_like(name, "text", text, ("image", image), N=None, D=image.shape[1])
+    check_ids(name, "labels", labels, ("image", image), B=image.shape[0])
+    scale = as_scalar(name, "logit_scale", logit_scale, ("image", image), dtypes.wide_dtype(image.dtype))
+    bias = as_scalar(name, "logit_bias", logit_bias, ("image", image), dtypes.wide_dtype(image.dtype))
+    B, N = len(image), len(text)
+    check_values(name, "labels", labels, (labels >= -1) & (labels < N), f"rows of text, 0 to {N - 1}, or no text (-1)")
+    rows = max(1, PAIRS_IN_MEMORY // N)
+    if rows >= B:
+        return _sum_over_pairs(image, text, labels, scale, bias)
+    # At least fp32, so that gradients of the text are not rounded to 16 bits before they are summed over the chunks.
+    wide = dtypes.at_least_fp32(text)
+    total = wide.new_zeros(())
+    for chunk, own in zip(image.split(rows), labels.split(rows), strict=True):
+        of_chunk = checkpoint(
+            _sum_over_pairs, chunk, wide, own, scale, bias, use_reentrant=False, preserve_rng_state=False
+        )
+        total = total + of_chunk
+    return total
+
+
+def _sum_over_pairs(image: Tensor, text: Tensor, labels: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """Compute `pairwise_sigmoid` from the logits [B, N] of all pairs."""
+    logits = class_sampled_logits(image, text.to(image.dtype), scale)
+    logits = logits + bias.reshape(()).to(logits.dtype)
+    own = labels[:, None] == torch.arange(len(text), device=text.device)
+    return -F.logsigmoid(torch.where(own, logits, -logits)).sum()
+
+
+def pairwise_sigmoid_loss(
+    image: Tensor, text: Tensor, logit_scale: Tensor | float, logit_bias: Tensor | float
+) -> Tensor:
+    """Sigmoid loss of B pairs of an image and a text, as of SigLIP.
+
+    With z_bc = logit_scale · ⟨x_b/|x_b|, t_c/|t_c|⟩ + logit_bias for images b and texts c of the batch:
+
+        loss = −1/B · Σ_b Σ_c log σ(y_bc z_bc),   y_bc = +1 for c = b, else −1
+
+    One call of `pairwise_sigmoid`, which documents the arguments and gradients. `text` is [B, D], row b the text of
+    image b; if two texts of a batch are equal, each is a negative for the image of the other.
+
+    Source: Zhai et al., SigLIP, ICCV 2023, arXiv 2303.15343, algorithm 1.
+
+    Example:
+        >>> image = torch.tensor([[3.0, 0.0], [0.0, 2.0]])  # [B=2, D=2]
+        >>> text = torch.tensor([[1.0, 0.0], [1.0, 1.0]])   # [B=2, D=2]
+        >>> print(f"{pairwise_sigmoid_loss(image, text, 10.0, -10.0):.4f}")
+        1.8631
+    """
+    name = "pairwise_sigmoid_loss"
+    check_features(name, "image", image, B=None, D=None)
+    check_like(name, "text", text, ("image", image))
+    labels = torch.arange(len(image), device=image.device)
+    return pairwise_sigmoid(image, text, labels, logit_scale, logit_bias) / image.shape[0]
