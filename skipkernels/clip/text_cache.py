@@ -34,9 +34,9 @@ def features_in_folder(folder: Path, features: TextFeatures, probe: Tensor) -> F
     with TableWriter(folder, layout, resume=True, wait=True) as writer:
         count = sum(len(prompts.tokens) for prompts in features.templates)
         with progress(f"texts → {folder}", count, shown=bool(writer.missing.any())) as advance:
-            for start, rows, number in features.chunks(writer.missing):
-                writer.write(start, rows.cpu())
-                advance(number)
+            for chunk in features.chunks(writer.missing):
+                writer.write(chunk.first, chunk.rows.cpu())
+                advance(chunk.prompt_count)
     return FolderTable.open(folder)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,14 @@ if TYPE_CHECKING:
 
 # Largest features of a folder that are read into the memory of a GPU: those of about 40,000 classes of ViT-B.
 _BYTES_ON_GPU = 256 << 20
+
+
+class Chunk(NamedTuple):
+    """Some rows of the table."""
+
+    first: int  # number of the first row
+    rows: Tensor  # [n, W]
+    prompt_count: int
 
 
 class TextFeatures:
@@ -66,10 +74,10 @@ class TextFeatures:
 
     def _compute(self) -> FeatureTable:
         features: Tensor | None = None
-        for first, rows, _ in self.chunks():
+        for chunk in self.chunks():
             if features is None:
-                features = rows.new_empty(self.row_count, rows.shape[1])
-            features[first : first + len(rows)] = rows
+                features = chunk.rows.new_empty(self.row_count, chunk.rows.shape[1])
+            features[chunk.first : chunk.first + len(chunk.rows)] = chunk.rows
         assert features is not None
         return MemoryTable(features)
 
@@ -85,8 +93,8 @@ class TextFeatures:
             return table
         return MemoryTable(table.rows(torch.arange(len(table), device="cpu")).to(device))
 
-    def chunks(self, missing: NDArray[np.bool_] | None = None) -> Iterator[tuple[int, Tensor, int]]:
-        """Yield (first row, features [n, W], number of prompts) of each chunk, or of those with `missing` rows, [R].
+    def chunks(self, missing: NDArray[np.bool_] | None = None) -> Iterator[Chunk]:
+        """Compute the rows of the table in chunks of prompts; with `missing` [R] only those with missing rows.
 
         Packed by chunks: hidden states [C, L, W] of whole prompts would take several times as much memory.
         """
@@ -97,9 +105,10 @@ class TextFeatures:
                 end = ends[int(class_ids[-1])]  # the row behind the last suffix
                 if missing is None or missing[first:end].any():
                     rows = self.tower.lower(prompts.select(class_ids))
-                    # Each chunk begins with the shared prefix, which is stored once, with the first of them.
-                    stored = 0 if first == start else prompts.prefix_length
-                    yield first, rows[stored : stored + end - first], len(class_ids)
+                    # Each chunk begins with the shared prefix, which the table has once, from the first chunk. Rows
+                    # may follow the last suffix.
+                    skipped = 0 if first == start else prompts.prefix_length
+                    yield Chunk(first, rows[skipped : skipped + end - first], len(class_ids))
                 first = end
 
     def drop(self) -> None:
