@@ -292,7 +292,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, ...]:
     need_x, need_bias, _ = ctx.needs_input_grad
-    d_x, d_bias, *_ = mlp_activation_backward(d_out, *ctx.saved_tensors, ctx.kind, need_x, need_bias)
+    x, bias = ctx.saved_tensors
+    call = Backward(d_out, x, bias, ctx.kind, need_x=need_x, need_bias=need_bias)
+    d_x, d_bias, *_ = mlp_activation_backward(*call)
     return d_x, d_bias
 
 

@@ -283,7 +283,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _backward(ctx: Any, d_out: Tensor, _: None) -> tuple[Tensor, ...]:
-    return pooled_attention_backward(d_out, *ctx.saved_tensors, ctx.scale, *ctx.needs_input_grad[:3])
+    query, key, value, lse = ctx.saved_tensors
+    call = Backward(d_out, query, key, value, lse, ctx.scale, *ctx.needs_input_grad[:3])
+    return pooled_attention_backward(*call)
 
 
 pooled_attention = registration.define(

@@ -55,6 +55,9 @@ class Options(NamedTuple):
     scale: float
 
 
+_OPTIONS = "SymInt heads, SymInt prefix_length, Tensor? offsets, SymInt max_length, float scale"
+
+
 @triton.jit
 def _tile(tile, offsets_ptr, P, K, max_length, BLOCK_T: tl.constexpr, HAS_OFFSETS: tl.constexpr):
     """Return the rows of a tile and its sequences, the prefix tokens in front, and the start of each row's suffix."""
@@ -586,14 +589,11 @@ def _fake(packed: Tensor, heads: int, *options: Any) -> tuple[Tensor, Tensor]:
     return packed.new_empty(R, width // 3), packed.new_empty((R, heads), dtype=lse_dtype)
 
 
-_OPTIONS = "SymInt heads, SymInt prefix_length, Tensor? offsets, SymInt max_length, float scale"
-
-
 # ---- registration ----------------------------------------------------------------------------------------------------
 
 
 def _check(packed: Tensor, *options: Any) -> None:
-    _, prefix_length, offsets, max_length, _ = options
+    _, prefix_length, offsets, max_length, _ = Options(*options)
     if offsets is None:
         return
     name, tokens = "shared_prefix_attention", len(packed) - prefix_length
