@@ -20,7 +20,7 @@ from ..towers.modes import evaluating
 from . import checks
 from .state import Origin, forgive_missing_state, pack_state, unpack_state
 from .step import LossOptions, SkipOutput, compare_with_all, step
-from .texts import ClassTexts, PromptEncoder
+from .texts import PromptEncoder
 from .trainable import TrainOptions, check_trained, trained_parameters
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
     from ..towers.reductions import Reduction
     from .classifier import AffineHead
-    from .images import ImageEncoder
 
 
 class SkipCLIP(nn.Module):
@@ -89,10 +88,6 @@ class SkipCLIP(nn.Module):
     """
 
     model: Any  # nn.Module; its attributes depend on its library
-    sampler: RankSampler
-    images: ImageEncoder
-    texts: ClassTexts
-    class_weight: Tensor | None
 
     def __init__(
         self,
@@ -162,7 +157,7 @@ class SkipCLIP(nn.Module):
         """
         self.check_inputs(pixel_values)
         checks.check_labels(labels, pixel_values, self.num_classes)
-        return self._compare_with_classes(self.images.encode(pixel_values), labels, return_logits)
+        return self._compare(self.images.encode(pixel_values), labels, return_logits)
 
     if TYPE_CHECKING:
         __call__ = forward  # that of a Module has no types
@@ -185,17 +180,22 @@ class SkipCLIP(nn.Module):
         norm; `labels` are those of `forward`. Of soft labels every class with a probability above 0 in the batch is
         selected, as labels are: pass label smoothing to SkipCLIP. On a GPU a host sync counts these classes.
         """
+        self._check_embeddings(image, labels)
+        return self._compare(image, labels, return_logits=False).loss
+
+    def _check_embeddings(self, image: Tensor, labels: Tensor) -> None:
+        """Check image embeddings, and their labels."""
         self.check_device()
         checks.check_image_embeddings(image, self.prototypes.shape[1])
         checks.check_labels(labels, image, self.num_classes)
-        return self._compare_with_classes(image, labels, return_logits=False).loss
 
-    def _compare_with_classes(self, image: Tensor, labels: Tensor, return_logits: bool) -> SkipOutput:
-        """Compare embeddings [B, D] with selected classes, in evaluation mode with all."""
+    def _compare(self, image: Tensor, labels: Tensor, return_logits: bool, text: Tensor | None = None) -> SkipOutput:
+        """Compare embeddings [B, D] with selected classes; in evaluation mode with all, `text` if given."""
         options = LossOptions(self.label_smoothing, self.class_weight)
-        if not self.training:
-            return compare_with_all(image, labels, self.evaluation_embeddings(), self.scale, options)
-        return step(image, labels, self.texts, self.sampler, self.scale, options, return_logits)
+        if self.training:
+            return step(image, labels, self.texts, self.sampler, self.scale, options, return_logits)
+        text = self.evaluation_embeddings() if text is None else text
+        return compare_with_all(image, labels, text, self.scale, options)
 
     def evaluation_embeddings(self) -> Tensor:
         """Embeddings [C, D] of all classes: with gradient and any norm, else unit norm; ShardedSkipCLIP overrides."""

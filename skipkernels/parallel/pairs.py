@@ -10,6 +10,7 @@ from ..clip import SkipOutput
 from ..pairs.checks import check_pair_loss, check_sigmoid_loss
 from ..pairs.chunked import Part, encoded_loss
 from ..pairs.losses import captions_part
+from .checks import announced_errors, gather_sizes
 from .gathers import filled, gather_rows, own_rows
 from .loss import sharded_binary_cross_entropy, sharded_contrastive_loss, sharded_pairwise_sigmoid_loss
 from .sharded_clip import ShardedSkipCLIP, check_sharded
@@ -32,7 +33,7 @@ def pair_loss(
     """
     check_sharded("pair_loss", clip)
     # 1. Images and captions of this process; if it has none, an image and a caption that are not used
-    with clip.announced_errors():
+    with announced_errors(clip):
         x, given = filled(pixel_values, captions)
         if given is not captions and captions.ndim == 2:
             given = clip.texts.tokens.flatten(0, -2)[:1].to(captions)  # a prompt, of which a token can be pooled
@@ -41,7 +42,7 @@ def pair_loss(
     # 2. Captions that this process encodes, and the pairs [n] of all processes that they are in
     call = f"pair_loss with loss={loss!r}, logit_bias={_value(bias)} and captions of {captions.ndim} dimensions"
     count, group = len(pixel_values), clip.process_group
-    sizes = clip.gather_sizes(call, count)
+    sizes = gather_sizes(clip, call, count)
     if captions.ndim == 2:
         rows = own_rows(sizes, group)
         pair_ids = torch.arange(rows.start, rows.stop, device=x.device)
@@ -73,11 +74,11 @@ def sigmoid_loss(
     check_sharded("sigmoid_loss", clip)
     if not clip.training:
         return pairs.sigmoid_loss(clip, pixel_values, labels, max_labels=max_labels, logit_bias=logit_bias)
-    with clip.announced_errors():
+    with announced_errors(clip):
         x, y = filled(pixel_values, labels)
         bias = check_sigmoid_loss(clip, x, y, max_labels, logit_bias)
     call = f"sigmoid_loss with max_labels={max_labels} and logit_bias={_value(bias)}"
-    sizes, group = clip.gather_sizes(call, len(pixel_values), draws=True), clip.process_group
+    sizes, group = gather_sizes(clip, call, len(pixel_values), draws=True), clip.process_group
     # 1. The image embeddings of all processes, [B, D], and the labels of this one, [b, C]
     image, labels = gather_rows(clip.images.encode(x)[: len(pixel_values)], sizes, group), labels != 0
     # 2. The same selection on every process, and text embeddings of own selected classes: [K_r, D], [K], [b, K], [K_r]
@@ -85,7 +86,7 @@ def sigmoid_loss(
     # 3. The loss over all images
     targets = gather_rows(own_targets.byte(), sizes, group)[:, positions]  # [B, K_r]
     elements, text = len(image) * len(class_ids), text.to(image.dtype)
-    loss = sharded_binary_cross_entropy(image, text, targets, bias, clip.scale, elements, group)
+    loss = sharded_binary_cross_entropy(image, text, targets, clip.scale, bias, elements, group)
     return SkipOutput(loss, None, class_ids, own_targets)
 
 

@@ -6,7 +6,6 @@ images. docs/many-processes.md lists the messages.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,25 +16,17 @@ from torch import Tensor, nn
 
 from ..clip import SkipCLIP, SkipOutput
 from ..clip.builder import build_texts
-from ..clip.checks import (
-    as_class_weight,
-    as_tokens,
-    check_image_embeddings,
-    check_labels,
-    check_vocabulary,
-    refuse_inference_mode,
-)
+from ..clip.checks import as_class_weight, as_tokens, check_labels, check_vocabulary, refuse_inference_mode
 from ..clip.state import Origin
-from ..clip.step import LossOptions, compare_with_all
+from ..clip.step import LossOptions
 from ..digests import digest_json, digest_tensors, digests
 from ..dtypes import without_autocast
 from ..retrieval import check_k
-from . import agreement
-from .checks import check_group, refuse_batch_norms, refuse_soft_labels
-from .class_shards import ClassShards
-from .evaluation import sharded_logits, sharded_top_k
+from . import checks
+from .checks import announced_errors, compare_calls, gather_sizes, refuse_soft_labels
+from .class_shards import ClassShards, sharded_logits, sharded_top_k
 from .gathers import filled, gather_rows, own_rows
-from .loss import OwnColumns, sharded_cross_entropy
+from .loss import sharded_cross_entropy
 
 
 class ShardedSkipCLIP(SkipCLIP):
@@ -72,7 +63,7 @@ class ShardedSkipCLIP(SkipCLIP):
         **options: Any,
     ):
         tokens = as_tokens(tokens)
-        check_group(process_group, model)
+        checks.check_group(process_group, model)
         self.shards = shards = ClassShards(process_group, len(tokens))
         self._digest = digest_tensors([("tokens", tokens)])
         self._gathered: tuple[Tensor, Tensor] | None = None  # embeddings of own classes, and of all
@@ -100,15 +91,14 @@ class ShardedSkipCLIP(SkipCLIP):
             text = self.evaluation_embeddings()  # collective: before an error of this process
             self.check_inputs(pixel_values)
             check_labels(labels, pixel_values, self.num_classes)
-            return self._compare_with_all(self.images.encode(pixel_values), labels, text)
-        with self.announced_errors():
+            return self._compare(self.images.encode(pixel_values), labels, return_logits, text)
+        with announced_errors(self):
             refuse_soft_labels(labels, return_logits)
             x, y = filled(pixel_values, labels)
             self.check_inputs(x)
             check_labels(y, x, self.num_classes)
-        sizes = self.gather_sizes("a training step", len(pixel_values), draws=True)
-        image = self.images.encode(x)[: len(pixel_values)]
-        return self._step(image, labels, sizes)
+        sizes = gather_sizes(self, "a training step", len(pixel_values), draws=True)
+        return self._step(self.images.encode(x)[: len(pixel_values)], labels, sizes)
 
     @torch.compiler.disable
     def loss(self, image: Tensor, labels: Tensor) -> Tensor:
@@ -116,23 +106,12 @@ class ShardedSkipCLIP(SkipCLIP):
         if not self.training:
             text = self.evaluation_embeddings()
             self._check_embeddings(image, labels)
-            return self._compare_with_all(image, labels, text).loss
-        with self.announced_errors():
+            return self._compare(image, labels, False, text).loss
+        with announced_errors(self):
             refuse_soft_labels(labels)
             self._check_embeddings(*filled(image, labels))
-        sizes = self.gather_sizes("a training step", len(image), draws=True)
+        sizes = gather_sizes(self, "a training step", len(image), draws=True)
         return self._step(image, labels, sizes).loss
-
-    def _check_embeddings(self, image: Tensor, labels: Tensor) -> None:
-        """Check image embeddings, and their labels."""
-        self.check_device()
-        check_image_embeddings(image, self.prototypes.shape[1])
-        check_labels(labels, image, self.num_classes)
-
-    def _compare_with_all(self, image: Tensor, labels: Tensor, text: Tensor) -> SkipOutput:
-        """Compare image embeddings of this process with those of all classes."""
-        options = LossOptions(self.label_smoothing, self.class_weight)
-        return compare_with_all(image, labels, text, self.scale, options)
 
     def _step(self, image: Tensor, labels: Tensor, sizes: list[int]) -> SkipOutput:
         """Run one step on embeddings [b, D] and labels [b] of this process, `sizes` of them on each."""
@@ -142,15 +121,8 @@ class ShardedSkipCLIP(SkipCLIP):
         # 2. The same selection on every process, and text embeddings of own selected classes
         text, class_ids, targets, positions = self.select_and_encode_own(image, labels)
         # 3. The loss over all images
-        loss = sharded_cross_entropy(
-            image,
-            text.to(image.dtype),
-            OwnColumns(positions, targets, len(class_ids)),
-            self.scale,
-            group,
-            class_weight=None if self.class_weight is None else self.class_weight[class_ids],
-            label_smoothing=self.label_smoothing,
-        )
+        options, text = LossOptions(self.label_smoothing, self.class_weight), text.to(image.dtype)
+        loss = sharded_cross_entropy(image, text, positions, class_ids, targets, self.scale, options, group)
         return SkipOutput(loss, None, class_ids, targets[own_rows(sizes, group)])
 
     def select_and_encode_own(
@@ -178,25 +150,6 @@ class ShardedSkipCLIP(SkipCLIP):
         positions, own_ids = self.shards.find_own(class_ids)
         return self.texts.encode(*filled(own_ids)), class_ids, targets, positions
 
-    # ---- agreement of processes --------------------------------------------------------------------------------------
-
-    def announced_errors(self) -> AbstractContextManager[None]:
-        """Raise an error of this block, which checks arguments, on every process; `gather_sizes` must follow."""
-        return agreement.announced_errors(self.process_group, self.prototypes.device)
-
-    def gather_sizes(self, call: str, count: int, *, draws: bool = False) -> list[int]:
-        """Number of images of each process; collective. `draws` if the call selects classes.
-
-        An error on every process if calls or draws differ, or if no process has an image.
-        """
-        sizes = self._compare_calls(call, count, self.sampler.identity() if draws else b"")
-        if sum(sizes) == 0:
-            raise ValueError("ShardedSkipCLIP: a batch must have at least one image on one of the processes; got none.")
-        return sizes
-
-    def _compare_calls(self, call: str, count: int = 0, state: bytes = b"") -> list[int]:
-        return agreement.compare_calls(call, count, state, self.process_group, self.prototypes.device)
-
     # ---- evaluation --------------------------------------------------------------------------------------------------
 
     def evaluation_embeddings(self) -> Tensor:  # noqa: D102
@@ -221,7 +174,7 @@ class ShardedSkipCLIP(SkipCLIP):
     @torch.no_grad()
     def top_k(self, pixel_values: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k largest logits [b, k] of the images of this process, and their classes; collective."""
-        with self.announced_errors():
+        with announced_errors(self):
             check_k(k, self.num_classes)
         image, classes, sizes = self._gathered_image_and_classes(pixel_values, f"top_k with k={k}")
         with without_autocast(image.device):
@@ -229,9 +182,9 @@ class ShardedSkipCLIP(SkipCLIP):
 
     def _gathered_image_and_classes(self, pixel_values: Tensor, call: str) -> tuple[Tensor, Tensor, list[int]]:
         """Scaled image embeddings [B, D] of all processes, own class embeddings, and image counts; collective."""
-        with self.announced_errors():
+        with announced_errors(self):
             image, classes = self._scaled_image_and_classes(*filled(pixel_values))
-        sizes = self.gather_sizes(call, len(pixel_values))
+        sizes = gather_sizes(self, call, len(pixel_values))
         return gather_rows(image[: len(pixel_values)], sizes, self.process_group), classes, sizes
 
     def class_embeddings(self, tokens: Tensor | None = None) -> Tensor:
@@ -242,7 +195,7 @@ class ShardedSkipCLIP(SkipCLIP):
         """Unit-norm text embeddings [C, D] of all classes, kept until a weight changes."""
         own = self.texts.kept_embeddings()  # the same tensor until a weight changes
         if self._gathered is None or self._gathered[0] is not own:
-            self._compare_calls("class_embeddings")
+            compare_calls(self, "class_embeddings")
             self._gathered = own, self.shards.gather(own)
         return self._gathered[1]
 
@@ -250,20 +203,22 @@ class ShardedSkipCLIP(SkipCLIP):
         """Not supported: a process has the texts of its own classes alone."""
         raise RuntimeError("ShardedSkipCLIP: encode_classes is not supported. Read them from class_embeddings().")
 
+    # ---- the classes -------------------------------------------------------------------------------------------------
+
     def set_classes(self, tokens: Tensor, class_weight: Tensor | None = None) -> None:
         """Replace the classes of the task in place, on every process; see `SkipCLIP.set_classes`."""
-        with self.announced_errors():
+        with announced_errors(self):
             refuse_inference_mode("ShardedSkipCLIP: set_classes cannot be called")
             tokens = as_tokens(tokens)
             check_vocabulary("ShardedSkipCLIP", "tokens", tokens, self.texts.tower.vocabulary)
             shards = replace(self.shards, num_classes=len(tokens))
             weight = as_class_weight(class_weight, self.prototypes, len(tokens))
-        self._compare_calls("set_classes")
+        compare_calls(self, "set_classes")
         digest = digest_tensors([("tokens", tokens)])
         self._check_agreement(shards, digest, weight)
-        with self.announced_errors():  # such as too little memory on one process: all keep their classes
+        with announced_errors(self):  # such as too little memory on one process: all keep their classes
             texts = build_texts(self.model, self.texts, tokens[shards.owned], self.train_options)
-        self._compare_calls("set_classes")
+        compare_calls(self, "set_classes")
         self.texts, self.shards, self._digest, self.class_weight = texts, shards, digest, weight
 
     def _origin(self) -> Origin:
@@ -273,7 +228,7 @@ class ShardedSkipCLIP(SkipCLIP):
         """Raise an error on every process for batch norms, or unless all have the same inputs and weights."""
         model = self.model
         if shards.size > 1:
-            refuse_batch_norms(self.images.tower, self.texts.tower)
+            checks.refuse_batch_norms(self.images.tower, self.texts.tower)
         trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         weights = [] if class_weight is None else [("class_weight", class_weight)]
         tensors = [x.detach() for x in (*model.parameters(), *model.buffers())]
@@ -285,7 +240,7 @@ class ShardedSkipCLIP(SkipCLIP):
             "label_smoothing and class_weight": digest_json([self.label_smoothing, digest_tensors(weights)]),
             "weights": digest_json(digests(tensors)),
         }
-        agreement.check_equal(digest_of, shards.group, self.prototypes.device)  # the model may be on two devices
+        checks.check_equal(digest_of, shards.group, self.prototypes.device)  # the model may be on two devices
 
 
 def check_sharded(function: str, clip: object) -> None:

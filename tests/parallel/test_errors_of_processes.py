@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import re
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 from unittest import mock
@@ -12,15 +14,119 @@ import torch
 import torch.distributed as dist
 
 import skipkernels as sk
-from skipkernels.parallel import sharded_clip
+from skipkernels.parallel import pair_loss, sharded_clip, sigmoid_loss
 from tests.models import tiny_batch, tiny_clip, tiny_tokens
 from tests.parallel.sharded import CLASSES, small_clip
 from tests.processes import run_in_processes
 
 
-def caught(function, *arguments, **options) -> str:
+class Process:
+    """A process r, and what it calls; `wrong_images` and `wrong_labels` are wrong on process 1 alone."""
+
+    def __init__(self, rank: int):
+        self.r, self.clip = rank, small_clip(dist.group.WORLD)
+        self.images, self.labels = tiny_batch(2, CLASSES)
+        self.wrong_images = self.images * torch.nan if rank else self.images
+        self.wrong_labels = self.labels + CLASSES * rank
+
+    def construct(self, tokens: int = 0, seed: int = 0, weights: int = 0, **options: Any) -> None:
+        options = {"skip_layers": 1, "generator": torch.Generator().manual_seed(seed), **options}
+        model, group = tiny_clip(seed=weights), dist.group.WORLD
+        sk.parallel.ShardedSkipCLIP(model, tiny_tokens(CLASSES, seed=tokens), process_group=group, **options)
+
+    def draw(self, **options: Any) -> None:
+        """Run a step after a change of the sampler."""
+        clip = copy.deepcopy(self.clip)
+        clip.sampler.generator.manual_seed(options.pop("seed", 5))
+        vars(clip.sampler).update(options)
+        clip(self.images, self.labels)
+
+    def set_classes_without_memory(self) -> None:
+        error = ValueError("not enough memory")
+        build = mock.Mock(side_effect=error) if self.r else sharded_clip.build_texts
+        with mock.patch.object(sharded_clip, "build_texts", build):
+            self.clip.set_classes(tiny_tokens(6))
+
+
+Call = Callable[[Process], object]
+
+# A call that process 1 refuses, and words of its error there
+OF_ONE: dict[str, tuple[Call, str]] = {
+    "images": (lambda p: p.clip(p.wrong_images, p.labels), "NaN"),
+    "labels": (lambda p: p.clip(p.images, p.wrong_labels), "labels must be"),
+    "labels of loss": (lambda p: p.clip.loss(p.clip.encode_image(p.images), p.wrong_labels), "labels must be"),
+    "captions": (lambda p: pair_loss(p.clip, p.images, p.wrong_labels), "pair_loss: captions"),
+    "chunk": (lambda p: pair_loss(p.clip, p.images, p.labels, chunk=1 - p.r), "pair_loss: chunk must be"),
+    "short captions": (
+        lambda p: pair_loss(p.clip, p.images, tiny_tokens(CLASSES)[p.labels, : 8 if p.r else None]),
+        "as long as the model's context",
+    ),
+    "several labels": (
+        lambda p: sigmoid_loss(p.clip, p.images, torch.eye(CLASSES)[p.labels] * (1 + p.r), max_labels=1),
+        "sigmoid_loss: labels must be 0 or 1",
+    ),
+    "k": (lambda p: p.clip.top_k(p.images, 1 + p.r * CLASSES), "k must be"),
+    "predict": (lambda p: p.clip.predict(p.wrong_images), "NaN"),
+    "new tokens": (
+        lambda p: p.clip.set_classes(tiny_tokens(6).float() if p.r else tiny_tokens(6)),
+        "SkipCLIP: tokens must be",
+    ),
+    "new texts": (Process.set_classes_without_memory, "not enough memory"),
+}
+
+NO_LABELS = torch.zeros(2, CLASSES)
+UNKNOWN = tiny_tokens(6).index_put((torch.tensor(1), torch.tensor(1)), torch.tensor(10**6))  # of a class of process 1
+
+# A call in which the processes differ, or that all refuse, and words of the error on each
+OF_BOTH: dict[str, tuple[Call, list[str]]] = {
+    "tokens": (lambda p: p.construct(tokens=p.r), ["tokens must be equal on all processes"] * 2),
+    "generator": (lambda p: p.construct(seed=p.r), ["generator must be equal on all processes"] * 2),
+    "weights": (lambda p: p.construct(weights=p.r), ["weights must be equal on all processes"] * 2),
+    "skip_layers": (
+        lambda p: p.construct(skip_layers=1 + p.r),
+        ["skip_layers and the trained parameters must be equal"] * 2,
+    ),
+    "options": (
+        lambda p: p.construct(keep_ratio=0.4 + p.r / 10),
+        ["options of the selection must be equal on all processes"] * 2,
+    ),
+    "max_labels": (
+        lambda p: sigmoid_loss(p.clip, p.images, NO_LABELS, max_labels=1 + p.r),
+        [f"process {1 - r} .* does not call sigmoid_loss with max_labels={1 + r}" for r in (0, 1)],
+    ),
+    "bias of labels": (
+        lambda p: sigmoid_loss(p.clip, p.images, NO_LABELS, max_labels=1, logit_bias=-1.0 - p.r),
+        [rf"does not call sigmoid_loss with max_labels=1 and logit_bias={b}" for b in (-1.0, -2.0)],
+    ),
+    "bias of pairs": (
+        lambda p: pair_loss(p.clip, p.images, p.labels, loss="sigmoid", logit_bias=-1.0 - p.r),
+        [rf"does not call pair_loss with loss='sigmoid', logit_bias={b}" for b in (-1.0, -2.0)],
+    ),
+    "set_classes": (
+        lambda p: p.clip.set_classes(tiny_tokens(6, seed=p.r)),
+        ["tokens must be equal on all processes"] * 2,
+    ),
+    "unknown token": (lambda p: p.clip.set_classes(UNKNOWN), ["tokens must be ids in"] * 2),
+    "pairs": (
+        lambda p: sk.pairs.pair_loss(p.clip, p.images, p.labels),
+        ["got ShardedSkipCLIP with 9 of them. Call parallel.pair_loss"] * 2,
+    ),
+    "several labels of pairs": (  # images are not looked at
+        lambda p: sk.pairs.sigmoid_loss(p.clip, p.images * torch.nan, NO_LABELS, max_labels=1),
+        ["got ShardedSkipCLIP with 9 of them. Call parallel.sigmoid_loss"] * 2,
+    ),
+    "methods": (
+        lambda p: p.clip.predict(p.images) if p.r else p.clip(p.images, p.labels),
+        ["process 1 .* does not call a training step, as process 0 does", "process 0 .* does not call predict"],
+    ),
+    "draws": (lambda p: p.draw(seed=p.r), [f"sampler of process {r} of .* has another state" for r in (1, 0)]),
+    "decay": (lambda p: p.draw(decay=0.3 + p.r), [f"sampler of process {r} of .* has another state" for r in (1, 0)]),
+}
+
+
+def caught(call: Call, process: Process) -> str:
     try:
-        function(*arguments, **options)
+        call(process)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""
@@ -28,71 +134,12 @@ def caught(function, *arguments, **options) -> str:
 
 def errors(rank: int) -> dict[str, Any]:
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    group = dist.group.WORLD
-    images, labels = tiny_batch(2, CLASSES)
-
-    def construct(tokens=0, seed=0, weights=0, skip=1 / 3, **settings):
-        generator = torch.Generator().manual_seed(seed)
-        sk.parallel.ShardedSkipCLIP(
-            tiny_clip(seed=weights),
-            tiny_tokens(CLASSES, seed=tokens),
-            skip_layers=skip,
-            generator=generator,
-            process_group=group,
-            **settings,
-        )
-
-    found = {
-        "tokens": caught(construct, tokens=rank),
-        "generator": caught(construct, seed=rank),
-        "weights": caught(construct, weights=rank),
-        "skip_layers": caught(construct, skip=1 + rank),
-        "options": caught(construct, keep_ratio=0.5 if rank else 0.4),
-    }
-    clip = small_clip(group)
-    found["max_labels"] = caught(sk.parallel.sigmoid_loss, clip, images, torch.zeros(2, CLASSES), max_labels=1 + rank)
-    bias = {"logit_bias": -1.0 - rank}
-    found["bias of labels"] = caught(
-        sk.parallel.sigmoid_loss, clip, images, torch.zeros(2, CLASSES), max_labels=1, **bias
-    )
-    found["bias of pairs"] = caught(sk.parallel.pair_loss, clip, images, labels, loss="sigmoid", **bias)
-    found["set_classes"] = caught(clip.set_classes, tiny_tokens(6, seed=rank))
-    tokens = tiny_tokens(6)
-    found["new tokens of one"] = caught(clip.set_classes, tokens.float() if rank else tokens)
-    build = sharded_clip.build_texts
-    if rank:
-        sharded_clip.build_texts = mock.Mock(side_effect=ValueError("not enough memory"))
-    found["new texts of one"] = caught(clip.set_classes, tokens)
-    sharded_clip.build_texts = build
-    unknown = tokens.index_put((torch.tensor(1), torch.tensor(1)), torch.tensor(10**6))  # of a class of process 1
-    found["unknown token"] = caught(clip.set_classes, unknown)
-    found["classes"] = clip.num_classes
-    found["pairs"] = caught(sk.pairs.pair_loss, clip, images, labels)
-    nan = images * torch.nan  # not looked at
-    found["several labels"] = caught(sk.pairs.sigmoid_loss, clip, nan, torch.zeros(2, CLASSES), max_labels=1)
-    if rank:
-        clip.sampler.generator.manual_seed(5)
-    found["draws"] = caught(clip, images, labels)
-    clip.sampler.generator.manual_seed(5)
-    clip.sampler.decay = 0.3 + rank
-    found["decay"] = caught(clip, images, labels)
-    found["modes"] = caught(clip.predict, images) if rank else caught(clip, images, labels)
-    # Arguments that are wrong on process 1 alone
-    clip = small_clip(group)
-    x, y = (images * torch.nan, labels + CLASSES) if rank else (images, labels)
-    found["images of one"], found["labels of one"] = caught(clip, x, labels), caught(clip, images, y)
-    found["labels of loss"] = caught(clip.loss, clip.encode_image(images), y)
-    found["captions of one"] = caught(sk.parallel.pair_loss, clip, images, y)
-    found["chunk of one"] = caught(sk.parallel.pair_loss, clip, images, labels, chunk=1 - rank)
-    short = tiny_tokens(CLASSES)[labels, : 8 if rank else None]
-    found["short captions of one"] = caught(sk.parallel.pair_loss, clip, images, short)
-    found["many of one"] = caught(
-        sk.parallel.sigmoid_loss, clip, images, torch.eye(CLASSES)[labels] * (1 + rank), max_labels=1
-    )
-    found["k of one"] = caught(clip.top_k, images, 1 + rank * CLASSES)
-    found["predict of one"] = caught(clip.predict, x)
+    process = Process(rank)
+    found: dict[str, Any] = {name: caught(call, process) for name, (call, _) in (OF_ONE | OF_BOTH).items()}
+    clip = process.clip
     with torch.no_grad():
-        found["evaluation of one"] = caught(clip.eval(), x, labels), clip(images, labels).loss.item() > 0
+        found["evaluation"] = caught(lambda p: clip.eval()(p.wrong_images, p.labels), process)
+        found["works"] = clip.num_classes == CLASSES and clip(process.images, process.labels).loss.item() > 0
     dist.destroy_process_group()
     return found
 
@@ -103,56 +150,23 @@ def found(tmp_path_factory) -> list[dict[str, Any]]:
     return run_in_processes(2, tmp_path_factory.mktemp("errors"), errors)
 
 
-# Arguments of process 1 alone, and words of its error
-OF_ONE = {
-    "images of one": "NaN",
-    "labels of one": "labels must be",
-    "labels of loss": "labels must be",
-    "captions of one": "pair_loss: captions",
-    "chunk of one": "pair_loss: chunk must be",
-    "short captions of one": "as long as the model's context",
-    "many of one": "sigmoid_loss: labels must be 0 or 1",
-    "k of one": "k must be",
-    "predict of one": "NaN",
-    "new tokens of one": "SkipCLIP: tokens must be",
-    "new texts of one": "not enough memory",
-}
-
-
-@pytest.mark.parametrize(("name", "words"), OF_ONE.items(), ids=OF_ONE)
-def test_error_of_one_process_is_raised_on_every_process(found, name, words):
+@pytest.mark.parametrize("name", OF_ONE)
+def test_error_of_one_process_is_raised_on_every_process(found, name):
     """Before a message that others wait for; the next calls work."""
     first, second = (got[name] for got in found)
     assert first.startswith("RuntimeError: ShardedSkipCLIP: process 1 of process_group refused its arguments of ")
-    assert re.match(f"ValueError: .*{words}", second)
+    assert re.match(f"ValueError: .*{OF_ONE[name][1]}", second)
+
+
+@pytest.mark.parametrize("name", OF_BOTH)
+def test_difference_is_raised_on_every_process(found, name):
+    for got, words in zip(found, OF_BOTH[name][1], strict=True):
+        assert re.search(words, got[name])
 
 
 def test_error_of_one_process_in_evaluation_is_its_own(found):
-    (first, works), (second, _) = (got["evaluation of one"] for got in found)
-    assert first == "" and works and "NaN" in second
+    assert found[0]["evaluation"] == "" and "NaN" in found[1]["evaluation"]
 
 
-@pytest.mark.parametrize(
-    ("name", "messages"),
-    [
-        ("tokens", ["tokens must be equal on all processes"] * 2),
-        ("generator", ["generator must be equal on all processes"] * 2),
-        ("weights", ["weights must be equal on all processes"] * 2),
-        ("skip_layers", ["skip_layers and the trained parameters must be equal"] * 2),
-        ("options", ["options of the selection must be equal on all processes"] * 2),
-        ("max_labels", [f"process {1 - r} .* does not call sigmoid_loss with max_labels={1 + r}" for r in (0, 1)]),
-        ("bias of labels", [rf"does not call sigmoid_loss with max_labels=1 and logit_bias={b}" for b in (-1.0, -2.0)]),
-        ("bias of pairs", [rf"does not call pair_loss with loss='sigmoid', logit_bias={b}" for b in (-1.0, -2.0)]),
-        ("set_classes", ["tokens must be equal on all processes"] * 2),
-        ("unknown token", ["tokens must be ids in"] * 2),
-        ("classes", ["^18$"] * 2),  # after these errors the previous classes are in use
-        ("pairs", ["got ShardedSkipCLIP with 9 of them. Call parallel.pair_loss"] * 2),
-        ("several labels", ["got ShardedSkipCLIP with 9 of them. Call parallel.sigmoid_loss"] * 2),
-        ("modes", ["process 1 .* does not call a training step, as process 0 does", "process 0 .* not call predict"]),
-        ("draws", [f"sampler of process {other} of process_group has another state" for other in (1, 0)]),
-        ("decay", [f"sampler of process {other} of process_group has another state" for other in (1, 0)]),
-    ],
-)
-def test_difference_is_raised_on_every_process(found, name, messages):
-    for got, message in zip(found, messages, strict=True):
-        assert re.search(message, str(got[name]))
+def test_task_is_in_use_after_the_errors(found):
+    assert all(got["works"] for got in found)

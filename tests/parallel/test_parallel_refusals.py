@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 import skipkernels as sk
-from skipkernels.parallel import agreement
+from skipkernels.parallel import checks
 from skipkernels.towers.base import UnsupportedModel
 from tests.models import tiny_batch, tiny_clip, tiny_tokens
 from tests.parallel.sharded import CLASSES, small_clip
@@ -69,6 +69,6 @@ def test_batch_norms_above_the_cut_are_refused(group, monkeypatch):
     model = tiny_clip(vision={"layers": (1, 1, 1, 1), "width": 8, "image_size": 32, "head_width": 8})
     with pytest.raises(UnsupportedModel, match="batch norms above the cut must use the images of all processes"):
         sk.parallel.ShardedSkipCLIP(model, tiny_tokens(CLASSES), skip_layers=1, process_group=group)
-    monkeypatch.setattr(agreement, "check_equal", lambda *arguments: 1 / 0)  # what follows that check
+    monkeypatch.setattr(checks, "check_equal", lambda *arguments: 1 / 0)  # what follows that check
     with pytest.raises(ZeroDivisionError):
         sk.parallel.ShardedSkipCLIP(model, tiny_tokens(CLASSES), skip_layers=(1.0, 1), process_group=group)
