@@ -181,7 +181,7 @@ def record_step(clip: sk.SkipCLIP, features: Tensor, labels: Tensor, precision: 
     features, labels = features.to("meta"), labels.to("meta")
     sgd = sk.FusedSGD(clip.parameter_groups(text_lr=0.0, image_lr=0.0), momentum=0.9)
     step = sk.graphed(clip, sgd, batch_size=len(labels))
-    with Casts(clip.trainable_parameters() if precision == "bf16" else ()).used():
+    with Casts(clip.trainable_parameters() if precision == "bf16" else ()).active():
         found = record_second_call(lambda: step(features, labels), precision)
     sgd.close()
     return found

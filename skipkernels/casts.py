@@ -1,7 +1,7 @@
 """Casts of weights: copies in 16 bits, which a captured step multiplies by and its update writes.
 
-Fused blocks find the casts of the step that runs by their weights (`of_product`), and so does FusedSGD (`of_weights`):
-no argument passes through the modules of the caller to the blocks, nor through autograd to the hooks of the optimizer.
+Fused blocks find the casts of the step that runs by their weights (`joint_cast`), and so does FusedSGD (`casts_of`): no
+argument passes through the modules of the caller to the blocks, nor through autograd to the hooks of the optimizer.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ class Casts:
 
     def __init__(self, weights: Iterable[Tensor]):
         self._weights = {id(x): x for x in weights if x.dtype == torch.float32 and x.is_contiguous()}
-        self._products: dict[tuple[int, ...], Tensor] = {}  # by the ids of their weights
-        self._casts: dict[int, Tensor] = {}  # by the id of the weight: parts of the products
+        self._joint: dict[tuple[int, ...], Tensor] = {}  # by the ids of their weights
+        self._casts: dict[int, Tensor] = {}  # by the id of the weight: parts of the joint ones
         self._versions: dict[int, int] = {}  # of the weights after the last step
 
     @contextlib.contextmanager
-    def used(self) -> Iterator[None]:
-        """Use these casts in a step, which updates them with the weights; first copy weights that others changed."""
+    def active(self) -> Iterator[None]:
+        """Let a step find these casts, and update them with the weights; first copy weights that others changed."""
         self._copy([i for i in self._casts if self._versions.get(i) != self._weights[i]._version])
-        _of_steps.update(dict.fromkeys(self._weights, self))
+        _active.update(dict.fromkeys(self._weights, self))
         try:
             yield
         finally:
             for i in self._weights:
-                _of_steps.pop(i, None)
+                _active.pop(i, None)
         self._versions = {i: self._weights[i]._version for i in self._casts}
 
-    def of_product(self, weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
+    def joint_cast(self, weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
         """Return the casts of the weights [n, …] of a product, one below the other; None if the step must cast them."""
         ids = tuple(map(id, weights))
-        found = self._products.get(ids)
+        found = self._joint.get(ids)
         if found is not None:
             return found if found.dtype == dtype else None
         # The update writes one cast of each weight, so a weight is in one product, and once.
@@ -48,12 +48,12 @@ class Casts:
             return None
         lengths = [len(weight) for weight in weights]
         joint = weights[0].new_empty(sum(lengths), *weights[0].shape[1:], dtype=dtype)
-        self._products[ids] = joint
+        self._joint[ids] = joint
         self._casts |= zip(ids, joint.split(lengths), strict=True)
         self._copy(ids)
         return joint
 
-    def of_weight(self, weight: Tensor) -> Tensor | None:
+    def cast_of(self, weight: Tensor) -> Tensor | None:
         """Return the cast of a weight, for its update; None if it has none."""
         return self._casts.get(id(weight))
 
@@ -64,18 +64,18 @@ class Casts:
                 torch._foreach_copy_([self._casts[i] for i in ids], [self._weights[i] for i in ids])
 
 
-# ---- casts of the steps that run, of one or several models, by the ids of their weights ------------------------------
+# ---- casts of the steps that run -------------------------------------------------------------------------------------
 
-_of_steps: dict[int, Casts] = {}
-
-
-def of_product(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
-    """Return what `Casts.of_product` does, if a step runs that has casts of these weights."""
-    casts = _of_steps.get(id(weights[0]))
-    return None if casts is None else casts.of_product(weights, dtype)
+_active: dict[int, Casts] = {}  # by the ids of their weights, of one or several models
 
 
-def of_weights(weights: Iterable[Tensor]) -> list[Tensor | None]:
-    """Return the cast of each weight, or None."""
-    found = [(weight, _of_steps.get(id(weight))) for weight in weights]
-    return [None if casts is None else casts.of_weight(weight) for weight, casts in found]
+def joint_cast(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
+    """Return what `Casts.joint_cast` does, if a step runs that has casts of these weights."""
+    casts = _active.get(id(weights[0]))
+    return None if casts is None else casts.joint_cast(weights, dtype)
+
+
+def casts_of(weights: Iterable[Tensor]) -> list[Tensor | None]:
+    """Return the cast of each weight, for its update; None if it has none."""
+    found = [(weight, _active.get(id(weight))) for weight in weights]
+    return [None if casts is None else casts.cast_of(weight) for weight, casts in found]

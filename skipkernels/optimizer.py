@@ -258,7 +258,7 @@ class FusedSGD(torch.optim.Optimizer):
                     weight_decay=self._option(number, "weight_decay", device),
                     seed=_step_seed(group, device),
                     offsets=[self._places[weight].offset for weight in part],
-                    casts=casts.of_weights(part),
+                    casts=casts.casts_of(part),
                 )
 
     def _read_places(self) -> dict[Tensor, _Place]:

@@ -34,7 +34,7 @@ class Trained:
     def step(self, seed: int = 0) -> float:
         """One step; returns the loss."""
         images, labels = tiny_batch(4, CLASSES, torch.float32, seed=seed)
-        with self.kept.used():
+        with self.kept.active():
             with torch.autocast("cpu", torch.bfloat16):
                 out = self.clip(images, labels)
             out.loss.backward()
@@ -93,17 +93,17 @@ def test_which_weights_have_a_cast():
     first, second, third = (torch.full((2, 3), float(number)) for number in range(3))
     others = torch.zeros(3, 2).T, torch.zeros(2, 3).bfloat16()
     kept = Casts([first, second, third, *others])
-    joint = kept.of_product([first, second], torch.bfloat16)
+    joint = kept.joint_cast([first, second], torch.bfloat16)
     assert joint.tolist() == [[0.0] * 3] * 2 + [[1.0] * 3] * 2 and joint.dtype == torch.bfloat16
-    assert kept.of_product([first, second], torch.bfloat16) is joint
-    assert kept.of_product([first, second], torch.float16) is None, "another dtype of autocast"
+    assert kept.joint_cast([first, second], torch.bfloat16) is joint
+    assert kept.joint_cast([first, second], torch.float16) is None, "another dtype of autocast"
     refused = [[first], [third, first], [third, third], [others[0]], [others[1]], [torch.zeros(2, 3)]]
-    assert [kept.of_product(weights, torch.bfloat16) for weights in refused] == [None] * 6
-    assert kept.of_product([third], torch.float32) is None
-    one, two, none = map(kept.of_weight, [first, second, third])
+    assert [kept.joint_cast(weights, torch.bfloat16) for weights in refused] == [None] * 6
+    assert kept.joint_cast([third], torch.float32) is None
+    one, two, none = map(kept.cast_of, [first, second, third])
     assert none is None and one.data_ptr() == joint.data_ptr() and two.equal(joint[2:])
     second.add_(1)
-    with kept.used():
+    with kept.active():
         pass
     assert joint[2:].eq(2).all()
 
@@ -115,12 +115,12 @@ def test_steps_of_two_models_have_their_own_casts():
     found = []
 
     def other() -> None:
-        with two.used():
-            found.extend(casts.of_product([x], torch.bfloat16) for x in (first, second))
+        with two.active():
+            found.extend(casts.joint_cast([x], torch.bfloat16) for x in (first, second))
 
-    with one.used():
+    with one.active():
         thread = threading.Thread(target=other)
         thread.start()
         thread.join()
-        found += [casts.of_product([x], torch.bfloat16) for x in (first, second)]
+        found += [casts.joint_cast([x], torch.bfloat16) for x in (first, second)]
     assert found[0] is found[2] and torch.is_tensor(found[0]) and torch.is_tensor(found[1]) and found[3] is None

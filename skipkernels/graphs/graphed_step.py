@@ -137,7 +137,7 @@ class GraphedStep:
             if isinstance(self._optimizer, FusedSGD):
                 self._optimizer.copy_options()
             # 2. Replay; before that warm up, and capture once.
-            with recording.casts.used():
+            with recording.casts.active():
                 if recording.graph is None and recording.warm_up_steps == WARMUP:
                     recording.graph = self._captured(recording)
                 return self._warm_up(recording) if recording.graph is None else self._replay(recording.graph)

@@ -98,7 +98,7 @@ def prepare(given: Mapping[str, Tensor], dtype: torch.dtype) -> BlockWeights:
         if len(parts) == 1 and parts[0].dtype == wanted:
             weights[name] = parts[0]
             continue
-        joint = casts.of_product(parts, wanted)
+        joint = casts.joint_cast(parts, wanted)
         if joint is None:
             lengths = [len(part) for part in parts]
             joint = parts[0].new_empty(sum(lengths), *parts[0].shape[1:], dtype=wanted)
