@@ -1,14 +1,19 @@
-"""Capture of a function in a CUDA graph."""
+"""Capture of a function in a CUDA graph, and comparison of what the graph takes as constant."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from ..clip import SkipCLIP
+from ..optimizer import FusedSGD
+from ..towers.alterations import global_hooks
+from .checks import has_hooks
 
 Result = TypeVar("Result")
 
@@ -18,7 +23,7 @@ Result = TypeVar("Result")
 _failed: list[Any] = []
 
 
-def record(run: Callable[[], Result], stream: Any) -> tuple[Any, Result]:
+def capture_graph(run: Callable[[], Result], stream: Any) -> tuple[Any, Result]:
     """Capture a function on a stream; return the graph and the static results.
 
     Without garbage collection: a collected tensor of another graph would be freed during the capture.
@@ -58,3 +63,54 @@ def renew_accumulators(parameters: Iterable[Tensor]) -> None:
         data = parameter.data
         parameter.data = data.new_empty(0, dtype=torch.float32 if data.dtype == torch.float64 else torch.float64)
         parameter.data = data
+
+
+# ---- constants of a graph --------------------------------------------------------------------------------------------
+
+
+class GraphConstants:
+    """Comparison of what a graph takes as constant: modules, modes, hooks, tensors and their addresses, options."""
+
+    def __init__(self, clip: SkipCLIP, optimizer: torch.optim.Optimizer):
+        self._clip, self._optimizer = clip, optimizer
+        self._modules = list(clip.model.modules())
+        self._captured = self._read()
+        self._held = list(self._tensors()), clip.texts  # so that addresses are not used again
+
+    def is_unchanged(self) -> bool:
+        """Return True if a replay is the step that would run now."""
+        return self._read() == self._captured
+
+    def _tensors(self) -> Iterator[Tensor | None]:
+        """Yield the tensors of clip and optimizer that a step reads and that exist between steps."""
+        clip = self._clip
+        for module in self._modules:
+            yield from module._parameters.values()
+            yield from module._buffers.values()
+        for state in self._optimizer.state.values():
+            yield from (x for x in state.values() if isinstance(x, Tensor))
+        yield from (*clip.texts.step_tensors(), clip.class_weight)
+
+    def _read(self) -> list[list[Any]]:
+        clip = self._clip
+        return [
+            [None if x is None else (id(x), x.data_ptr(), x.requires_grad) for x in self._tensors()],
+            [(id(m), m.training, has_hooks(m), *map(id, m._modules.values())) for m in self._modules],
+            [id(clip.texts), clip.images.tower.cut, clip.texts.tower.cut, clip.label_smoothing, global_hooks()],
+            [_constant_options(self._optimizer, group) for group in self._optimizer.param_groups],
+        ]
+
+
+def _constant_options(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> list[Any]:
+    """Options of a group that a graph takes as constant: numbers not read on the device, and ids of tensors."""
+    not_constant = {"params", "initial_lr"}
+    if isinstance(optimizer, FusedSGD):
+        not_constant |= {"lr", "momentum", "weight_decay"}
+    # FusedSGD reads its momentum on the device, but without momentum it has no buffers: another graph.
+    options: list[Any] = [list(map(id, group["params"])), group.get("momentum") == 0]
+    for name, value in group.items():
+        if isinstance(value, Tensor):
+            options.append((name, id(value)))
+        elif name not in not_constant:
+            options.append((name, value))
+    return options

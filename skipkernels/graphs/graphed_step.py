@@ -1,8 +1,13 @@
 """A whole training step as one CUDA graph: forward, backward, update and zero_grad by one launch of the host.
 
-A graph reads and writes fixed addresses. So each call of a `GraphedStep` copies what differs from step to step, the
-batch, the ranks of the kept classes and the options of the optimizer, to tensors that the graph reads, and then replays
-it. The first calls run eagerly on the same tensors, and the graph is captured after them.
+A graph reads and writes fixed addresses, so what differs from step to step is copied to static tensors before it:
+
+    ranks of the kept classes   by `ReservedRanks.draw`, which holds them
+    images and labels           by `GraphedStep`, to its `_StaticStep`
+    options of the optimizer    by `FusedSGD.copy_options`, which holds them
+
+The first calls run eagerly on these tensors, then a step is captured, and from then on each call is a replay, before
+which `GraphConstants` compares what the graph takes as constant.
 """
 
 from __future__ import annotations
@@ -23,8 +28,8 @@ from ..dtypes import autocast_dtype, without_autocast
 from ..formatting import first_line
 from ..ops.sgd_momentum import GraphTables, tables_of_graph
 from ..optimizer import DeviceNumbers, FusedSGD
-from .capturable import CapturedState, check_batch, check_mode, check_optimizer, why_not_capturable
-from .capture import record, renew_accumulators
+from .capture import GraphConstants, capture_graph, renew_accumulators
+from .checks import check_batch, check_mode, check_optimizer, why_not_capturable
 from .parts import ReservedRanks, TextsOnStream
 
 WARMUP = 3  # steps before a capture, which compile kernels and create the state of the optimizer
@@ -91,7 +96,7 @@ class GraphedStep:
         self._ranks = ReservedRanks(clip)
         self._numbers = DeviceNumbers()  # the gradient of the loss
         self._streams: _Streams | None = None  # of the last device
-        self._recording: _Recording | None = None
+        self._static: _StaticStep | None = None
         self._why_eager: str | None = None  # why no step is captured until `reset`
         check_optimizer(clip, optimizer)
         if self._on_gpu() and (reason := why_not_capturable(clip, optimizer)) is not None:
@@ -106,11 +111,11 @@ class GraphedStep:
     @property
     def is_captured(self) -> bool:
         """True if there is a graph."""
-        return self._recording is not None and self._recording.graph is not None
+        return self._static is not None and self._static.graph is not None
 
     def reset(self) -> None:
         """Drop the captured graph: the next calls run eagerly, then a step is captured again."""
-        self._why_eager = self._recording = None
+        self._why_eager = self._static = None
 
     def _on_gpu(self) -> bool:
         return self._clip.prototypes.device.type == "cuda"
@@ -131,29 +136,29 @@ class GraphedStep:
         with torch.cuda.device(device):
             # 1. Copy the ranks, the batch and the options. A graph of other batches, or of another step, is dropped.
             ranks = self._ranks.draw(self._batch_size)
-            recording = self._recording_for(pixel_values, labels, ranks)
-            recording.pixel_values.copy_(pixel_values, non_blocking=True)
-            recording.labels.copy_(labels, non_blocking=True)
+            static = self._static_step(pixel_values, labels, ranks)
+            static.pixel_values.copy_(pixel_values, non_blocking=True)
+            static.labels.copy_(labels, non_blocking=True)
             if isinstance(self._optimizer, FusedSGD):
                 self._optimizer.copy_options()
             # 2. Replay; before that warm up, and capture once.
-            with recording.casts.active():
-                if recording.graph is None and recording.warm_up_steps == WARMUP:
-                    recording.graph = self._captured(recording)
-                return self._warm_up(recording) if recording.graph is None else self._replay(recording.graph)
+            with static.casts.active():
+                if static.graph is None and static.warm_up_steps == WARMUP:
+                    static.graph = self._try_to_capture(static)
+                return self._warm_up(static) if static.graph is None else self._replay(static.graph)
 
-    def _recording_for(self, pixel_values: Tensor, labels: Tensor, ranks: Tensor) -> _Recording:
-        """Return the recording of the last call, or a new one if it is of other batches or of another step."""
+    def _static_step(self, pixel_values: Tensor, labels: Tensor, ranks: Tensor) -> _StaticStep:
+        """Return the static step of the last call, or a new one for other batches or if the step has changed."""
         device = pixel_values.device
         kind = pixel_values.shape, pixel_values.dtype, device, autocast_dtype(device)
-        if self._recording is None or not self._recording.serves(kind, ranks):
+        if self._static is None or not self._static.serves(kind, ranks):
             if self._streams is None or self._streams.device != device:
                 self._streams = _Streams(device, torch.cuda.Stream(device), torch.cuda.Stream(device))
             casts = Casts(self._held_weights() if isinstance(self._optimizer, FusedSGD) else ())
-            self._recording = _Recording(
+            self._static = _StaticStep(
                 kind, ranks, self._streams, torch.empty_like(pixel_values), torch.empty_like(labels), casts
             )
-        return self._recording
+        return self._static
 
     def _held_weights(self) -> list[Tensor]:
         """Weights that train and that the optimizer holds."""
@@ -161,13 +166,13 @@ class GraphedStep:
 
     # ---- one step ----------------------------------------------------------------------------------------------------
 
-    def _step(self, recording: _Recording) -> SkipOutput:
-        """Run a step on the tensors and streams of a recording, with the ranks that were drawn for it."""
+    def _step(self, static: _StaticStep) -> SkipOutput:
+        """Run a step on static tensors, with the ranks that were drawn for it."""
         clip = self._clip
-        texts = TextsOnStream(clip.texts, recording.streams.texts)
-        image = clip.images.encode(recording.pixel_values)  # [B, D]
+        texts = TextsOnStream(clip.texts, static.streams.texts)
+        image = clip.images.encode(static.pixel_values)  # [B, D]
         options = LossOptions(clip.label_smoothing, clip.class_weight)
-        out = step(image, recording.labels, texts, self._ranks, clip.scale, options)
+        out = step(image, static.labels, texts, self._ranks, clip.scale, options)
         return self._backward_and_update(out)
 
     def _backward_and_update(self, out: SkipOutput) -> SkipOutput:
@@ -181,17 +186,17 @@ class GraphedStep:
 
     # ---- warm-up, capture and replay ---------------------------------------------------------------------------------
 
-    def _warm_up(self, recording: _Recording) -> SkipOutput:
+    def _warm_up(self, static: _StaticStep) -> SkipOutput:
         """Run a step eagerly, on the streams of the capture."""
-        stream, current = recording.streams.step, torch.cuda.current_stream()
+        stream, current = static.streams.step, torch.cuda.current_stream()
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            out = self._step(recording)
+            out = self._step(static)
         current.wait_stream(stream)
-        recording.warm_up_steps += 1
+        static.warm_up_steps += 1
         return out
 
-    def _captured(self, recording: _Recording) -> _Graph | None:
+    def _try_to_capture(self, static: _StaticStep) -> _Graph | None:
         """Capture a step, or warn of the reason against it and forget what a failed capture left on the host.
 
         A capture launches nothing, so weights, ranks and the state of the optimizer are those before it.
@@ -199,24 +204,24 @@ class GraphedStep:
         reason = why_not_capturable(self._clip, self._optimizer)
         if reason is None:
             try:
-                return self._capture(recording)
+                return self._capture(static)
             except Exception as error:
                 # The end of a capture raises an error of its own after one within it.
                 reason = f"the capture failed: {first_line(error.__context__ or error).rstrip('.')}."
         # Behind the handler: its traceback holds tensors of the capture.
-        self._why_eager, self._recording = reason, None
+        self._why_eager, self._static = reason, None
         torch.clear_autocast_cache()
         self._optimizer.zero_grad()
         warnings.warn(f"graphed: steps run one by one until reset(): {reason}", stacklevel=3)
         return None
 
-    def _capture(self, recording: _Recording) -> _Graph:
+    def _capture(self, static: _StaticStep) -> _Graph:
         renew_accumulators(self._clip.trainable_parameters())
         torch.clear_autocast_cache()  # casts of the caller would be constants of the graph
         with tables_of_graph() as tables:
-            graph, out = record(lambda: self._step(recording), recording.streams.step)
+            graph, out = capture_graph(lambda: self._step(static), static.streams.step)
         tables.upload()
-        return _Graph(graph, out, tables, CapturedState(self._clip, self._optimizer))
+        return _Graph(graph, out, tables, GraphConstants(self._clip, self._optimizer))
 
     def _replay(self, captured: _Graph) -> SkipOutput:
         captured.graph.replay()
@@ -225,7 +230,7 @@ class GraphedStep:
         return captured.out
 
 
-# ---- what is recorded ------------------------------------------------------------------------------------------------
+# ---- what is captured ------------------------------------------------------------------------------------------------
 
 
 class _Streams(NamedTuple):
@@ -246,12 +251,12 @@ class _Graph(NamedTuple):
     graph: Any
     out: SkipOutput  # which a replay writes
     tables: GraphTables  # which it reads
-    constants: CapturedState
+    constants: GraphConstants
 
 
 @dataclass(eq=False)
-class _Recording:
-    """Steps on batches of one kind, the warm-up and then a graph; and the memory of both, of one address and layout.
+class _StaticStep:
+    """Steps on batches of one kind, the warm-up and then a graph, which read the same tensors.
 
     A kernel is compiled for the strides and alignments of its tensors, and a capture cannot load another one.
     """
@@ -266,7 +271,7 @@ class _Recording:
     graph: _Graph | None = None
 
     def serves(self, kind: tuple[Any, ...], ranks: Tensor) -> bool:
-        """Return True if a step on a batch of this kind, with these ranks, is one of these."""
+        """Return True for a batch of this kind and these ranks, unless the step has changed since the capture."""
         same_tensors = self.kind == kind and self.ranks is ranks
         return same_tensors and (self.graph is None or self.graph.constants.is_unchanged())
 

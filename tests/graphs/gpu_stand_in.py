@@ -365,8 +365,8 @@ class Gpu(TorchDispatchMode):
         """The stream on which the node of autograd with this number was created."""
         return self._begins[bisect.bisect_right(self._begins, number, key=lambda begin: begin[0]) - 1][1]
 
-    def record(self, run: Callable[[], Any], stream: Stream) -> tuple[Graph, Any]:
-        """Replace `graphs.capture.record`."""
+    def capture_graph(self, run: Callable[[], Any], stream: Stream) -> tuple[Graph, Any]:
+        """Replace `graphs.capture.capture_graph`."""
         self.captures += 1
         graph = self._graph = Graph(self)
         try:
@@ -412,7 +412,7 @@ def stand_in() -> Iterator[Gpu]:
         mock.patch.object(prompts, "counts_are_known", lambda device: False),
         mock.patch.object(sgd_momentum, "_table", gpu.table),
         mock.patch.object(graphed_step.GraphedStep, "_on_gpu", lambda step: True),
-        mock.patch.object(graphed_step, "record", gpu.record),
+        mock.patch.object(graphed_step, "capture_graph", gpu.capture_graph),
         gpu,
     ):
         yield gpu

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -113,8 +114,8 @@ def test_graphed_begins_again_on_another_gpu(gpu):
     ours, theirs = Run("torch", by_graph=True), Run("torch", by_graph=False)
     some = batches(ours.clip, 5)
     before = ours.train(some)
-    recording = ours.step._recording
-    recording.kind = tuple(torch.device("meta") if isinstance(x, torch.device) else x for x in recording.kind)
+    static = ours.step._static
+    static.kind = tuple(torch.device("meta") if isinstance(x, torch.device) else x for x in static.kind)
     streams = ours.step._streams = ours.step._streams._replace(device=torch.device("meta"))
     after = ours.train(some)
     assert gpu.captures == 2 and ours.step._streams.step is not streams.step
@@ -225,7 +226,7 @@ def test_a_held_loss_keeps_no_node_of_an_earlier_step(gpu):
     weights = run.clip.trainable_parameters()
     for weight in weights:
         node(weight).metadata["of"] = "the held loss"
-    at_capture, record = [], graphed.record
+    at_capture, record = [], graphed.capture_graph
 
     def watched(*arguments):
         at_capture.extend(node(weight).metadata.get("of") for weight in weights)
@@ -233,7 +234,7 @@ def test_a_held_loss_keeps_no_node_of_an_earlier_step(gpu):
 
     addresses, hooks = [weight.data_ptr() for weight in weights], []
     handle = weights[0].register_hook(hooks.append)
-    with mock.patch.object(graphed, "record", watched):
+    with mock.patch.object(graphed, "capture_graph", watched):
         run.train([(x, labels)] * (graphed.WARMUP + 2))
     # A replay runs no hook.
     assert at_capture == [None] * len(weights) and gpu.replays == 2 and len(hooks) == graphed.WARMUP + 1
@@ -255,7 +256,7 @@ def test_steps_run_the_loop_after_a_failed_capture(gpu, kind, error):
     def fails(*arguments):
         handle = ours.clip.model.visual.ln_post.weight.register_hook(stop)
         try:
-            gpu.record(*arguments)
+            gpu.capture_graph(*arguments)
         except error as first:
             raise RuntimeError("the capture was invalidated") from first  # by its end
         finally:
@@ -266,7 +267,7 @@ def test_steps_run_the_loop_after_a_failed_capture(gpu, kind, error):
         UserWarning,
         match=r"^graphed: steps run one by one until reset\(\): the capture failed: operation .* capturing\.$",
     )
-    with warned, mock.patch.object(graphed, "record", fails):
+    with warned, mock.patch.object(graphed, "capture_graph", fails):
         found = ours.train(some)
     assert found == theirs.train(some)
     assert (gpu.captures, gpu.replays) == (1, 0) and "the capture failed" in repr(ours.step)
@@ -318,41 +319,68 @@ def test_graphed_refuses_an_optimizer_of_other_parameters(path):
     assert run.clip.sampler.state_dict()["generator"].equal(drawn["generator"]), "refused before the draw"
 
 
-def test_graphed_refuses_what_cannot_be_captured(gpu, tmp_path):
+def _sgd(clip: sk.SkipCLIP, **options: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(clip.parameter_groups(text_lr=0.1, image_lr=0.1), **options)
+
+
+def _fused(clip: sk.SkipCLIP) -> sk.FusedSGD:
+    return sk.FusedSGD(clip.trainable_parameters())
+
+
+def _hooked_module(clip: sk.SkipCLIP) -> torch.optim.Optimizer:
+    clip.model.visual.ln_post.register_forward_hook(lambda *_: None)
+    return _fused(clip)
+
+
+def _hooked_optimizer(clip: sk.SkipCLIP) -> torch.optim.Optimizer:
+    (optimizer := _fused(clip)).register_step_post_hook(lambda *_: None)
+    return optimizer
+
+
+# The optimizer of a SkipCLIP, and words of the reason against a capture
+NOT_CAPTURABLE: list[tuple[Callable[[sk.SkipCLIP], torch.optim.Optimizer], str]] = [
+    (_sgd, "SGD is not capturable. Construct it with fused=True"),
+    (partial(_sgd, fused=True), "SGD has learning rates that a graph would take as constant"),
+    (lambda clip: torch.optim.AdamW(clip.model.parameters()), "AdamW is not capturable. Construct it with capturable="),
+    (_hooked_module, "visual.ln_post has hooks"),
+    (_hooked_optimizer, "FusedSGD has step hooks"),
+]
+
+
+@pytest.mark.parametrize(("make", "words"), NOT_CAPTURABLE, ids=[words for _, words in NOT_CAPTURABLE])
+def test_graphed_refuses_what_cannot_be_captured(gpu, make, words):
     clip = skip_clip()
-    groups = clip.parameter_groups(text_lr=0.1, image_lr=0.1)
+    with pytest.raises(ValueError, match=f"^graphed: this step cannot be captured: {words}"):
+        sk.graphed(clip, make(clip), batch_size=4)
 
-    def refused(match: str, optimizer: torch.optim.Optimizer | None = None, clip: sk.SkipCLIP = clip) -> None:
-        with pytest.raises(ValueError, match=f"^graphed: this step cannot be captured: .*{match}"):
-            sk.graphed(clip, optimizer or sk.FusedSGD(clip.trainable_parameters()), batch_size=4)
 
-    refused("SGD is not capturable. Construct it with fused=True", torch.optim.SGD(groups))
-    refused(
-        "SGD has learning rates that a graph would take as constant",
-        torch.optim.SGD(clip.trainable_parameters(), fused=True),
-    )
-    refused("AdamW is not capturable. Construct it with capturable=True", torch.optim.AdamW(groups))
-    refused("text_cache, as large as here", clip=skip_clip(text_cache=tmp_path))
-    for captured in (copy.deepcopy(clip), skip_clip(text_cache=tmp_path / "constant", train_text=False)):
-        assert not sk.graphed(captured, sk.FusedSGD(captured.trainable_parameters()), batch_size=4).is_captured
-    hooked = skip_clip()
-    hooked.model.visual.ln_post.register_forward_hook(lambda *_: None)
-    refused("visual.ln_post has hooks", clip=hooked)
-    stepped = sk.FusedSGD(groups)
-    stepped.register_step_post_hook(lambda *_: None)
-    refused("FusedSGD has step hooks", stepped)
-    with mock.patch.object(torch.cuda, "get_allocator_backend", lambda: "cudaMallocAsync"):
-        refused("the allocator cudaMallocAsync")
+def test_graphed_refuses_an_allocator_and_a_batch_size(gpu, monkeypatch):
+    clip = skip_clip()
     with pytest.raises(ValueError, match="^graphed: batch_size must be at least 1, a whole number; got 0"):
-        sk.graphed(clip, sk.FusedSGD(groups), batch_size=0)
-    (x, labels), run = batches(clip, 1)[0], Run("in_step", by_graph=True)
+        sk.graphed(clip, _fused(clip), batch_size=0)
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "cudaMallocAsync")
+    with pytest.raises(ValueError, match="cannot be captured: the allocator cudaMallocAsync"):
+        sk.graphed(clip, _fused(clip), batch_size=4)
+
+
+def test_graphed_refuses_a_text_cache_unless_texts_are_constant(gpu, tmp_path):
+    cached, in_memory = skip_clip(text_cache=tmp_path / "trained"), copy.deepcopy(skip_clip())
+    constant = skip_clip(text_cache=tmp_path / "constant", train_text=False)
+    with pytest.raises(ValueError, match="^graphed: this step cannot be captured: text_cache, as large as here"):
+        sk.graphed(cached, _fused(cached), batch_size=4)
+    for clip in (in_memory, constant):
+        assert not sk.graphed(clip, _fused(clip), batch_size=4).is_captured
+
+
+def test_graphed_refuses_batches(gpu):
+    (x, labels), step = batches(skip_clip(), 1)[0], Run("in_step", by_graph=True).step
     with pytest.raises(RuntimeError, match="^graphed: fp16 autocast needs a GradScaler"):
         with torch.autocast("cpu", torch.float16):
-            run.step(x, labels)
+            step(x, labels)
     with pytest.raises(ValueError, match="^graphed: pixel_values must not require grad"):
-        run.step(x.requires_grad_(), labels)
+        step(x.clone().requires_grad_(), labels)
     with pytest.raises(TypeError, match="labels must be an int64 tensor"):
-        run.step(x.detach(), labels.tolist())
+        step(x, labels.tolist())
 
 
 def test_graphed_follows_autocast(gpu):
@@ -379,7 +407,7 @@ def test_graph_with_kept_casts(gpu, monkeypatch, kind):
     """A replay casts no weight that trains, and follows changed weights, evaluations and another graph."""
     ours, theirs = Run(kind, by_graph=True), Run(kind, by_graph=False)
     other = sk.graphed(ours.clip, ours.optimizer, batch_size=4)
-    (x, labels), cast, whole, record = batches(ours.clip, 1)[0], [], torch._foreach_copy_, gpu.record
+    (x, labels), cast, whole, record = batches(ours.clip, 1)[0], [], torch._foreach_copy_, gpu.capture_graph
     monkeypatch.setattr(torch, "_foreach_copy_", lambda to, by: cast.append(by[0].requires_grad) or whole(to, by))
 
     def counted(*arguments):
@@ -392,7 +420,7 @@ def test_graph_with_kept_casts(gpu, monkeypatch, kind):
         for _ in range(count):
             losses = []
             for one in (step or ours.step, theirs.step):
-                with torch.autocast("cpu", torch.bfloat16), mock.patch.object(graphed, "record", counted):
+                with torch.autocast("cpu", torch.bfloat16), mock.patch.object(graphed, "capture_graph", counted):
                     losses.append(one(x, labels).loss.item())
             assert losses[0] == losses[1]
         assert all(map(torch.equal, ours.clip.parameters(), theirs.clip.parameters()))

@@ -1,8 +1,7 @@
-"""Conditions of a step in a CUDA graph: checks of each call, why a step cannot be captured, and what is constant."""
+"""Checks of a step in a CUDA graph: of the arguments of each call, and whether it can be captured."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -82,10 +81,11 @@ def why_not_capturable(clip: SkipCLIP, optimizer: torch.optim.Optimizer) -> str 
 
 def _first_hooked(model: nn.Module) -> str | None:
     """Name of the first module that has hooks, "the model" for the model itself; None without hooks."""
-    return next((name or "the model" for name, module in model.named_modules() if _has_hooks(module)), None)
+    return next((name or "the model" for name, module in model.named_modules() if has_hooks(module)), None)
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
+    """Return True if a module has hooks of any kind."""
     return any(getattr(module, x) for x in HOOKS)
 
 
@@ -105,54 +105,3 @@ def _why_optimizer_is_not_capturable(optimizer: torch.optim.Optimizer, device: t
             f'…, device="{device.type}"), which schedulers fill, or use FusedSGD.'
         )
     return None
-
-
-# ---- constants of a graph --------------------------------------------------------------------------------------------
-
-
-class CapturedState:
-    """Comparison of what a graph takes as constant: modules, modes, hooks, tensors and their addresses, options."""
-
-    def __init__(self, clip: SkipCLIP, optimizer: torch.optim.Optimizer):
-        self._clip, self._optimizer = clip, optimizer
-        self._modules = list(clip.model.modules())
-        self._captured = self._read()
-        self._held = list(self._tensors()), clip.texts  # so that addresses are not used again
-
-    def is_unchanged(self) -> bool:
-        """Return True if a replay is the step that would run now."""
-        return self._read() == self._captured
-
-    def _tensors(self) -> Iterator[Tensor | None]:
-        """Yield the tensors of clip and optimizer that a step reads and that exist between steps."""
-        clip = self._clip
-        for module in self._modules:
-            yield from module._parameters.values()
-            yield from module._buffers.values()
-        for state in self._optimizer.state.values():
-            yield from (x for x in state.values() if isinstance(x, Tensor))
-        yield from (*clip.texts.step_tensors(), clip.class_weight)
-
-    def _read(self) -> list[list[Any]]:
-        clip = self._clip
-        return [
-            [None if x is None else (id(x), x.data_ptr(), x.requires_grad) for x in self._tensors()],
-            [(id(m), m.training, _has_hooks(m), *map(id, m._modules.values())) for m in self._modules],
-            [id(clip.texts), clip.images.tower.cut, clip.texts.tower.cut, clip.label_smoothing, global_hooks()],
-            [_constant_options(self._optimizer, group) for group in self._optimizer.param_groups],
-        ]
-
-
-def _constant_options(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> list[Any]:
-    """Options of a group that a graph takes as constant: numbers not read on the device, and ids of tensors."""
-    not_constant = {"params", "initial_lr"}
-    if isinstance(optimizer, FusedSGD):
-        not_constant |= {"lr", "momentum", "weight_decay"}
-    # FusedSGD reads its momentum on the device, but without momentum it has no buffers: another graph.
-    options: list[Any] = [list(map(id, group["params"])), group.get("momentum") == 0]
-    for name, value in group.items():
-        if isinstance(value, Tensor):
-            options.append((name, id(value)))
-        elif name not in not_constant:
-            options.append((name, value))
-    return options
