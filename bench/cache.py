@@ -19,7 +19,7 @@ from torch.utils.data import TensorDataset
 
 import skipkernels as sk
 from skipkernels.features import FeatureCache
-from skipkernels.features.layout import STORED_DTYPES
+from skipkernels.features.folder_table import STORED_DTYPES
 from skipkernels.testing import relative_error
 
 from . import tables

@@ -38,6 +38,14 @@ def tiny_clip(
     return model.to(dtype)
 
 
+def half_precision_clip(dtype: torch.dtype) -> torch.nn.Module:
+    """The model of `tiny_clip` as `open_clip.create_model` makes it in half precision: norms and positions in fp32."""
+    model = open_clip.CLIP(12, VISION, TEXT, cast_dtype=dtype)
+    model.load_state_dict(tiny_clip(torch.float32).state_dict())
+    open_clip.model.convert_weights_to_lp(model, dtype)
+    return model
+
+
 @contextmanager
 def uncompared() -> Iterator[None]:
     """Make SkipCLIPs without the comparison with their model, which has tests of its own and takes half of the time."""

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from .._progress import Output, progress
 from ..digests import digest_tensors
-from ..features.folder_table import FolderTable
-from ..features.layout import NAMES, STORED_DTYPES, CacheError, Layout, probe_of
+from ..features.folder_table import DTYPE_NAMES, STORED_DTYPES, CacheError, FolderTable, Layout, probe_of
 from ..features.writer import TableWriter
 from ..folders import is_locked
 from ..formatting import escaped
@@ -42,7 +41,7 @@ def features_in_folder(folder: Path, features: TextFeatures, probe: Tensor) -> F
 
 def _layout(features: TextFeatures, probe: Tensor) -> Layout:
     """Return the layout of the rows, and what they depend on: the model below the cut, and the prompts."""
-    dtype = NAMES[probe.dtype]
+    dtype = DTYPE_NAMES[probe.dtype]
     if dtype not in STORED_DTYPES:
         raise CacheError(f"SkipCLIP: text_cache stores fp32, fp16, bf16; this model computes in {probe.dtype}.")
     templates = features.templates

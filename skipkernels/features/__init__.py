@@ -8,7 +8,7 @@ from .._lazy import lazy_names
 
 if TYPE_CHECKING:
     from .cache import FeatureCache, Progress
-    from .layout import CacheError
+    from .folder_table import CacheError
     from .loader import FeatureLoader
     from .samplers import BatchSampler
     from .table import FeatureTable
@@ -26,7 +26,7 @@ __getattr__ = lazy_names(
     __name__,
     {
         "cache": ("FeatureCache", "Progress"),
-        "layout": ("CacheError",),
+        "folder_table": ("CacheError",),
         "loader": ("FeatureLoader",),
         "samplers": ("BatchSampler",),
         "table": ("FeatureTable",),

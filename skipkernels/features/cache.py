@@ -17,9 +17,8 @@ from .. import _progress
 from ..checks import check_choice, check_dtype, check_shape
 from ..options import CacheDtype, Refresh, SamplerKind
 from .extraction import Encoder, Images
-from .folder_table import FolderTable
+from .folder_table import DTYPE_NAMES, CacheError, FolderTable, Layout, probe_of
 from .identity import dataset_identity
-from .layout import NAMES, CacheError, Layout, probe_of
 from .loader import FeatureLoader
 from .samplers import BatchSampler
 from .table import FeatureTable, SelectedRows
@@ -108,16 +107,15 @@ class FeatureCache(Dataset):
         """
         folder = Path(path).absolute()  # a later change of the working directory has no effect
         check_choice("FeatureCache.build", "dtype", dtype, CacheDtype)
-        _check_clip("FeatureCache.build", clip)
-        images = _checked_images("FeatureCache.build", dataset, batch_size, workers, seed)
+        encode = Encoder("FeatureCache.build", clip)
+        images = Images("FeatureCache.build", dataset, batch_size, workers, seed)
         options: dict[str, str | int] = {"seed": seed, "batch size": batch_size}
-        of_dataset, encode = dataset_identity(dataset, identity), Encoder(clip)
-        probe = encode.probe()
+        of_dataset, probe = dataset_identity(dataset, identity), encode.probe()
         layout = Layout(
             rows=len(images),
             shape=tuple(probe.shape),
             dtype=dtype,
-            computed_dtype=NAMES[probe.dtype],
+            computed_dtype=DTYPE_NAMES[probe.dtype],
             labelled=True,
             identity=encode.identity() | of_dataset | options,
             probe=probe_of(probe),
@@ -160,8 +158,7 @@ class FeatureCache(Dataset):
             raise CacheError(f"{folder}: does not hold features of images.")
         expected, probe = dict(layout.identity), layout.probe
         if clip is not None:
-            _check_clip("FeatureCache.open", clip)
-            encode = Encoder(clip)
+            encode = Encoder("FeatureCache.open", clip)
             expected |= encode.identity()
             probe = probe_of(encode.probe())
         if dataset is not None:
@@ -196,9 +193,8 @@ class FeatureCache(Dataset):
         Raises:
             MemoryError: If the outputs would take more than half of the free memory.
         """
-        name = "FeatureCache.in_memory"
-        check_choice(name, "refresh", refresh, Refresh)
-        images = _checked_images(name, dataset, batch_size, workers, seed)
+        check_choice("FeatureCache.in_memory", "refresh", refresh, Refresh)
+        images = Images("FeatureCache.in_memory", dataset, batch_size, workers, seed)
         with _advancing("features", len(images), progress) as advance:
             table, labels = images.compute(encode, 0, advance)
         return cls(table, labels, compute=functools.partial(images.compute, encode) if refresh == "epoch" else None)
@@ -306,28 +302,3 @@ def _advancing(title: str, total: int, progress: Progress) -> Iterator[Callable[
     """Yield the function to call with the number of images of each batch."""
     with _progress.progress(title, total, shown=progress is True) as bar:
         yield progress if callable(progress) else bar
-
-
-def _check_clip(function: str, clip: Any) -> None:
-    if not hasattr(clip, "encode_lower"):  # isinstance would need an import in a circle
-        raise TypeError(
-            f"{function}: clip must be a SkipCLIP; got {type(clip).__name__}. Wrap the model: "
-            "SkipCLIP(model, tokens, skip_layers=…)."
-        )
-    if clip.skip_layers[0] == 0:
-        raise ValueError(
-            f"{function}: with skip_layers=0 the image embedding trains, so features cannot be cached. Skip "
-            "a block, or train from images."
-        )
-
-
-def _checked_images(function: str, dataset: Any, batch_size: int, workers: int, seed: int) -> Images:
-    for name, number, least in (("batch_size", batch_size, 1), ("workers", workers, 0), ("seed", seed, 0)):
-        if not isinstance(number, int) or number < least:
-            raise ValueError(f"{function}: {name} must be at least {least}, a whole number; got {number!r}.")
-    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and len(dataset)):
-        raise ValueError(
-            f"{function}: dataset must be map-style, with `__len__` and `__getitem__`, and have at least one image; "
-            f"got {type(dataset).__name__}. Pass list(dataset) if it fits into memory."
-        )
-    return Images(dataset, batch_size, workers, seed)

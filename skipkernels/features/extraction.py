@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..dtypes import autocast_dtype
 from ..labels import whole_number
 from ..memory import free_bytes
-from .layout import NAMES, CacheError
+from .folder_table import DTYPE_NAMES, CacheError
 from .table import MemoryTable
 
 if TYPE_CHECKING:
@@ -28,11 +28,25 @@ Write = Callable[[int, Tensor, Tensor], object]  # first row, features [n, …],
 
 
 class Encoder:
-    """Function from images to features at the cut, on the CPU."""
+    """Function from images to features at the cut, on the CPU.
 
-    def __init__(self, clip: SkipCLIP):
+    Args:
+        function: Public function that errors name.
+        clip: Model that computes the features.
+    """
+
+    def __init__(self, function: str, clip: SkipCLIP):
+        if not hasattr(clip, "encode_lower"):  # isinstance would need an import in a circle
+            raise TypeError(
+                f"{function}: clip must be a SkipCLIP; got {type(clip).__name__}. Wrap the model: "
+                "SkipCLIP(model, tokens, skip_layers=…)."
+            )
+        if clip.skip_layers[0] == 0:
+            raise ValueError(
+                f"{function}: with skip_layers=0 the image embedding trains, so features cannot be cached. Skip "
+                "a block, or train from images."
+            )
         self._images, self._device, self._image_size = clip.images, clip.prototypes.device, clip.image_size
-        self._images.watch()
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -42,6 +56,7 @@ class Encoder:
                 f"FeatureCache.build: images must be [3, {self._image_size[0]}, {self._image_size[1]}], the model's "
                 f"input size; got {list(images.shape[1:])}. Give the dataset the model's own preprocessing."
             )
+        self._images.watch()
         return self._images.lower(images.to(self._device, non_blocking=True)).cpu()
 
     def probe(self) -> Tensor:
@@ -53,7 +68,7 @@ class Encoder:
         """Return what features depend on below the cut: weights, buffers, the cut and autocast."""
         weights, autocast = self._images.tower.lower_identity(), autocast_dtype(self._device)
         return {f"image {name}": value for name, value in weights.items()} | {
-            "autocast": "none" if autocast is None else NAMES[autocast]
+            "autocast": "none" if autocast is None else DTYPE_NAMES[autocast]
         }
 
 
@@ -64,10 +79,22 @@ class Images:
     Every item has its own seed in every epoch, so that a resumed build computes the same rows, in any process.
     """
 
+    function: str  # Public function that errors of the arguments name
     dataset: Any
     batch_size: int
     workers: int  # Number of processes that load images
     seed: int  # Seed of random transforms
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch_size", 1), ("workers", 0), ("seed", 0)):
+            number = getattr(self, name)
+            if not isinstance(number, int) or number < least:
+                raise ValueError(f"{self.function}: {name} must be at least {least}, a whole number; got {number!r}.")
+        if not (hasattr(self.dataset, "__len__") and hasattr(self.dataset, "__getitem__") and len(self.dataset)):
+            raise ValueError(
+                f"{self.function}: dataset must be map-style, with `__len__` and `__getitem__`, and have at least one "
+                f"image; got {type(self.dataset).__name__}. Pass list(dataset) if it fits into memory."
+            )
 
     def __len__(self) -> int:
         return len(self.dataset)

@@ -19,7 +19,7 @@ from torch.utils.data import ConcatDataset, TensorDataset
 
 from ..digests import digest_json, digest_tensors
 from ..labels import whole_number
-from .layout import CacheError
+from .folder_table import CacheError
 
 _PATH_ATTRIBUTES = ("samples", "imgs", "paths")  # of files, or of pairs that begin with one, as in torchvision
 _LABEL_ATTRIBUTES = ("labels", "targets")
@@ -82,15 +82,7 @@ class _Description:
 
 def _describe(dataset: Any) -> _Description:
     if isinstance(dataset, ConcatDataset):
-        parts = [_describe(part) for part in dataset.datasets]
-        images: list[str | int] = []
-        for part in parts:  # images that are not listed are numbered over all parts
-            start = len(images)
-            images += [image + start if isinstance(image, int) else image for image in part.images]
-        transforms = [part.transforms for part in parts]
-        return _Description(
-            images, [label for part in parts for label in part.labels], transforms if any(transforms) else []
-        )
+        return _join([_describe(part) for part in dataset.datasets])
     is_subset = hasattr(dataset, "dataset") and hasattr(dataset, "indices")  # such as torch.utils.data.Subset
     indices = [int(index) for index in (dataset.indices if is_subset else range(len(dataset)))]
     own = getattr(dataset, "identity", None)
@@ -108,6 +100,18 @@ def _describe(dataset: Any) -> _Description:
     own_transforms = [value for name in names if (value := getattr(dataset, name, None)) is not None]
     found.transforms = [*map(_named, own_transforms), *found.transforms]
     return found
+
+
+def _join(parts: list[_Description]) -> _Description:
+    """Description of the items of one dataset after those of another."""
+    joined = _Description([], [])
+    for part in parts:  # images that are not listed are numbered over all parts
+        start = len(joined.images)
+        joined.images += [image + start if isinstance(image, int) else image for image in part.images]
+        joined.labels += part.labels
+    if any(part.transforms for part in parts):
+        joined.transforms = [part.transforms for part in parts]
+    return joined
 
 
 def _named(transform: Any) -> str:

@@ -22,17 +22,15 @@ from torch import Tensor
 from ..checks import warn_caller
 from ..folders import locked, replace_text, sweep, sync
 from ..formatting import decimal
-from .folder_table import FolderTable
-from .layout import (
+from .folder_table import (
     CHECKSUMS,
-    HEADER,
+    HEADER_BYTES,
     IDENTITY,
     STORED_DTYPES,
     CacheError,
+    FolderTable,
     Layout,
-    checksums,
-    file_size,
-    header_of,
+    checksums_of,
     quantise,
 )
 
@@ -66,7 +64,7 @@ class TableWriter:
         self.folder, self.layout = folder.absolute(), layout
         self.missing = np.zeros(layout.rows, dtype=bool)
         self._resume, self._wait = resume, wait
-        self._arrays = layout.arrays | {CHECKSUMS: layout.checksum_array}
+        self._arrays = layout.arrays | {CHECKSUMS: layout.checksums}
         self._files: dict[str, BinaryIO] = {}
         # First row and checksums [n, arrays] of each write since the last flush
         self._written: list[tuple[int, NDArray[np.uint64]]] = []
@@ -108,14 +106,14 @@ class TableWriter:
                 f"{self.layout.dtype}. {remedy}"
             )
         parts = [_array(part) for part in (*stored, labels) if part is not None]
-        for part, (name, (shape, dtype)) in zip(parts, self.layout.arrays.items(), strict=True):
-            if part.shape[1:] != shape[1:] or part.dtype != dtype:
+        for part, (name, array) in zip(parts, self.layout.arrays.items(), strict=True):
+            if part.shape[1:] != array.shape[1:] or part.dtype != array.dtype:
                 raise ValueError(
-                    f"TableWriter.write: rows of {name} must be {np.dtype(dtype)} {shape[1:]}; got {part.dtype} "
-                    f"{part.shape[1:]}."
+                    f"TableWriter.write: rows of {name} must be {np.dtype(array.dtype)} {array.shape[1:]}; got "
+                    f"{part.dtype} {part.shape[1:]}."
                 )
         numbers = range(first, first + len(features))
-        row_checksums = np.stack([checksums(self.layout.seed, numbers, part) for part in parts], axis=1)
+        row_checksums = np.stack([checksums_of(part, numbers, self.layout.seed) for part in parts], axis=1)
         with disk_errors(self.folder):
             for name, part in zip(self.layout.arrays, parts, strict=True):
                 _write(self._files[name], first, part)
@@ -171,8 +169,8 @@ class TableWriter:
         path, array = self.folder / name, self._arrays[name]
         path.touch()
         file = path.open("r+b")
-        file.write(header_of(*array))
-        file.truncate(file_size(*array))
+        file.write(array.header)
+        file.truncate(array.file_bytes)
         return file
 
     def _find_missing(self) -> None:
@@ -214,6 +212,6 @@ def _array(part: Tensor) -> NDArray[Any]:
 
 def _write(file: BinaryIO, first: int, rows: NDArray[Any]) -> None:
     """Write rows [n, …] of an array."""
-    file.seek(HEADER + first * rows[0].nbytes)
+    file.seek(HEADER_BYTES + first * rows[0].nbytes)
     file.write(rows.data)
     file.flush()

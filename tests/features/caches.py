@@ -48,3 +48,8 @@ def build(path: Path, dataset: Any = None, clip: sk.SkipCLIP | None = None, **ar
     dataset = images() if dataset is None else dataset
     arguments = {"dtype": "fp32", "batch_size": 4, "progress": False} | arguments
     return sk.FeatureCache.build(path, skip_clip() if clip is None else clip, dataset, **arguments)
+
+
+def read_epoch(loader: sk.FeatureLoader) -> Tensor:
+    """Read the features of an epoch, or of the rest of one."""
+    return torch.cat([features for features, _ in loader])

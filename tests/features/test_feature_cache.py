@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable
 from functools import partial
 
-import open_clip
 import pytest
 import torch
 from torch import nn
@@ -16,23 +15,15 @@ import skipkernels as sk
 from skipkernels.features import CacheError
 from tests.features.caches import CLASSES, Drawn, build, images, skip_clip
 from tests.hugging_face_models import siglip
-from tests.models import TEXT, VISION, tiny_clip
+from tests.models import half_precision_clip, tiny_clip
 from tests.timm_models import convnext
-
-
-def half(dtype: torch.dtype) -> nn.Module:
-    model = open_clip.CLIP(12, VISION, TEXT, cast_dtype=dtype)
-    model.load_state_dict(tiny_clip(torch.float32).state_dict())
-    open_clip.model.convert_weights_to_lp(model, dtype)
-    return model
-
 
 FAMILIES: dict[str, tuple[Callable[[], nn.Module], int, int]] = {  # model, skipped blocks, image size
     "open_clip": (partial(tiny_clip, torch.float32), 1, 16),
     "siglip": (lambda: siglip().float(), 1, 16),
     "maps": (lambda: convnext().float(), 2, 32),
     "fp64": (tiny_clip, 1, 16),
-    "bf16": (partial(half, torch.bfloat16), 1, 16),
+    "bf16": (partial(half_precision_clip, torch.bfloat16), 1, 16),
 }
 
 
@@ -95,7 +86,7 @@ def test_getitem(tmp_path):
     assert len(list(cache)) == 23, "iteration ends after the last image"
 
 
-def test_in_memory_equals_the_model(monkeypatch, tmp_path):
+def test_in_memory_equals_the_model():
     clip, done = skip_clip(), []
     cache = sk.FeatureCache.in_memory(images(), clip.encode_lower, batch_size=4, progress=done.append)
     assert sum(done) == len(cache) == 23 and cache.table.folder is None
@@ -103,6 +94,9 @@ def test_in_memory_equals_the_model(monkeypatch, tmp_path):
     assert torch.stack([features for features, _ in cache]).equal(right)
     assert cache.shape == right.shape[1:] and cache.dtype == torch.float32
     assert repr(cache) == f"FeatureCache(23 images, {list(right.shape[1:])} torch.float32, in memory)"
+
+
+def test_in_memory_takes_at_most_half_of_the_free_memory(monkeypatch, tmp_path):
     (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable: 1 kB\n")
     monkeypatch.setattr("skipkernels.memory._PROC", tmp_path)
     with pytest.raises(MemoryError, match=r"23 items of \[3, 16, 16\] torch.float32 take .* Use FeatureCache.build"):
@@ -119,13 +113,6 @@ def test_random_transforms_are_reproducible(tmp_path):
 # ---- other models ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("cache") / "store"
-    build(path)
-    return path
-
-
 def test_open_ignores_weights_above_the_cut(folder):
     model = tiny_clip(torch.float32)
     clip = skip_clip(model)
@@ -139,7 +126,7 @@ def test_open_ignores_weights_above_the_cut(folder):
 def test_open_allows_other_rounding_in_half_precision(tmp_path):
     """Another device rounds differently; norms and positions are in fp32."""
     dtype = torch.bfloat16
-    clip = skip_clip(half(dtype))
+    clip = skip_clip(half_precision_clip(dtype))
     build(tmp_path, images(4), clip)
     values = json.loads((tmp_path / "identity.json").read_text())
     probe = torch.tensor(values["probe"])

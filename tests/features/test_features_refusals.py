@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import skipkernels as sk
@@ -23,13 +23,6 @@ from tests.hugging_face_models import siglip
 from tests.models import tiny_clip
 
 GOOD = pictures(1)[0]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("cache") / "store"
-    build(path)
-    return path
 
 
 # ---- a cache that exists ---------------------------------------------------------------------------------------------
@@ -99,31 +92,33 @@ def test_build_is_refused(tmp_path, arguments, words):
     assert not (tmp_path / "store").exists()
 
 
-Store = Callable[[], sk.FeatureCache]
-LOADER: list[tuple[Callable[[Store], object], type[Exception], str]] = [
-    *((lambda store, given=given: sk.FeatureCache.in_memory(images(), **given), ValueError,
-       f"^FeatureCache.in_memory: {next(iter(given))} must be")
-      for given in ({"refresh": "always"}, {"batch_size": 0}, {"seed": -1})),
-    (lambda store: sk.FeatureCache.in_memory(iter([])), ValueError, "^FeatureCache.in_memory: dataset must be map-"),
-    *((lambda store, given=given: store().subset(torch.tensor(given)), error, f"^FeatureCache.subset: images {words}")
-      for given, error, words in (
-          ([True] * 23, TypeError, r"must be int64; got torch.bool. Use mask.nonzero\(\)"),
-          ([[3]], ValueError, r"must be \[m\]"),
-          ([0, 23], IndexError, "are numbered from 0 to 22; got 0 to 23"),
-          ([-1], IndexError, "are numbered from 0 to 22; got -1 to -1"),
-      )),
-    (lambda store: store().subset(torch.arange(0)), ValueError, r"^FeatureCache.subset: images must be \[m\]"),
-    (lambda store: store().loader(sampler=[[0, 1], [2, 3]]).state_dict(), TypeError,
-     r"^FeatureLoader\.state_dict: this sampler has no state_dict"),
-    (lambda store: store().loader(sampler=[[0, 1], [2, 3]], rank=0, world_size=2), ValueError,
-     "^FeatureCache.loader: lists of image numbers are not divided; got rank=0"),
-]  # fmt: skip
+@pytest.mark.parametrize("arguments", [{"refresh": "always"}, {"batch_size": 0}, {"seed": -1}, {"dataset": iter([])}])
+def test_cache_in_memory_is_refused(arguments):
+    with pytest.raises(ValueError, match=f"^FeatureCache.in_memory: {next(iter(arguments))} must be "):
+        sk.FeatureCache.in_memory(**{"dataset": images(), **arguments})
 
 
-@pytest.mark.parametrize(("call", "error", "words"), LOADER, ids=[words for *_, words in LOADER])
-def test_call_is_refused(folder, call, error, words):
-    with pytest.raises(error, match=words):
-        call(lambda: sk.FeatureCache.open(folder))
+SUBSETS: list[tuple[Tensor, type[Exception], str]] = [
+    (torch.ones(23, dtype=torch.bool), TypeError, r"must be int64; got torch.bool. Use mask.nonzero\(\)"),
+    (torch.tensor([[3]]), ValueError, r"must be \[m\]"),
+    (torch.arange(0), ValueError, r"must be \[m\]"),
+    (torch.tensor([0, 23]), IndexError, "are numbered from 0 to 22; got 0 to 23"),
+    (torch.tensor([-1]), IndexError, "are numbered from 0 to 22; got -1 to -1"),
+]
+
+
+@pytest.mark.parametrize(("numbers", "error", "words"), SUBSETS)
+def test_subset_is_refused(folder, numbers, error, words):
+    with pytest.raises(error, match=f"^FeatureCache.subset: images {words}"):
+        sk.FeatureCache.open(folder).subset(numbers)
+
+
+def test_lists_as_sampler_have_no_state_and_are_not_divided(folder):
+    cache, lists = sk.FeatureCache.open(folder), [[0, 1], [2, 3]]
+    with pytest.raises(TypeError, match=r"^FeatureLoader\.state_dict: this sampler has no state_dict"):
+        cache.loader(sampler=lists).state_dict()
+    with pytest.raises(ValueError, match="^FeatureCache.loader: lists of image numbers are not divided; got rank=0"):
+        cache.loader(sampler=lists, rank=0, world_size=2)
 
 
 # ---- items of a dataset ----------------------------------------------------------------------------------------------

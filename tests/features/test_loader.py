@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
 
@@ -13,17 +12,10 @@ from torch.utils.data import DataLoader
 import skipkernels as sk
 from skipkernels.features import BatchSampler, CacheError
 from skipkernels.features.table import MemoryTable
-from tests.features.caches import CLASSES, build
+from tests.features.caches import CLASSES, build, read_epoch
 from tests.processes import forkserver
 
 COUNT = 23
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("loader") / "store"
-    build(path)
-    return path
 
 
 @pytest.fixture
@@ -106,7 +98,7 @@ def test_break_ends_the_thread_and_a_new_loop_is_complete(cache, rows, prefetch)
         if step == 2:
             break
     assert not threads()
-    assert torch.cat([features for features, _ in loader]).equal(rows)
+    assert read_epoch(loader).equal(rows)
     assert not threads()
 
 
@@ -128,35 +120,25 @@ def test_read_error_is_raised_in_the_loop(tmp_path, rows, prefetch):
 # ---- states ----------------------------------------------------------------------------------------------------
 
 
-def taken(loader: sk.FeatureLoader, count: int | None = None) -> list[torch.Tensor]:
-    return [features for features, _ in itertools.islice(loader, count)]
-
-
-def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
-    return len(first) == len(second) and all(one.equal(other) for one, other in zip(first, second, strict=True))
-
-
 @pytest.mark.parametrize("steps", [0, 5, 12])
 @pytest.mark.parametrize("prefetch", [0, 3])
 def test_state_counts_yielded_batches(cache, tmp_path, prefetch, steps):
+    """A state saved in the body of the loop, here in the second epoch, while a thread has read ahead."""
     whole = cache.loader(2, "random", prefetch=0)
-    epochs = [taken(whole), taken(whole), taken(whole)]
+    epochs = [read_epoch(whole) for _ in range(3)]
     loader = cache.loader(2, "random", prefetch=prefetch)
-    taken(loader)
-    if steps:
-        for step, _ in enumerate(loader):
-            assert loader.epoch == 1
-            if step == steps - 1:
-                time.sleep(0.02)  # lets the thread read ahead
-                torch.save(loader.state_dict(), tmp_path / "state")
-    else:
-        torch.save(loader.state_dict(), tmp_path / "state")
+    read_epoch(loader)
+    batches = iter(loader)
+    for _ in range(steps):
+        next(batches)
+    time.sleep(0.02)  # lets the thread read ahead
+    torch.save(loader.state_dict(), tmp_path / "state")
     resumed = cache.loader(2, "random", generator=torch.Generator().manual_seed(9), prefetch=prefetch)
     resumed.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
-    assert resumed.epoch == 1
-    assert same(taken(resumed), epochs[1][steps:])
-    assert resumed.epoch == 2
-    assert same(taken(resumed), epochs[2])
+    assert loader.epoch == resumed.epoch == 1
+    rest = [epochs[1][: 2 * steps], *(features for features, _ in resumed)]
+    assert torch.cat(rest).equal(epochs[1]) and resumed.epoch == 2
+    assert read_epoch(resumed).equal(epochs[2])
 
 
 # ---- GPU -------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import torch
 import skipkernels as sk
 from skipkernels.features import CacheError
 from skipkernels.features.extraction import Images
-from tests.features.caches import Drawn, skip_clip
+from tests.features.caches import Drawn, read_epoch, skip_clip
 
 COUNT, EPOCHS = 8, 4
 ALL = torch.arange(COUNT)
@@ -21,17 +21,13 @@ ALL = torch.arange(COUNT)
 @pytest.fixture(scope="module")
 def views():
     """Expected features of epochs 0 to 3."""
-    clip = skip_clip()
-    return [Images(Drawn(COUNT), 4, 0, 0).compute(clip.encode_lower, epoch)[0].features for epoch in range(EPOCHS)]
+    clip, images = skip_clip(), Images("test", Drawn(COUNT), batch_size=4, workers=0, seed=0)
+    return [images.compute(clip.encode_lower, epoch)[0].features for epoch in range(EPOCHS)]
 
 
 def refreshed(dataset=None, encode=None, **options) -> sk.FeatureCache:
     dataset, encode = dataset or Drawn(COUNT), encode or skip_clip().encode_lower
     return sk.FeatureCache.in_memory(dataset, encode, **{"batch_size": 4, "refresh": "epoch", **options})
-
-
-def epoch(loader: sk.FeatureLoader) -> torch.Tensor:
-    return torch.cat([features for features, _ in loader])
 
 
 def generators() -> tuple:
@@ -48,9 +44,9 @@ def test_each_epoch_has_its_own_view(views, workers, prefetch):
     subset, loader = cache.subset(ALL.flip(0)), cache.loader(3, "sequential", prefetch=prefetch)
     kept = [features for features, _ in loader]
     for number in range(1, EPOCHS):
-        torch.testing.assert_close(epoch(loader), views[number], atol=1e-5, rtol=1e-5)  # threads round differently
+        torch.testing.assert_close(read_epoch(loader), views[number], atol=1e-5, rtol=1e-5)  # threads round differently
     torch.testing.assert_close(torch.cat(kept), views[0], atol=1e-5, rtol=1e-5)
-    assert epoch(subset.loader(3, "sequential")).flip(0).equal(torch.cat(kept))
+    assert read_epoch(subset.loader(3, "sequential")).flip(0).equal(torch.cat(kept))
     assert generators() == before, "those of training"
 
 
@@ -76,14 +72,14 @@ def test_epoch_before_is_released_first(views):
     cache = refreshed(encode=encode)
     loader = cache.loader(3, "sequential", prefetch=2)
     for _ in range(2):
-        epoch(loader)
+        read_epoch(loader)
         held.append(weakref.ref(cache.table.features))
     cache.load_epoch(2)
     assert not any(alive)
     subset = cache.subset(ALL)
     held.append(weakref.ref(cache.table.features))
     cache.load_epoch(3)
-    assert alive[-1] and epoch(subset.loader(3, "sequential")).equal(views[2])
+    assert alive[-1] and read_epoch(subset.loader(3, "sequential")).equal(views[2])
 
 
 class Failing(Drawn):
@@ -104,12 +100,12 @@ def test_failed_epoch_is_computed_again_from_its_beginning(views):
     dataset = Failing(COUNT)
     cache = refreshed(dataset)
     loader = cache.loader(3, "sequential")
-    assert epoch(loader).equal(views[0])
-    for read in (lambda: epoch(loader), lambda: cache[0], lambda: cache.table):
+    assert read_epoch(loader).equal(views[0])
+    for read in (lambda: read_epoch(loader), lambda: cache[0], lambda: cache.table):
         with pytest.raises(CacheError, match=r"item 5 of the dataset cannot be loaded: OSError\('the disk has gone'\)"):
             read()
     dataset.loads = 9
-    assert cache[0][0].equal(views[1][0]) and epoch(loader).equal(views[1])
+    assert cache[0][0].equal(views[1][0]) and read_epoch(loader).equal(views[1])
 
 
 class Relabelled(Drawn):
@@ -121,27 +117,21 @@ class Relabelled(Drawn):
 
 def test_epoch_with_other_labels_is_refused():
     loader = refreshed(Relabelled(COUNT)).loader(3, "sequential")
-    epoch(loader)
+    read_epoch(loader)
     for _ in range(2):
         with pytest.raises(CacheError, match="epoch 1 has other labels than the first"):
-            epoch(loader)
+            read_epoch(loader)
 
 
 def test_epoch_of_a_loader_state_is_resumed(views):
     loader = refreshed().loader(3, "random")
     for _ in range(2):
-        epoch(loader)
-    for _ in loader:  # one batch of the third epoch
-        state = loader.state_dict()
-        break
+        read_epoch(loader)
+    third = iter(loader)
+    next(third)
+    state, rest = loader.state_dict(), torch.cat([features for features, _ in third])
     cache = refreshed()
-    loader = cache.loader(3, "random", generator=torch.Generator().manual_seed(9))
-    loader.load_state_dict(state)
-    assert loader.epoch == 2
-    got = [features for features, _ in loader]
-    reference = cache.loader(3, "random")
-    reference.load_state_dict(state)
-    for features, batch in zip(got, reference.sampler, strict=True):
-        assert features.equal(views[2][batch])
-    assert len(got) == 2 and loader.epoch == 3
-    assert epoch(cache.loader(sampler=[[0]])).equal(views[0][:1]), "an earlier epoch is computed again"
+    resumed = cache.loader(3, "random", generator=torch.Generator().manual_seed(9))
+    resumed.load_state_dict(state)
+    assert resumed.epoch == 2 and read_epoch(resumed).equal(rest) and resumed.epoch == 3
+    assert read_epoch(cache.loader(sampler=[[0]])).equal(views[0][:1]), "an earlier epoch is computed again"

@@ -24,10 +24,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from skipkernels.features import layout as layout_module
 from skipkernels.features import writer as writer_module
-from skipkernels.features.folder_table import FolderTable
-from skipkernels.features.layout import COMPUTED_DTYPES, STORED_DTYPES, CacheError, Layout, quantise, read_rows
+from skipkernels.features.folder_table import (
+    COMPUTED_DTYPES,
+    STORED_DTYPES,
+    Array,
+    CacheError,
+    FolderTable,
+    Layout,
+    quantise,
+)
 from skipkernels.features.table import FeatureTable, MemoryTable
 from skipkernels.features.writer import TableWriter
 from skipkernels.folders import LOCK
@@ -124,8 +130,9 @@ def test_rows_are_those_written_and_numpy_reads_them(tmp_path, dtype, computed, 
     )
     assert (np.load(tmp_path / "rows.npy") != 0).all()
     in_memory = MemoryTable(all_rows(table))
-    assert in_memory.rows(ids).equal(table.rows(ids)) and in_memory.shape == table.shape == shape
-    assert in_memory.dtype == table.dtype and len(in_memory) == len(table) == 18
+    assert in_memory.rows(ids).equal(table.rows(ids))
+    assert (in_memory.shape, in_memory.dtype, len(in_memory)) == (table.shape, table.dtype, len(table))
+    assert (table.shape, len(table)) == (shape, 18)
 
 
 def test_pickled_table_has_no_rows(folder, monkeypatch):
@@ -256,39 +263,44 @@ def test_error_in_a_build_keeps_the_rows_before_it(folder, tmp_path, monkeypatch
 # ---- damage ----------------------------------------------------------------------------------------------------------
 
 
-def flip(path: Path, at: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[at] ^= 1
-    path.write_bytes(data)
+Change = Callable[[Path], object]
 
 
-DAMAGES: dict[str, tuple[Callable[[Path], object], str, list[int]]] = {  # message, and batches to compute again
-    "feature": (lambda folder: flip(folder / "features.npy", 128 + 15 * 6 + 4), "row 6 damaged", [4]),
-    "scale": (lambda folder: flip(folder / "scales.npy", 128 + 12 * 6), "row 6 damaged", [4]),
-    "label": (lambda folder: flip(folder / "labels.npy", 128 + 8 * 6), "row 6 damaged", [4]),
-    "checksum": (lambda folder: flip(folder / "rows.npy", 128 + 24 * 6), "row 6 damaged", [4]),
-    "two rows": (
-        lambda folder: [flip(folder / "features.npy", 128 + 15 * i) for i in (6, 17)],
-        "row 6, 17 dam",
-        [4, 16],
-    ),
-    "header": (lambda folder: flip(folder / "features.npy", 20), r"features\.npy: damaged: another header", []),
+def flip(*places: int) -> Change:
+    """Change a bit of some bytes of the data, behind the header of 128 bytes."""
+
+    def change(path: Path) -> None:
+        data = bytearray(path.read_bytes())
+        for place in places:
+            data[128 + place] ^= 1
+        path.write_bytes(data)
+
+    return change
+
+
+DAMAGES: dict[str, tuple[str, Change, str, list[int]]] = {  # file, message, and batches to compute again
+    "feature": ("features.npy", flip(15 * 6 + 4), "row 6 damaged", [4]),
+    "scale": ("scales.npy", flip(12 * 6), "row 6 damaged", [4]),
+    "label": ("labels.npy", flip(8 * 6), "row 6 damaged", [4]),
+    "checksum": ("rows.npy", flip(24 * 6), "row 6 damaged", [4]),
+    "two rows": ("features.npy", flip(15 * 6, 15 * 17), "row 6, 17 damaged", [4, 16]),
+    "header": ("features.npy", flip(20 - 128), r"features\.npy: damaged: another header", []),
     "truncated": (
-        lambda folder: os.truncate(folder / "features.npy", 128 + 15 * 9),
+        "features.npy",
+        lambda path: os.truncate(path, 128 + 15 * 9),
         "263 bytes instead of 398",
         [8, 12, 16],
     ),
-    "empty": (lambda folder: os.truncate(folder / "labels.npy", 0), "0 bytes instead of 272", [0, 4, 8, 12, 16]),
-    "longer": (lambda folder: os.truncate(folder / "rows.npy", 999), "999 bytes instead of 560", []),
-    "missing": (lambda folder: (folder / "scales.npy").unlink(), r"scales\.npy: missing", [0, 4, 8, 12, 16]),
+    "empty": ("labels.npy", lambda path: os.truncate(path, 0), "0 bytes instead of 272", [0, 4, 8, 12, 16]),
+    "longer": ("rows.npy", lambda path: os.truncate(path, 999), "999 bytes instead of 560", []),
+    "missing": ("scales.npy", Path.unlink, r"scales\.npy: missing", [0, 4, 8, 12, 16]),
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_is_named_never_read_and_computed_again(folder, damage):
-    sound, (do, message, batches) = contents(folder), DAMAGES[damage]
-    right, _ = read(folder)
-    do(folder)
+@pytest.mark.parametrize(("file", "damage", "message", "batches"), DAMAGES.values(), ids=DAMAGES)
+def test_damage_is_named_never_read_and_computed_again(folder, file, damage, message, batches):
+    sound, (right, _) = contents(folder), read(folder)
+    damage(folder / file)
     with pytest.raises(CacheError, match=rf"^{folder}.*{message}.* Build it again with `resume=True`"):
         read(folder)
     if message.startswith("row"):
@@ -303,11 +315,12 @@ def test_damage_is_named_never_read_and_computed_again(folder, damage):
 
 def test_file_that_is_truncated_while_it_is_read(folder, monkeypatch):
     """After its size was compared."""
-    os.truncate(folder / "features.npy", 128 + 15 * 9)
-    monkeypatch.setattr(layout_module, "file_size", lambda shape, dtype: (folder / "features.npy").stat().st_size)
-    assert len(read_rows(folder / "features.npy", (18, 3, 5), np.int8, [8])) == 1
+    path, array = folder / "features.npy", Array((18, 3, 5), np.int8)
+    os.truncate(path, 128 + 15 * 9)
+    monkeypatch.setattr(Array, "file_bytes", path.stat().st_size)
+    assert len(array.read(path, [8])) == 1
     with pytest.raises(CacheError, match=r"features\.npy: unreadable: truncated while it is read"):
-        read_rows(folder / "features.npy", (18, 3, 5), np.int8, [3, 8, 9])
+        array.read(path, [3, 8, 9])
 
 
 def test_rows_of_another_place_or_table_are_damaged(folder, tmp_path):
@@ -330,7 +343,7 @@ def test_rows_of_another_place_or_table_are_damaged(folder, tmp_path):
 def test_row_is_compared_whenever_it_is_read(folder):
     table = FolderTable.open(folder)
     table.rows(torch.tensor([5, 6]))
-    flip(folder / "features.npy", 128 + 15 * 6)  # or another process overwrites the table
+    flip(15 * 6)(folder / "features.npy")  # or another process overwrites the table
     with pytest.raises(CacheError, match="row 6 damaged"):
         table.rows(torch.tensor([5, 6]))
     assert "row 0, 1, 2, 3, 4, 5, 6, 7, 8, … damaged" in table.damage_message(range(12))
@@ -350,27 +363,26 @@ def test_rows_of_another_kind_are_not_written(tmp_path, features, labels, words)
         assert writer.missing.all()
 
 
-NOT_OURS: dict[str, bytes] = {"empty": b"", "number": b"3", "other program": b'{"name": "an app"}'}
-WRONG: dict[str, Any] = {"format": 5, "more": 1}
+def with_entry(name: str, value: Any) -> Callable[[bytes], bytes]:
+    return lambda data: json.dumps(json.loads(data) | {name: value}).encode()
 
 
-@pytest.mark.parametrize("data", NOT_OURS.values(), ids=NOT_OURS)
-def test_identity_of_another_program_is_kept(folder, data):
-    (folder / "identity.json").write_bytes(data)
+IDENTITIES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "empty": (lambda data: b"", r"damaged \(.+\)"),
+    "number": (lambda data: b"3", r"damaged \(.+\)"),
+    "other program": (lambda data: b'{"name": "an app"}', r"damaged \('format'\)"),
+    "other format": (with_entry("format", 5), "of format 5, and this version reads 6"),
+    "more": (with_entry("more", 1), r"damaged \(.*'more'\)"),
+}
+
+
+@pytest.mark.parametrize(("change", "words"), IDENTITIES.values(), ids=IDENTITIES)
+def test_other_identity_is_refused_and_kept(folder, change, words):
+    path = folder / "identity.json"
+    path.write_bytes(change(path.read_bytes()))
     before = contents(folder)
     for call in (FolderTable.open, partial(fill, resume=True), fill):
-        with pytest.raises(CacheError, match=r"identity\.json: damaged \(.+\)\. Delete the folder"):
-            call(folder)
-    assert contents(folder) == before
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_identity_of_another_format_is_refused(folder, name):
-    path = folder / "identity.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {name: WRONG[name]}))
-    before = contents(folder)
-    for call in (FolderTable.open, partial(fill, resume=True)):
-        with pytest.raises(CacheError, match=rf"identity\.json: .*{name}.*\. Delete the folder"):
+        with pytest.raises(CacheError, match=rf"identity\.json: {words}\. Delete the folder"):
             call(folder)
     assert contents(folder) == before
 
