@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 
 from bench.operators.add_layer_norm import eager
 from skipkernels.functional import add_layer_norm, add_rms_norm
-from skipkernels.ops.add_layer_norm import BackwardResults, add_layer_norm_backward
+from skipkernels.ops.add_layer_norm import Backward, BackwardResults, add_layer_norm_backward
 from skipkernels.ops.add_layer_norm import add_layer_norm as operator
 from skipkernels.ops.row_sums import column_sums
 from skipkernels.testing import SLACK, relative_error
@@ -134,49 +135,76 @@ def test_several_dtypes(backend: Backend, shape, dtypes):
         assert error <= allowed + SLACK[ours[name].dtype], f"{name}: {error:.2e} against the reference's {allowed:.2e}"
 
 
-@pytest.mark.parametrize("dtypes", [(torch.float32,) * 2, *TWO_DTYPES], ids=ids_of)
-@pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
-@pytest.mark.parametrize("shape", [(1, 100), (70, 100), on_gpu(891, 512)], ids=OPERATOR.id_of)
-def test_backward_of_a_block(backend: Backend, shape, rms, dtypes):
-    """Everything that backward emits for a fused block: d_x twice, normed, and sums over rows, also partial ones."""
+each_dtypes = pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), *TWO_DTYPES], ids=ids_of)
+each_norm = pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
+each_shape = pytest.mark.parametrize("shape", [(1, 100), (70, 100), on_gpu(891, 512)], ids=OPERATOR.id_of)
+
+
+def backward_of_a_block(backend: Backend, shape, rms, dtypes) -> Backward:
+    """Arguments for all that a block needs: d_x twice, normed, and sums over rows."""
     for dtype in dtypes:
         backend.skip_unless_supported(dtype)
     stream, product = dtypes
     case = OPERATOR.case(shape, backend.device, dtype=stream, weight_dtype=torch.float32, out_dtype=product)
     x, residual, weight, bias = (x.detach() for x in case.inputs.values())
-    hidden, normed, mean, rstd = operator(x, residual, weight, None if rms else bias, 1e-5, product, rms)
+    if rms:
+        bias = None
+    hidden, normed, mean, rstd = operator(x, residual, weight, bias, 1e-5, product, rms)
     d_hidden, d_normed = OPERATOR.upstream(case, (hidden, normed))
-    cast = None if stream == product else product
-    saved = d_normed, d_hidden, hidden, mean, rstd, weight
+    return Backward(
+        d_normed, d_hidden, hidden, mean, rstd, weight, bias, need_x=True, need_weight=True, need_bias=True,
+        need_sums=True, cast=None if stream == product else product, need_normed=True, rms=rms,
+    )  # fmt: skip
 
-    def backward(*options) -> BackwardResults:
-        return BackwardResults(*add_layer_norm_backward(*saved, *options, rms))
 
-    plain = backward(bias, True, True, True, False, False, None, False)
-    recomputed = (None if rms else bias, True, True, True, True)
-    found = backward(*recomputed, False, cast, True)
+def run(call: Backward, **changes: Any) -> BackwardResults:
+    return BackwardResults(*add_layer_norm_backward(*call._replace(**changes)))
+
+
+@each_dtypes
+@each_norm
+@each_shape
+def test_backward_of_a_block(backend: Backend, shape, rms, dtypes):
+    call = backward_of_a_block(backend, shape, rms, dtypes)
+    found, plain = run(call), run(call, need_sums=False, cast=None, need_normed=False)
     for name in ("d_x", "d_weight", "d_bias"):
         assert torch.equal(getattr(found, name), getattr(plain, name)), name
+    stream, product = dtypes
     assert (found.d_x.dtype, found.normed.dtype, found.d_x_sum.dtype) == (stream, product, torch.float32)
+    normed = operator(call.hidden, None, call.weight, call.bias, 1e-5, product, rms)[1]
     assert relative_error(found.normed, normed) < SLACK[product]
-    if cast is not None:
+    if call.cast is not None:
         assert found.d_x_cast.dtype == product and relative_error(found.d_x_cast, found.d_x) < 2 * SLACK[torch.bfloat16]
-    for sums, terms in ((found.d_hidden_sum, d_hidden), (found.d_x_sum, found.d_x)):
+    for sums, terms in ((found.d_hidden_sum, call.d_hidden), (found.d_x_sum, found.d_x)):
         exact, size = terms.double().sum(dim=0), terms.double().abs().sum(dim=0)
         assert ((sums.double() - exact).abs() <= 4 * max(SLACK[stream], SLACK[torch.float32]) * size).all()
-    for need_sums in (False, True):
-        part = backward(*recomputed[:-1], need_sums, True, cast, True)
+
+
+@each_dtypes
+@each_norm
+@each_shape
+def test_partial_sums_of_a_block(backend: Backend, shape, rms, dtypes):
+    """Kernels of Triton leave them to `column_sums`; others complete them."""
+    call = backward_of_a_block(backend, shape, rms, dtypes)
+    found, completed = run(call), backend.name in ("cpp", "reference")
+    for count in (2, 4):
+        names = ("d_weight", "d_bias", "d_hidden_sum", "d_x_sum")[:count]
+        part = run(call, need_sums=count == 4, partial=True)
         assert torch.equal(part.d_x, found.d_x) and torch.equal(part.normed, found.normed)
-        names = ("d_weight", "d_bias", "d_hidden_sum", "d_x_sum")[: 4 if need_sums else 2]
         totals = [getattr(part, name) for name in names]
-        assert (part.partial_sums.numel() == 0) == (backend.name in ("cpp", "reference"))
-        if part.partial_sums.numel():
+        assert (part.partial_sums.numel() == 0) == completed
+        if not completed:
             assert not any(x.numel() for x in totals)
             totals = column_sums([part.partial_sums], torch.float32).split(shape[1])
         for name, total in zip(names, totals, strict=True):  # fp32 sums of numbers up to 4
             torch.testing.assert_close(total, getattr(found, name), rtol=1e-5, atol=4e-7 * shape[0])
-    if shape[0] == 1:
-        backend.opcheck(add_layer_norm_backward, (*saved, *recomputed, False, cast, True, rms), compiled=False)
+
+
+@each_dtypes
+@each_norm
+def test_opcheck_of_backward_of_a_block(backend: Backend, rms, dtypes):
+    call = backward_of_a_block(backend, (1, 100), rms, dtypes)
+    backend.opcheck(add_layer_norm_backward, tuple(call), compiled=False)
 
 
 def test_rms_norm_with_a_bias(backend: Backend):

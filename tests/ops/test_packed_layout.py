@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
 from skipkernels.ops.packed_layout import packed_layout
+from tests.layouts import laid_out
 from tests.ops.backends import GPU, INTERPRETED, Backend
 
 # There are no C++ kernels.
@@ -14,21 +17,25 @@ pytestmark = pytest.mark.parametrize("backend", ["reference", INTERPRETED, GPU],
 LENGTHS = torch.tensor([3, 1, 200, 2, 7, 1, 129])
 
 
+def layout(class_ids: list[int], prefix_length: int, spare: int) -> tuple[list[int], list[int], list[int]]:
+    """Row numbers, offsets and last rows: those of the prefix, of each class, and spare ones from the first row on."""
+    starts = (prefix_length + LENGTHS.cumsum(0) - LENGTHS).tolist()
+    suffixes = [range(starts[class_id], starts[class_id] + int(LENGTHS[class_id])) for class_id in class_ids]
+    row_numbers = [*range(prefix_length), *itertools.chain(*suffixes), *range(spare)]
+    offsets = [0, *itertools.accumulate(map(len, suffixes))]
+    return row_numbers, offsets, [prefix_length + offset - 1 for offset in offsets[1:]]
+
+
 @pytest.mark.parametrize("class_ids", [[2], [0, 1, 3, 6], [6, 2, 4], list(range(7)), [1, 1, 5]], ids=str)
 @pytest.mark.parametrize(("P", "spare"), [(0, 0), (2, 0), (5, 1), (140, 300)])
 def test_packed_layout(backend: Backend, class_ids, P, spare):
-    """Spare rows begin again at the first row; a program writes several hundred of them."""
-    starts = P + LENGTHS.cumsum(0) - LENGTHS
-    rows, offsets, ends = list(range(P)), [0], []
-    for class_id in class_ids:
-        rows += range(int(starts[class_id]), int(starts[class_id] + LENGTHS[class_id]))
-        offsets.append(len(rows) - P)
-        ends.append(len(rows) - 1)
-    rows += range(spare)
-    ids, starts, lengths = (x.to(backend.device) for x in (torch.tensor(class_ids), starts, LENGTHS))
-    lengths = torch.stack([lengths, lengths], dim=1)[:, 1]  # not contiguous; .to would make it contiguous
-    found = packed_layout(ids, starts, lengths, P, len(rows))
-    assert [x.tolist() for x in found] == [rows, offsets, ends]
+    """A program writes several hundred spare rows. The lengths are not contiguous."""
+    expected = layout(class_ids, P, spare)
+    ids, starts, lengths = (
+        x.to(backend.device) for x in (torch.tensor(class_ids), P + LENGTHS.cumsum(0) - LENGTHS, LENGTHS)
+    )
+    found = packed_layout(ids, starts, laid_out(lengths, "every other row"), P, len(expected[0]))
+    assert tuple(x.tolist() for x in found) == expected
 
 
 def test_more_classes_than_are_packed(backend: Backend, monkeypatch):
@@ -47,11 +54,6 @@ def test_ids_out_of_range_are_an_error(backend: Backend, class_id):
         packed_layout(torch.tensor([2, class_id]), LENGTHS, LENGTHS, 0, 300)
 
 
-def test_opcheck(backend: Backend):
-    ids, lengths = (x.to(backend.device) for x in (torch.tensor([0, 2, 4]), LENGTHS))
-    backend.opcheck(packed_layout, (ids, lengths, lengths, 2, 300))
-
-
 def test_no_row_behind_the_last(backend: Backend, monkeypatch):
     """A caller may ask for fewer rows than the classes have, if it bounds them by those of different classes."""
     buffer = torch.full((40,), -1, device=backend.device)  # of which the result is the beginning
@@ -60,3 +62,8 @@ def test_no_row_behind_the_last(backend: Backend, monkeypatch):
     ids, lengths = (x.to(backend.device) for x in (torch.tensor([4, 4]), LENGTHS))
     rows, _, _ = packed_layout(ids, lengths.cumsum(0) - lengths, lengths, 0, 9)
     assert rows.tolist() == [*range(206, 213), 206, 207] and (buffer[9:] == -1).all()
+
+
+def test_opcheck(backend: Backend):
+    ids, lengths = (x.to(backend.device) for x in (torch.tensor([0, 2, 4]), LENGTHS))
+    backend.opcheck(packed_layout, (ids, lengths, lengths, 2, 300))

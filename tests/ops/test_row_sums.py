@@ -21,10 +21,12 @@ def rows(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("count", [1, 7])
 def test_column_sums_equal_fp64(backend: Backend, count, dtype):
-    """Matrices of two dtypes, one of them with strided rows."""
+    """Matrices of two dtypes, or in fp64 of one; the first has strided rows."""
     backend.skip_unless_supported(dtype)
-    matrices = [rows(i, *SHAPES[i % len(SHAPES)], device=backend.device, dtype=dtype) for i in range(count)]
-    matrices[0] = rows(9, 5, 40, device=backend.device)[:, 3:20] if dtype != torch.float64 else matrices[0]
+    wide = torch.promote_types(dtype, torch.float32)
+    strided = rows(9, 5, 40, device=backend.device, dtype=wide)[:, 3:20]
+    others = [rows(i, *SHAPES[i % len(SHAPES)], device=backend.device, dtype=dtype) for i in range(1, count)]
+    matrices = [strided, *others]
     found = column_sums(matrices, torch.float32)
     exact = torch.cat([x.double().sum(dim=0) for x in matrices])
     size = torch.cat([x.double().abs().sum(dim=0) for x in matrices])
