@@ -16,6 +16,7 @@ from transformers.models.clip import modeling_clip
 
 from skipkernels.towers.fused_classes import unfused
 from tests.models import openai_models
+from tests.reference_step import assert_close_by_name
 
 N, GRID, W, HEADS = 3, 4, 24, 3
 TOKENS = GRID + 1  # with a class token
@@ -105,11 +106,8 @@ def gradients(block: nn.Module, hidden: Tensor | None = None, call: Callable = r
 
 
 def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Equal up to the order of sums. The bias of a key shifts all logits of a query: its gradient is 0 up to that."""
-    assert found.keys() == expected.keys()
-    for key, value in expected.items():
-        tolerance = 1e-5 if value.dtype == torch.float32 else 1e-12
-        assert (found[key] - value).norm() <= tolerance * max(value.norm(), 1.0), key
+    """Equal up to the order of sums."""
+    assert_close_by_name(found, expected, tolerance=1e-5 if expected["out"].dtype == torch.float32 else 1e-12)
 
 
 def assert_equals_own_forward(block: nn.Module, **arguments: Tensor) -> None:

@@ -15,7 +15,16 @@ from torch import Tensor, nn
 import skipkernels as sk
 from skipkernels.towers import rows as rows_module
 from tests.hugging_face_models import patches_of, siglip, siglip_2
-from tests.models import TEXT, VISION, openai_clip, openai_models, tiny_batch, tiny_clip, tiny_tokens
+from tests.models import (
+    TEXT,
+    VISION,
+    half_precision_clip,
+    openai_clip,
+    openai_models,
+    tiny_batch,
+    tiny_clip,
+    tiny_tokens,
+)
 from tests.reference_step import assert_matches_reference_step
 from tests.timm_models import ROTARY, eva, vit
 from tests.towers.families import CLASSES, FAMILIES, FUSED, LABELS, OPEN_CLIP, Family, like_another
@@ -205,34 +214,36 @@ def test_openai_half_precision_norms_in_fp32():
     """The model is that of `clip.load` on a GPU."""
     model = openai_clip()
     openai_models().convert_weights(model)
-    tokens, (images, labels) = tiny_tokens(CLASSES), tiny_batch(3, CLASSES, torch.float32)
-    clip = sk.SkipCLIP(model, tokens, skip_layers=1)
-    out = clip(images, labels)
-    out.loss.backward()
+    images, labels = tiny_batch(3, CLASSES, torch.float32)
+    clip = sk.SkipCLIP(model, tiny_tokens(CLASSES), skip_layers=1)
+    clip(images, labels).loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in clip.trainable_parameters())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_open_clip_half_precision_norms_in_fp32(dtype):
-    """The model is that of `open_clip.create_model(precision="bf16")`; bf16 leaves two or three digits of the loss."""
-    exact, tokens = tiny_clip(torch.float32), tiny_tokens(CLASSES)
-    images, labels = tiny_batch(3, CLASSES, torch.float32)
-    torch.manual_seed(0)
-    model = open_clip.CLIP(12, VISION, TEXT, cast_dtype=dtype)
-    model.load_state_dict(exact.state_dict())
-    open_clip.model.convert_weights_to_lp(model, dtype)
-    assert model.visual.ln_post.weight.dtype == torch.float32 != model.visual.conv1.weight.dtype
-    clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0)
-    assert clip.reductions["image.fused_block"].enabled and clip.reductions["text.fused_block"].enabled
-    loss = clip(images, labels).loss
+@pytest.fixture(params=[torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def half_precision(request) -> sk.SkipCLIP:
+    return OPEN_CLIP.cut(1, half_precision_clip(request.param))
+
+
+def test_open_clip_half_precision_step(half_precision):
+    """Norms are in fp32; bf16 leaves two or three digits of the loss."""
+    images = OPEN_CLIP.images(torch.float32)
+    assert all(half_precision.reductions[name].enabled for name in BOTH_FUSED)
+    loss = half_precision(images, LABELS).loss
     loss.backward()
-    image = clip.encode_image(images)
-    assert clip.loss(image, labels).equal(loss) and clip.encode_classes(labels).dtype == image.dtype == dtype
-    expected = sk.SkipCLIP(exact, tokens, skip_layers=1, keep_ratio=1.0)(images, labels).loss
+    expected = OPEN_CLIP.cut(1, tiny_clip(torch.float32))(images, LABELS).loss
     assert loss.item() == pytest.approx(expected.item(), rel=5e-2)
-    assert all(p.grad.dtype == p.dtype and p.grad.isfinite().all() for p in clip.trainable_parameters())
-    assert clip.encode_lower(images.to(dtype)).dtype == dtype
-    torch.testing.assert_close(clip.predict(images), clip.predict(clip.encode_lower(images)))
+    assert all(p.grad.dtype == p.dtype and p.grad.isfinite().all() for p in half_precision.trainable_parameters())
+
+
+def test_open_clip_half_precision_dtypes(half_precision):
+    visual, images = half_precision.model.visual, OPEN_CLIP.images(torch.float32)
+    dtype = visual.conv1.weight.dtype
+    image, features = half_precision.encode_image(images), half_precision.encode_lower(images.to(dtype))
+    assert image.dtype == features.dtype == half_precision.encode_classes(LABELS).dtype == dtype
+    assert visual.ln_post.weight.dtype == torch.float32 != dtype
+    assert half_precision.loss(image, LABELS).equal(half_precision(images, LABELS).loss)
+    torch.testing.assert_close(half_precision.predict(images), half_precision.predict(features))
 
 
 def test_images_of_another_size():

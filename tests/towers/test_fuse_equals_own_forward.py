@@ -19,9 +19,6 @@ from skipkernels.towers.alterations import original_method
 from skipkernels.towers.base import UnsupportedModel
 from tests.towers.blocks import TOKENS, W, assert_equals_own_forward, make_block
 
-MASK = {"open_clip": "attn_mask", "hf": "attention_mask"}  # name of the argument
-
-
 # ---- tensors that are no entry of `_parameters` ------------------------------------------------------------------
 
 
@@ -65,15 +62,19 @@ def test_projection_without_bias_among_others(name):
 # ---- masks ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["open_clip", "hf", "openai"])
-def test_learned_mask_gets_its_gradient(family):
+@pytest.mark.parametrize(
+    ("family", "argument", "shape"),
+    [("open_clip", "attn_mask", (TOKENS, TOKENS)), ("hf", "attention_mask", (1, 1, TOKENS, TOKENS))],
+)
+def test_learned_mask_gets_its_gradient(family, argument, shape):
     (block,) = sk.fuse(make_block(family))
-    mask = nn.Parameter(torch.randn(TOKENS, TOKENS, dtype=torch.float64))
-    if family == "openai":
-        block.attn_mask = nn.Parameter(mask.detach().float())
-        return assert_equals_own_forward(block)
-    arguments = {MASK[family]: mask if family == "open_clip" else mask[None, None].detach().requires_grad_()}
-    assert_equals_own_forward(block, **arguments)
+    assert_equals_own_forward(block, **{argument: torch.randn(shape, dtype=torch.float64, requires_grad=True)})
+
+
+def test_learned_mask_of_a_block_gets_its_gradient():
+    (block,) = sk.fuse(make_block("openai"))
+    block.attn_mask = nn.Parameter(torch.randn(TOKENS, TOKENS))
+    assert_equals_own_forward(block)
 
 
 # ---- other code ------------------------------------------------------------------------------------------------------

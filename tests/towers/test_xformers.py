@@ -13,6 +13,7 @@ import skipkernels as sk
 from skipkernels.testing import gradients
 from skipkernels.towers.xformers import XFORMERS
 from tests.models import tiny_batch, tiny_clip, tiny_tokens
+from tests.reference_step import assert_close_by_name
 
 CLASSES = 9
 
@@ -48,19 +49,15 @@ def test_xformers_same_step(calls, monkeypatch, memory, packed):
     if not packed:
         monkeypatch.setattr("skipkernels.towers.prompts.counts_are_known", lambda device: False)
     images, labels = tiny_batch(4, CLASSES)
-    losses, found = [], []
+    found = []
     for attention in ("sdpa", "xformers"):
         model = tiny_clip()
         clip = sk.SkipCLIP(model, tiny_tokens(CLASSES), skip_layers=1, attention=attention, memory=memory)
         loss = clip(images, labels).loss
-        losses.append(loss.item())
-        found.append(gradients(model, loss))
+        found.append({"loss": loss.detach()} | gradients(model, loss))
         assert bool(calls) == (attention == "xformers")
     assert {"NoneType", "BlockDiagonalCausalFromBottomRightMask"} == set(calls)
-    assert losses[1] == pytest.approx(losses[0], rel=1e-12)
-    assert found[0].keys() == found[1].keys()
-    for name, gradient in found[0].items():
-        torch.testing.assert_close(found[1][name], gradient, rtol=1e-9, atol=1e-12)
+    assert_close_by_name(found[1], found[0], tolerance=1e-12)
 
 
 def test_xformers_unavailable_raises(xformers_ops):
