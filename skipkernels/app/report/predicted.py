@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from ..results.class_metrics import class_metrics, metrics_of_test
+from ..results.class_metrics import class_metrics, metrics_of_test, most_frequent_errors
 from ..results.predictions import TestPredictions, TopClasses
+from ..results.thumbnails import one_per_class
 from . import page
 from .formats import finite, number, percent, plural
-from .mistakes import most_frequent_errors, one_per_class
 from .parts import part
 from .table import Cell, Row, Table, change_cell
 from .words import name_of_test
@@ -37,28 +37,28 @@ def galleries(
 
 def _card(test: TestPredictions, index: int) -> dict[str, Any]:
     """Image with the classes that were predicted before and after tuning, and their probabilities."""
+    predictions = [("zero-shot", _listed(test, test.zero_shot, index)), ("tuned", _listed(test, test.tuned, index))]
+    label = test.classes[int(test.labels[index])]
+    return {"label": label, "image": test.thumbnails.get(index), "predictions": predictions}
+
+
+def _listed(test: TestPredictions, top: TopClasses | None, index: int) -> list[dict[str, Any]]:
+    """The most probable classes of an image; empty without predictions."""
+    if top is None:
+        return []
     label = int(test.labels[index])
-
-    def listed(top: TopClasses | None) -> list[dict[str, Any]]:
-        if top is None:
-            return []
-        pairs = zip(top.classes[index].tolist(), top.probabilities[index].tolist(), strict=True)
-        return [
-            {"name": test.classes[found], "probability": value if finite(value) else None, "correct": found == label}
-            for found, value in pairs
-        ]
-
-    return {
-        "label": test.classes[label],
-        "image": test.thumbnails.get(index),
-        "predictions": [("zero-shot", listed(test.zero_shot)), ("tuned", listed(test.tuned))],
-    }
+    pairs = zip(top.classes[index].tolist(), top.probabilities[index].tolist(), strict=True)
+    return [
+        {"name": test.classes[found], "probability": value if finite(value) else None, "correct": found == label}
+        for found, value in pairs
+    ]
 
 
 def classes(test: TestPredictions) -> list[Markup]:
     """Table of the classes of a test."""
-    last, most = metrics_of_test(test.labels, test.last, test.classes), most_frequent_errors(test)
     before = class_metrics(test.labels, test.zero_shot.classes[:, 0], test.classes)
+    last = metrics_of_test(test.labels, test.last, test.classes)
+    most = most_frequent_errors(test.labels, test.last.classes[:, 0])
     rows = []
     for label, was, now in zip(test.labels.unique().tolist(), before, last["classes"], strict=True):
         tuned = None if test.tuned is None else now["recall"]

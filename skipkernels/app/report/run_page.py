@@ -17,7 +17,6 @@ from ..results.notes import demonstration_note
 from ..results.predictions import TestPredictions, load
 from . import page
 from .formats import finite, number, plural
-from .mistakes import broken, fixed
 from .page import Section
 from .parts import part
 from .plots import COLOURS, Line, plot
@@ -58,8 +57,8 @@ def report_html(
         headline(metrics),
         [*_notes(config, metrics), accuracy_table(metrics).html, part("text", _INTERVALS), *_candidates(metrics)],
         [
-            Section("fixed", "Fixed by tuning", galleries(tests, fixed, _FIXED, "better")),
-            Section("broken", "Broken by tuning", galleries(tests, broken, _BROKEN, "worse")),
+            Section("fixed", "Fixed by tuning", galleries(tests, TestPredictions.fixed, _FIXED, "better")),
+            Section("broken", "Broken by tuning", galleries(tests, TestPredictions.broken, _BROKEN, "worse")),
             Section("classes", "Classes", page.groups({name_of_test(test.name): classes(test) for test in tests})),
             Section("thresholds", "Thresholds", _thresholds(metrics["validation"])),
             Section("training", "Training", _curves(metrics, rows)),

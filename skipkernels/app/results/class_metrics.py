@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -86,6 +87,17 @@ def metrics_of_test(labels: Tensor, top: TopClasses, classes: Sequence[str]) -> 
         "macro_f1": round(sum(each.f1 for each in by_class) / len(by_class), 4),
         "classes": [each._asdict() for each in by_class],
     }
+
+
+def most_frequent_errors(labels: Tensor, predicted: Tensor) -> dict[int, tuple[int, int]]:
+    """Most frequent wrong prediction and its number of images, by label; the lower class of equally frequent ones."""
+    wrong = predicted != labels
+    pairs = Counter(zip(labels[wrong].tolist(), predicted[wrong].tolist(), strict=True))
+    most: dict[int, tuple[int, int]] = {}
+    for (label, other), count in sorted(pairs.items()):
+        if count > most.get(label, (0, 0))[1]:
+            most[label] = other, count
+    return most
 
 
 def _percent(part: int, whole: int) -> float:

@@ -59,6 +59,14 @@ class TestPredictions:
         """Predictions after tuning, or those before if there are none."""
         return self.zero_shot if self.tuned is None else self.tuned
 
+    def fixed(self) -> Tensor:
+        """Mask [n] of the images that only the tuned model classifies correctly."""
+        return (self.zero_shot.classes[:, 0] != self.labels) & (self.last.classes[:, 0] == self.labels)
+
+    def broken(self) -> Tensor:
+        """Mask [n] of the images that only the model before tuning classifies correctly."""
+        return (self.zero_shot.classes[:, 0] == self.labels) & (self.last.classes[:, 0] != self.labels)
+
 
 def save(path: Path, tests: Sequence[TestPredictions]) -> None:
     """Write predictions.safetensors, replacing an earlier one."""

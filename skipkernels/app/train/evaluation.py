@@ -11,9 +11,9 @@ from torch import Tensor
 from ...features import FeatureCache
 from ..data.tasks import VALIDATION, summarise
 from ..methods import Method
-from ..report.mistakes import predictions_with_thumbnails
 from ..results.class_metrics import balanced_accuracy, metrics_of_test
 from ..results.predictions import TestPredictions, TopClasses, top_classes
+from ..results.thumbnails import predictions_with_thumbnails
 from .calibration import calibrate
 from .setup import BATCH, RunSetup
 from .trainer import REMEDY

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from skipkernels.app.config import TuneConfig
-from skipkernels.app.report.mistakes import thumbnail
 from skipkernels.app.report.run_page import report_html
 from skipkernels.app.results.predictions import TestPredictions, TopClasses
+from skipkernels.app.results.thumbnails import thumbnail
 
 VOID = {"meta", "br", "img", "input"}
 NASTY = """</b></script><script>alert("1")</script> & 'quotes' {braces} {{ 7 * 7 }} {0} %s $x$ é 字 <!-- ]]>"""

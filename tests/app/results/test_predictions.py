@@ -11,7 +11,7 @@ import torch
 
 from skipkernels.app.data import InputError
 from skipkernels.app.results import predictions
-from skipkernels.app.results.class_metrics import class_metrics, metrics_of_test
+from skipkernels.app.results.class_metrics import class_metrics, metrics_of_test, most_frequent_errors
 from skipkernels.app.results.files import PREDICTIONS
 from skipkernels.app.results.predictions import TestPredictions, TopClasses
 from skipkernels.formatting import csv_text
@@ -65,6 +65,14 @@ def test_metrics_equal_their_definitions(seed):
 def test_class_without_a_prediction_has_no_precision():
     (first, _) = class_metrics(torch.tensor([0, 1]), torch.tensor([1, 1]), ["cat", "dog"])
     assert (first.recall, first.precision, first.f1) == (0.0, None, 0.0)
+
+
+def test_most_frequent_errors():
+    labels = torch.tensor([0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 3])
+    predicted = torch.tensor([2, 0, 2, 2, 0, 3, 1, 0, 2, 0, 4])
+    # Of 1, which is once taken for each of 0, 2 and 3, the lowest.
+    assert most_frequent_errors(labels, predicted) == {0: (2, 2), 1: (0, 1), 2: (0, 2), 3: (4, 1)}
+    assert most_frequent_errors(labels, labels) == {}
 
 
 def test_predictions_csv_agrees_with_its_metrics(run):

@@ -1,4 +1,4 @@
-"""Selection of images and errors for the page of a run."""
+"""Thumbnails of the images that a report shows."""
 
 from __future__ import annotations
 
@@ -9,14 +9,7 @@ from PIL import Image, ImageChops
 
 from skipkernels.app.data.images import Images
 from skipkernels.app.data.tasks import TestSet
-from skipkernels.app.report.mistakes import (
-    broken,
-    fixed,
-    most_frequent_errors,
-    one_per_class,
-    predictions_with_thumbnails,
-    thumbnail,
-)
+from skipkernels.app.results.thumbnails import one_per_class, predictions_with_thumbnails, thumbnail
 from tests.app.data.pictures import Listed
 from tests.app.report.pages import image, predictions_of, top
 
@@ -37,22 +30,13 @@ def test_thumbnail_is_lossless_if_small_and_reduced_if_large():
 
 def test_changed_one_per_class():
     test = predictions_of([0, 0, 0, 1, 1, 2], [0, 1, 1, 1, 1, 0], [0, 0, 0, 0, 2, 2])
-    assert [one_per_class(test.labels, chosen(test)) for chosen in (fixed, broken)] == [[1, 5], [3]]
-    assert [int(chosen(test).sum()) for chosen in (fixed, broken)] == [3, 2]
+    assert test.fixed().nonzero().flatten().tolist() == [1, 2, 5] and one_per_class(test.labels, test.fixed()) == [1, 5]
+    assert test.broken().nonzero().flatten().tolist() == [3, 4] and one_per_class(test.labels, test.broken()) == [3]
     labels = list(range(100))
     many = predictions_of(labels, [label + 1 for label in labels], labels)
-    assert one_per_class(many.labels, fixed(many), limit=4) == [0, 25, 50, 75]
+    assert one_per_class(many.labels, many.fixed(), limit=4) == [0, 25, 50, 75]
     many.tuned = None
-    assert not fixed(many).any() and not broken(many).any()
-
-
-def test_most_frequent_errors():
-    #         a a a  b b b b  c c c  d
-    labels = [0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 3]
-    test = predictions_of(labels, labels, [2, 0, 2, 2, 0, 3, 1, 0, 2, 0, 4])
-    # Of 1, which is once taken for each of 0, 2 and 3, the lowest.
-    assert most_frequent_errors(test) == {0: (2, 2), 1: (0, 1), 2: (0, 2), 3: (4, 1)}
-    assert most_frequent_errors(predictions_of(labels, labels, labels)) == {}
+    assert not many.fixed().any() and not many.broken().any()
 
 
 def test_thumbnails_open_only_the_images_that_are_shown():
