@@ -140,7 +140,7 @@ class PredictCommand:
 
         parts = [f"{plural(len(results.rows), 'image')} classified"]
         if self.threshold is not None:
-            parts.append(f"{sum(labels[0][0] == NONE for _, labels in results.rows):,} as {NONE}")
+            parts.append(f"{sum(not row.known for row in results.rows):,} as {NONE}")
         if results.unreadable:
             parts.append(f"{results.unreadable:,} skipped")
         if self.out is not None:

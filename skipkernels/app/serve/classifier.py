@@ -59,16 +59,9 @@ class Classifier:
         self._run = run
         self.classes = run.classes
         self.transform = run.transform
-        temperature = run.described.temperature if run.has_own_prompts else None
-        self.calibrated = temperature is not None
-        self.temperature = temperature or 1.0
-        self.none_logit = run.described.none_logit if run.has_own_prompts else None
-
-    def __repr__(self) -> str:
-        described = self._run.described
-        name = f"{described.model} by {described.classifier or described.method}"
-        calibrated = "calibrated" if self.calibrated else "not calibrated"
-        return f"Classifier({len(self.classes)} classes, {name}, {calibrated}, {self.device})"
+        self.calibrated = run.described.temperature is not None
+        self.temperature = run.described.temperature or 1.0
+        self.none_logit = run.described.none_logit
 
     @classmethod
     def load(
@@ -108,41 +101,16 @@ class Classifier:
             classifier._logits_of(classifier.class_embeddings()[:1])
         return classifier
 
+    def __repr__(self) -> str:
+        described = self._run.described
+        name = f"{described.model} by {described.classifier or described.method}"
+        calibrated = "calibrated" if self.calibrated else "not calibrated"
+        return f"Classifier({len(self.classes)} classes, {name}, {calibrated}, {self.device})"
+
     @property
     def device(self) -> torch.device:
         """Device of the model."""
         return self._run.model.logit_scale.device
-
-    def logits(self, images: Tensor) -> Tensor:
-        """Logits [B, C] before the temperature, of preprocessed images [B, 3, H, W]."""
-        return self._logits_of(self._embed(images))
-
-    def embed(self, images: Tensor) -> Tensor:
-        """Unit-norm image embeddings [B, D] in fp32 of preprocessed images [B, 3, H, W]."""
-        return F.normalize(self._embed(images).float(), dim=-1)
-
-    @torch.no_grad()
-    def _embed(self, images: Tensor) -> Tensor:
-        """Image embeddings [B, D] of any norm."""
-        with autocast(self._run.precision, self.device):
-            return self._run.method.embed(self._run.method.encode_frozen(images.to(self.device)))
-
-    def _logits_of(self, embeddings: Tensor) -> Tensor:
-        """Logits [B, C] before the temperature, by the result of `_embed`."""
-        method = self._run.method
-        with autocast(self._run.precision, self.device):
-            logits = method.logits_of(TEST, embeddings)
-        if logits is None:
-            raise InputError(
-                "must be trained classes: a linear probe does not use texts.", "classes", "Classifier.load"
-            )
-        return logits
-
-    @torch.no_grad()
-    def class_embeddings(self) -> Tensor:
-        """Unit-norm embeddings of the classes, [C, D]."""
-        with autocast(self._run.precision, self.device):
-            return self._run.method.class_embeddings(TEST)
 
     def predict(
         self,
@@ -196,38 +164,78 @@ class Classifier:
             loaded = read_ahead(load, len(names), ahead=2 * batch_size)
             for start in range(0, max(len(names), 1), batch_size):
                 batch = zip(names[start : start + batch_size], loaded, strict=False)
-                yield self._classified(batch, top, threshold, unreadable)
+                yield self._classify(*_readable(batch, unreadable), top, threshold)
 
         return batches()
 
-    def _classified(
-        self,
-        batch: Iterable[tuple[str, Tensor | Exception]],
-        top: int,
-        threshold: float | None,
-        unreadable: Unreadable,
+    def _classify(
+        self, names: list[str], images: list[Tensor], reasons: dict[str, str], top: int, threshold: float | None
     ) -> Predictions:
-        """Classify named images [3, H, W]; one that can't be read has an error in its place."""
-        names: list[str] = []
-        images: list[Tensor] = []
-        reasons: dict[str, str] = {}
-        for name, image in batch:
-            if not isinstance(image, Exception):
-                names.append(name)
-                images.append(image)
-            elif unreadable == "raise" or not isinstance(image, InputError) or image.argument is not None:
-                raise image
-            else:
-                reasons[name] = str(image).removeprefix(f"{name}: ")
+        """Classify preprocessed images [3, H, W]; `reasons` are those of files that could not be read."""
         embeddings = self._embed(torch.stack(images)) if images else self.class_embeddings()[:0]  # [B, D]
         none_logit = None if threshold is None else self.none_logit
         scores = class_probabilities(self._logits_of(embeddings), self.temperature, none_logit)  # [B, C]
         probabilities, ids = (found.cpu() for found in scores.topk(min(top, len(self.classes)), dim=1))
-        if not probabilities.isfinite().all():  # NaN if a logit is NaN or +∞
-            name = next(name for name, row in zip(names, probabilities, strict=True) if not row.isfinite().all())
-            raise FloatingPointError(
-                f"Classifier.predict: logits of image {name} are not finite. Use `precision=fp32`; if they are not "
-                "finite in fp32 either, the image or the weights have values that are not finite."
-            )
+        _check_finite(names, probabilities)
         embeddings = F.normalize(embeddings.float(), dim=1).cpu()
         return Predictions(names, ids, probabilities, embeddings, self.classes, reasons, threshold, self.calibrated)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Logits [B, C] before the temperature, of preprocessed images [B, 3, H, W]."""
+        return self._logits_of(self._embed(images))
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Unit-norm image embeddings [B, D] in fp32 of preprocessed images [B, 3, H, W]."""
+        return F.normalize(self._embed(images).float(), dim=-1)
+
+    @torch.no_grad()
+    def class_embeddings(self) -> Tensor:
+        """Unit-norm embeddings of the classes, [C, D]."""
+        with autocast(self._run.precision, self.device):
+            return self._run.method.class_embeddings(TEST)
+
+    @torch.no_grad()
+    def _embed(self, images: Tensor) -> Tensor:
+        """Image embeddings [B, D] of any norm."""
+        with autocast(self._run.precision, self.device):
+            return self._run.method.embed(self._run.method.encode_frozen(images.to(self.device)))
+
+    def _logits_of(self, embeddings: Tensor) -> Tensor:
+        """Logits [B, C] before the temperature, by the result of `_embed`."""
+        method = self._run.method
+        with autocast(self._run.precision, self.device):
+            logits = method.logits_of(TEST, embeddings)
+        if logits is None:
+            raise InputError(
+                "must be trained classes: a linear probe does not use texts.", "classes", "Classifier.load"
+            )
+        return logits
+
+
+def _readable(
+    batch: Iterable[tuple[str, Tensor | Exception]], unreadable: Unreadable
+) -> tuple[list[str], list[Tensor], dict[str, str]]:
+    """Return names and images of those of a batch that could be read, and the reason by name for the others."""
+    names: list[str] = []
+    images: list[Tensor] = []
+    reasons: dict[str, str] = {}
+    for name, image in batch:
+        if not isinstance(image, Exception):
+            names.append(name)
+            images.append(image)
+        elif unreadable == "raise" or not isinstance(image, InputError) or image.argument is not None:
+            raise image
+        else:
+            reasons[name] = str(image).removeprefix(f"{name}: ")
+    return names, images, reasons
+
+
+def _check_finite(names: Sequence[str], probabilities: Tensor) -> None:
+    """Raise a FloatingPointError that names the first image with a probability of NaN: a logit is NaN or +∞."""
+    finite = probabilities.isfinite().all(dim=1)
+    if not finite.all():
+        name = names[finite.tolist().index(False)]
+        raise FloatingPointError(
+            f"Classifier.predict: logits of image {name} are not finite. Use `precision=fp32`; if they are not "
+            "finite in fp32 either, the image or the weights have values that are not finite."
+        )

@@ -24,9 +24,6 @@ def named_images(
     images: ImageInput | Iterable[ImageInput], transform: Callable[[Any], Tensor]
 ) -> tuple[list[str], Callable[[int], Tensor]]:
     """Return the names of images, and the function that returns one of them preprocessed, [3, H, W]."""
-    if isinstance(images, (str, os.PathLike)):
-        path = Path(images).expanduser()
-        images = [path / name for name, _ in find_images(path, {"": 0})[0]] if path.is_dir() else [path]
     if isinstance(images, Tensor) and images.is_floating_point():
         if images.ndim != 4 or images.shape[1] != 3:
             raise InputError(
@@ -36,10 +33,19 @@ def named_images(
                 _PREDICT,
             )
         return list(map(str, range(len(images)))), images.__getitem__
-    one = isinstance(images, (np.ndarray, Tensor)) and images.ndim in (0, 2, 3)
-    listed: list[Any] = [images] if one or not isinstance(images, Iterable) else list(images)
+    listed = _listed(images)
     names = [str(each if isinstance(each, (str, os.PathLike)) else n) for n, each in enumerate(listed)]
     return names, lambda number: transform(_opened(listed[number], f"image {number}"))
+
+
+def _listed(images: Any) -> list[Any]:
+    """Return a list of images: those of a folder, a single one, or several."""
+    if isinstance(images, (str, os.PathLike)):
+        path = Path(images).expanduser()
+        return [path / name for name, _ in find_images(path, {"": 0})[0]] if path.is_dir() else [path]
+    if isinstance(images, (np.ndarray, Tensor)) and images.ndim in (0, 2, 3):
+        return [images]
+    return list(images) if isinstance(images, Iterable) else [images]
 
 
 def _opened(image: Any, name: str) -> Image.Image:

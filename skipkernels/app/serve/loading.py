@@ -32,13 +32,12 @@ _NO_IMAGES = Images([])
 class TunedRun(NamedTuple):
     """Model of a run."""
 
-    described: Description  # Contents of classifier.json
+    described: Description  # Contents of classifier.json; for other classes or prompts it is not calibrated
     classes: list[str]  # Names of the classes to predict
     model: Any  # CLIP
     method: Method  # Method with its weights; its test `TEST` has the classes
     transform: Callable[[Any], torch.Tensor]  # Transform of an image
     tokenizer: Any
-    has_own_prompts: bool  # True if the classes, in any order, and the templates are those of the run
     precision: Precision  # not "auto"
 
 
@@ -62,7 +61,8 @@ def load_run(
     method = _method(described, model, tokenizer, test)
     load_run_method(method, described, file)
     method.train(False)
-    same = set(test.classes) == set(described.classes) and list(test.templates) == described.templates
+    if set(test.classes) != set(described.classes) or list(test.templates) != described.templates:
+        described = replace(described, temperature=None, none_logit=None)
     return TunedRun(
         described=described,
         classes=test.classes,
@@ -70,7 +70,6 @@ def load_run(
         method=method,
         transform=transform,
         tokenizer=tokenizer,
-        has_own_prompts=same,
         precision=resolved,
     )
 

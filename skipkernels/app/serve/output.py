@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -17,13 +16,46 @@ from ..results.files import check_writable
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .classifier import Predictions
+    from .predictions import Predictions
 
 NONE = "none of these"
 """Label of an image that has none of the classes."""
 
-Row = tuple[str, Sequence[tuple[str, float | None]]]
-"""Name of an image, and its labels with their probabilities, best first."""
+
+class Row(NamedTuple):
+    """Labels of an image with their probabilities, best first."""
+
+    name: str
+    labels: Sequence[tuple[str, float | None]]
+
+    @property
+    def known(self) -> bool:
+        """False for an image that has none of the classes: its first label is `NONE`, without a probability."""
+        return self.labels[0][1] is not None
+
+
+def rows_of(found: Predictions) -> Iterator[Row]:
+    """Yield the rows of predictions; of an image without a class, `NONE` without a probability comes first."""
+    for (name, labels), known in zip(found, found.known.tolist(), strict=True):
+        yield Row(name, labels if known else [(NONE, None), *labels[:-1]])
+
+
+def csv_lines(rows: Sequence[Row], *, threshold: bool = False) -> Iterator[str]:
+    """Format predictions as CSV: path, label, probability, label_2, probability_2, …; with a threshold also known."""
+    columns = ["path", "label", "probability"]
+    for place in range(2, len(rows[0].labels) + 1 if rows else 2):
+        columns += [f"label_{place}", f"probability_{place}"]
+    yield csv_line([*columns, "known"] if threshold else columns)
+    for row in rows:
+        cells = [row.name]
+        for label, probability in row.labels:
+            cells += [label, "" if probability is None else f"{probability:.6g}"]
+        yield csv_line([*cells, "true" if row.known else "false"] if threshold else cells)
+
+
+def json_predictions(row: Row) -> list[dict[str, Any]]:
+    """Return the labels of an image, with their probabilities, in JSON types."""
+    return [{"label": label, "probability": None if p is None else float(f"{p:.6g}")} for label, p in row.labels]
 
 
 def check_file(path: Path, command: str, argument: str = "out", suffix: str = ".csv") -> None:
@@ -34,28 +66,6 @@ def check_file(path: Path, command: str, argument: str = "out", suffix: str = ".
     if path.is_dir() or not parent.is_dir():
         raise InputError(f"must be a file in an existing folder; got {path}.", argument, command)
     check_writable(parent, argument, command)
-
-
-def rows_of(found: Predictions) -> Iterator[Row]:
-    """Yield the rows of predictions; of an image without a class, `NONE` without a probability comes first."""
-    for (name, labels), known in zip(found, found.known.tolist(), strict=True):
-        yield name, labels if known else [(NONE, None), *labels[:-1]]
-
-
-def csv_lines(rows: Iterable[Row], *, threshold: bool = False) -> Iterator[str]:
-    """Format predictions as CSV: path, label, probability, label_2, probability_2, …; with a threshold also known."""
-    rows = list(rows)
-    numbers = ["", *(f"_{n + 2}" for n in range(len(rows[0][1]) - 1 if rows else 0))]
-    columns = ["path", *(f"{name}{number}" for number in numbers for name in ("label", "probability"))]
-    yield csv_line([*columns, "known"] if threshold else columns)
-    for name, found in rows:
-        cells = [name, *(cell for label, p in found for cell in (label, "" if p is None else f"{p:.6g}"))]
-        yield csv_line([*cells, json.dumps(found[0][1] is not None)] if threshold else cells)
-
-
-def json_predictions(found: Sequence[tuple[str, float | None]]) -> list[dict[str, Any]]:
-    """Return the labels of a row, with their probabilities, in JSON types."""
-    return [{"label": label, "probability": None if p is None else float(f"{p:.6g}")} for label, p in found]
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import io
-from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from starlette.applications import Starlette
@@ -33,10 +32,8 @@ from ..report.parts import render
 from ..train.description import CALIBRATED, NOT_CALIBRATED
 from .classifier import Classifier
 from .inputs import check_counts, check_threshold
-from .output import Row, json_predictions, rows_of
+from .output import json_predictions, rows_of
 
-Upload = tuple[str, BinaryIO, int]
-"""Name, contents and size in bytes of an uploaded image."""
 IMAGE_BYTES, PIXELS, IMAGES = 20_000_000, 50_000_000, 16
 """Largest size of an image file, pixels of an image, and images in a request; a larger request is refused."""
 _MULTIPART_BYTES = 1 << 16  # beside the images, in the body of a request
@@ -48,6 +45,14 @@ _HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
 }
+
+
+class Upload(NamedTuple):
+    """An uploaded image."""
+
+    name: str
+    file: BinaryIO
+    size: int  # in bytes
 
 
 class Service:
@@ -110,40 +115,47 @@ class Service:
         """Receive the images of a request. Those of a form are in temporary files."""
         if not _is_form(request):
             body = await request.body()
-            found: list[Upload] = [("image", io.BytesIO(body), len(body))] if body else []
+            found = [Upload("image", io.BytesIO(body), len(body))] if body else []
         else:
             form = await request.form(max_files=IMAGES, max_fields=IMAGES)
             files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
-            found = [(escaped(file.filename or "image"), file.file, file.size or 0) for file in files]
+            found = [Upload(escaped(file.filename or "image"), file.file, file.size or 0) for file in files]
         if not found:
             raise HTTPException(400, "the request has no image; send a form with files, or the bytes of an image.")
         return found
 
     def _answer(self, uploads: list[Upload]) -> tuple[int, dict[str, Any]]:
         """Return the HTTP status and the results, with an error in place of those of an image that can't be read."""
-        read = [self._read(*upload) for upload in uploads]
-        images = [image for image in read if not isinstance(image, InputError)]
-        errors = [image for image in read if isinstance(image, InputError)]
-        rows: Iterator[Row] = iter(())
-        if images:
-            rows = rows_of(self.classifier.predict(torch.stack(images), top=self.top, threshold=self.threshold))
+        read = [self._read(upload) for upload in uploads]
+        predictions = iter(self._classified([image for image in read if isinstance(image, Tensor)]))
         items: list[dict[str, Any]] = []
-        for (name, _, _), image in zip(uploads, read, strict=True):
-            failed = isinstance(image, InputError)
-            found = {"error": str(image)} if failed else {"predictions": json_predictions(next(rows)[1])}
-            items.append({"name": name, **found})
-        if not images:
-            return _STATUS.get(type(errors[0]), 400), {"error": str(errors[0]), "images": items}
-        return 200, {"images": items}
+        for upload, image in zip(uploads, read, strict=True):
+            if isinstance(image, InputError):
+                items.append({"name": upload.name, "error": str(image)})
+            else:
+                items.append({"name": upload.name, "predictions": next(predictions)})
+        errors = [image for image in read if isinstance(image, InputError)]
+        if len(errors) < len(read):
+            return 200, {"images": items}
+        return _STATUS.get(type(errors[0]), 400), {"error": str(errors[0]), "images": items}
 
-    def _read(self, name: str, file: BinaryIO, size: int) -> Tensor | InputError:
+    def _read(self, upload: Upload) -> Tensor | InputError:
         """Decode and preprocess an image; return the error if it can't be read."""
         try:
-            if size > IMAGE_BYTES:
-                raise TooLarge(f"{name}: must have at most {decimal(IMAGE_BYTES)}; got {decimal(size)}.")
-            return self.classifier.transform(decode(io.BytesIO(file.read()), name, max_pixels=PIXELS))
+            if upload.size > IMAGE_BYTES:
+                size = f"at most {decimal(IMAGE_BYTES)}; got {decimal(upload.size)}"
+                raise TooLarge(f"{upload.name}: must have {size}.")
+            image = decode(io.BytesIO(upload.file.read()), upload.name, max_pixels=PIXELS)
+            return self.classifier.transform(image)
         except InputError as error:
             return error
+
+    def _classified(self, images: list[Tensor]) -> list[list[dict[str, Any]]]:
+        """Predictions of preprocessed images [3, H, W], in JSON types."""
+        if not images:
+            return []
+        found = self.classifier.predict(torch.stack(images), top=self.top, threshold=self.threshold)
+        return [json_predictions(row) for row in rows_of(found)]
 
 
 def _is_form(request: Request) -> bool:

@@ -103,7 +103,6 @@ def plain(tokenizer=None, **changes) -> TunedRun:
         method=None,
         transform=None,
         tokenizer=own,
-        has_own_prompts=True,
         precision="fp32",
     )
 

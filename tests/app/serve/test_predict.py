@@ -222,6 +222,11 @@ def test_command_with_a_threshold(run, photos, tmp_path, capsys):
     assert known.tolist() == [not none for none in below]
 
 
+def test_class_named_none_is_not_counted_as_none(run, photos, capsys):
+    err = command(capsys, run.folder, photos / "part1", "--classes", f"{NONE}, beta", "--threshold", 0)[2]
+    assert f"classified, 0 as {NONE};" in err
+
+
 def test_command_writes_what_is_done_after_an_error(run, photos, tmp_path, capsys, monkeypatch):
     """Embeddings of the third batch are not finite."""
     out, embed, calls = tmp_path / "found.csv", Skip.embed, itertools.count(1)
