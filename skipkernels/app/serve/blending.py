@@ -16,7 +16,6 @@ from ..results.class_metrics import BALANCED
 from ..results.files import existing_run, read_metrics
 from ..results.notes import result_notes
 from ..train import weights
-from ..train.candidates import BLENDS
 from ..train.description import write_open_clip_config
 from ..train.evaluation import Evaluator
 from ..train.metrics import Trained, metrics_of
@@ -81,11 +80,15 @@ def blend(
     config = _config_of_run(folder, device, trust=trust)
     written = replace(config, out=target, overwrite=overwrite).resolved()
     new_folder = RunFolder(written)  # refuses a folder that can't be written
-    blends = _Blends(folder, replace(config, trust=trust, refresh="never", workers=0).resolved())
+    of_run, (_, weights_file) = read_metrics(folder), read_model(folder)
+    blends = _Blends(replace(config, trust=trust, refresh="never", workers=0).resolved(), weights_file, of_run["l2"])
     curve = blends.curve(sorted({*ALPHAS, *([] if alpha == "auto" else [float(alpha)])}))
-    chosen = choose(curve["accuracy"]) if alpha == "auto" else float(alpha)
+    chosen = _best(curve["accuracy"]) if alpha == "auto" else float(alpha)
     trained = blends.trained(chosen, written)
-    metrics = blends.metrics(trained, curve, chosen, out)
+    command = f"{of_run['command']}\n{_command(folder, chosen, out)}"
+    metrics = metrics_of(trained, command, of_run["cost"]) | {name: of_run[name] for name in _OF_TRAINING}
+    metrics["classifier"] = f"{of_run['classifier']}, blended at {chosen:g}"
+    metrics |= {"blend": curve | {"chosen": chosen, "run": str(folder.resolve())}, "alpha": chosen}
     metrics["notes"] = result_notes(written, metrics)
     with new_folder.lock(written):
         write_open_clip_config(new_folder.path, trained.setup.model, trained.setup.tokenizer)
@@ -133,21 +136,21 @@ def _config_of_run(folder: Path, device: str | None, *, trust: bool) -> TuneConf
 class _Blends:
     """Blends of a run: its method with weights between zero-shot and tuned, and its head fitted to each."""
 
-    def __init__(self, run: Path, config: TuneConfig):
-        self._run, self._of_run, (_, file) = run, read_metrics(run), read_model(run)
-        self._setup = setup = build_run(config)
-        self._evaluator = Evaluator(setup, setup.test_features(), setup.validation_features())
-        self._zero_shot = self._evaluator.evaluate(setup.method)
-        self._features = None if config.head == "none" else setup.train_features()
-        self._weights = Interpolation(setup.method.state_dict().values())
-        weights.load_into(setup.method, file)
+    def __init__(self, config: TuneConfig, weights_file: Path, l2: float):
+        self._setup = build_run(config)
+        self._l2 = l2
+        self._evaluator = Evaluator(self._setup, self._setup.test_features(), self._setup.validation_features())
+        self._zero_shot = self._evaluator.evaluate(self._setup.method)
+        self._features = None if config.head == "none" else self._setup.train_features()
+        self._weights = Interpolation(self._setup.method.state_dict().values())
+        weights.load_into(self._setup.method, weights_file)
         self._weights.end()
 
     def _set(self, alpha: float) -> None:
         """Set the weights to a blend, and fit the head to it."""
         self._weights.set(alpha)
         if self._features is not None:
-            self._setup.fit_head(self._features, self._of_run["l2"])
+            self._setup.fit_head(self._features, self._l2)
 
     def curve(self, alphas: Sequence[float]) -> dict[str, Any]:
         """Return the accuracies of blends in per cent, by test; also on validation images, and their mean by class."""
@@ -164,24 +167,20 @@ class _Blends:
     def trained(self, alpha: float, config: TuneConfig) -> Trained:
         """Return a blend with its results, as those of a run; calibrates the probabilities."""
         self._set(alpha)
-        setup = replace(self._setup, config=config)
-        return Trained.measured(setup, self._evaluator, self._zero_shot, l2=self._of_run["l2"])
-
-    def metrics(self, trained: Trained, curve: dict[str, Any], alpha: float, out: str | Path | None) -> dict[str, Any]:
-        """Return the metrics.json of a blend; what it says of the training, and its cost, is that of the run."""
-        words = ["skipkernels", "blend", str(self._run), "--alpha", str(alpha)]
-        words += [] if out is None else ["--out", str(Path(out).expanduser())]
-        metrics = metrics_of(trained, f"{self._of_run['command']}\n{shlex.join(words)}", self._of_run["cost"])
-        metrics |= {name: self._of_run[name] for name in _OF_TRAINING}
-        metrics["classifier"] = f"{self._of_run['classifier']}, blended at {alpha:g}"
-        return metrics | {"blend": curve | {"chosen": alpha, "run": str(self._run.resolve())}, "alpha": alpha}
+        return Trained.measured(replace(self._setup, config=config), self._evaluator, self._zero_shot, l2=self._l2)
 
 
-def choose(accuracy: Mapping[str, list[float]]) -> float:
-    """Choose alpha by the accuracy on validation images for each of `ALPHAS`; `BLENDS[1]` without such images.
+def _best(accuracy: Mapping[str, list[float]]) -> float:
+    """Return the alpha with the best accuracy on validation images, of those of `ALPHAS`; 0.5 without such images.
 
-    >>> choose({VALIDATION: [50, 60, 60, 55, 0, 0, 0, 0, 0, 0, 0]}), choose({})
+    >>> _best({VALIDATION: [50, 60, 60, 55, 0, 0, 0, 0, 0, 0, 0]}), _best({})
     (0.1, 0.5)
     """
     validation = accuracy.get(BALANCED, accuracy.get(VALIDATION))
-    return ALPHAS[validation.index(max(validation))] if validation else BLENDS[1]
+    return ALPHAS[validation.index(max(validation))] if validation else 0.5
+
+
+def _command(run: Path, alpha: float, out: str | Path | None) -> str:
+    """Command that makes a blend."""
+    words = ["skipkernels", "blend", str(run), "--alpha", str(alpha)]
+    return shlex.join([*words, *([] if out is None else ["--out", str(Path(out).expanduser())])])

@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
-
-import open_clip
+from typing import Literal, NamedTuple
 
 from ...digests import digest_file
 from ...folders import replace_tensors, replace_text, replaced_files
 from ..config import CONFIG, TuneConfig
 from ..data import InputError
 from ..data.base import check_choice
-from ..data.registry import IN_PYTHON, KINDS
-from ..methods import METHODS
 from ..results.files import CARD, HEAD, METRICS, check_writable, existing_run, read_metrics, writing
 from ..train.checkpoint import FOLDER as CHECKPOINT
 from ..train.description import Description, write_open_clip_config
-from ..train.model import RANDOM
 from ..train.model_card import model_card
 from ..train.reading import has_run
 from ..untrusted import read_object
 from . import to_hugging_face, to_onnx
 from .loading import TunedRun, load_plain
+from .public import public_config, public_description
 
 Target = Literal["open-clip", "hugging-face", "onnx"]
 OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"  # the name that open_clip looks for on the Hub
@@ -114,7 +109,7 @@ def _files(folder: Path) -> list[str]:
 def _write(run: TunedRun, source: Path, to: Target, folder: Path) -> list[str]:
     """Write the files of an export but `CLASSES`, and return its notes."""
     notes = _write_model(run, to, folder)
-    described, fitted = _shared(run), run.method.fitted
+    described, fitted = public_description(run, OPEN_CLIP_WEIGHTS), run.method.fitted
     head_code = "" if to == "onnx" else run.method.head_code  # the file for ONNX has the head
     if head_code:
         replace_tensors(folder / HEAD, run.method.head().state_dict() if fitted is None else fitted.tensors())
@@ -138,45 +133,9 @@ def _write_model(run: TunedRun, to: Target, folder: Path) -> list[str]:
     return []
 
 
-def _shared(run: TunedRun) -> Description:
-    """Description of an exported model. Each text that may be a path is left out or replaced."""
-    described = run.described
-    tuned = METHODS[described.method].trains_model
-    tags = (RANDOM, *open_clip.list_pretrained_tags_by_model(described.model))
-    return replace(
-        described,
-        model=_public(described.model),
-        method=described.method if tuned else "zero-shot",
-        settings=described.settings if tuned else {},
-        data=_public(described.data),
-        pretrained=described.pretrained if described.pretrained in (None, *tags) else "file",
-        weights=OPEN_CLIP_WEIGHTS,
-        whole_model=True,
-    )
-
-
-def _public(name: str) -> str:
-    """Return the name of a model or a dataset; of own files, only the kind.
-
-    >>> _public("imagefolder:/home/me/photos"), _public("hf-hub:org/name")
-    ('imagefolder', 'hf-hub:org/name')
-    """
-    kind, _, rest = name.partition(":")
-    if kind in ("hf", "hf-hub"):
-        public = re.fullmatch(r"[\w.-]+(/[\w.-]+)?(\?.*)?", rest) and not Path(rest).exists()
-    else:
-        public = not re.search(r"[/\\]", rest) and (kind == IN_PYTHON or (kind in KINDS and not KINDS[kind].own))
-    return name if public or not rest else kind
-
-
 def _write_card(source: Path, folder: Path, described: Description, to: Target, head_code: str) -> None:
-    """Write the model card of a complete run; its settings have public names, and no paths."""
-    if not ((source / CONFIG).is_file() and (source / METRICS).is_file()):
-        return
-    config = TuneConfig.from_yaml(source / CONFIG, trust=True)  # nothing is loaded
-    names: dict[str, Any] = {name: getattr(described, name) for name in ("model", "pretrained", "data")}
-    if described.data != config.data:  # the path is not shared, and a command needs one
-        names["data"] += ":PATH"
-    config = replace(config, **names, root=None, cache=None, out=None, dataset_identity=None)
-    card = model_card(config, described, read_metrics(source), use=to, head_code=head_code)
-    replace_text(folder / CARD, card)
+    """Write the model card of a complete run."""
+    if (source / CONFIG).is_file() and (source / METRICS).is_file():
+        config = public_config(TuneConfig.from_yaml(source / CONFIG, trust=True), described)  # nothing is loaded
+        card = model_card(config, described, read_metrics(source), use=to, head_code=head_code)
+        replace_text(folder / CARD, card)

@@ -43,6 +43,9 @@ def write(run: TunedRun, folder: Path) -> list[str]:
     return _other_tokens(run, tokenizer)
 
 
+# ---- model -----------------------------------------------------------------------------------------------------------
+
+
 def convert(run: TunedRun) -> Any:
     """Return a CLIPModel with the weights of the model, after a comparison of the embeddings of both."""
     from transformers import CLIPConfig, CLIPModel
@@ -58,40 +61,21 @@ def convert(run: TunedRun) -> Any:
     return converted
 
 
-def _error(problem: str) -> InputError:
-    return InputError(f"must have a model that CLIPModel can hold; {problem}. Use open-clip.", "run", "export")
-
-
 def _check(run: TunedRun) -> None:
     """Raise an InputError that names a part of the model that the comparison of embeddings does not detect."""
     model = run.model
+    resize_mode, interpolation = (_preprocessing(run)[name] for name in ("resize_mode", "interpolation"))
     unusual = {
         f"is a {type(model).__name__}": type(model) is not CLIP,
         f"has a {type(model.visual).__name__} as image tower": type(model.visual) is not VisionTransformer,
         "has a logit bias": getattr(model, "logit_bias", None) is not None,
         "has a tokenizer other than CLIP's": not isinstance(run.tokenizer, SimpleTokenizer),
-        f"has the resize mode {_resize_mode(run)!r}": _resize_mode(run) not in ("shortest", "squash"),
-        f"has the interpolation {_interpolation(run)!r}": _interpolation(run) not in _RESAMPLE,
+        f"has the resize mode {resize_mode!r}": resize_mode not in ("shortest", "squash"),
+        f"has the interpolation {interpolation!r}": interpolation not in _RESAMPLE,
     }
     for problem, found in unusual.items():
         if found:
             raise _error(f"it {problem}")
-
-
-def _resize_mode(run: TunedRun) -> str:
-    return run.model.visual.preprocess_cfg.get("resize_mode", "shortest")
-
-
-def _interpolation(run: TunedRun) -> str:
-    return run.model.visual.preprocess_cfg.get("interpolation", "bicubic")
-
-
-def _activation(block: Any) -> str:
-    """Return the name of the activation of a block in transformers; KeyError if it has none."""
-    activation = block.mlp.gelu
-    if type(activation) is nn.GELU:
-        return {"none": "gelu", "tanh": "gelu_pytorch_tanh"}[activation.approximate]
-    return {QuickGELU: "quick_gelu"}[type(activation)]
 
 
 def config(model: Any) -> dict[str, Any]:
@@ -120,6 +104,14 @@ def config(model: Any) -> dict[str, Any]:
         "projection_dim": embed_dim,
         "logit_scale_init_value": model.logit_scale.item(),
     }
+
+
+def _activation(block: Any) -> str:
+    """Return the name of the activation of a block in transformers; KeyError if it has none."""
+    activation = block.mlp.gelu
+    if type(activation) is nn.GELU:
+        return {"none": "gelu", "tanh": "gelu_pytorch_tanh"}[activation.approximate]
+    return {QuickGELU: "quick_gelu"}[type(activation)]
 
 
 def state_dict(model: Any) -> dict[str, Tensor]:
@@ -169,9 +161,11 @@ def _compare(run: TunedRun, converted: Any) -> None:
             raise _error(f"its {side} embeddings differ by {error:.1e} after the conversion")
 
 
-def _prompts(run: TunedRun) -> list[str]:
-    """Prompt of each class by the first template."""
-    return prompts(run.described.templates, run.classes)[0]
+def _error(problem: str) -> InputError:
+    return InputError(f"must have a model that CLIPModel can hold; {problem}. Use open-clip.", "run", "export")
+
+
+# ---- processor -------------------------------------------------------------------------------------------------------
 
 
 def _tokenizer(run: TunedRun) -> Any:
@@ -187,15 +181,15 @@ def _tokenizer(run: TunedRun) -> Any:
 def _image_processor(run: TunedRun) -> Any:
     from transformers import CLIPImageProcessor
 
-    settings = run.model.visual.preprocess_cfg
+    settings = _preprocessing(run)
     size = run.model.visual.image_size[0]
     square = {"height": size, "width": size}
-    squash = _resize_mode(run) == "squash"
+    squash = settings["resize_mode"] == "squash"
     return CLIPImageProcessor(
         size=square if squash else {"shortest_edge": size},
         crop_size=square,
         do_center_crop=not squash,
-        resample=_RESAMPLE[_interpolation(run)],
+        resample=_RESAMPLE[settings["interpolation"]],
         image_mean=list(settings["mean"]),
         image_std=list(settings["std"]),
     )
@@ -210,3 +204,13 @@ def _other_tokens(run: TunedRun, tokenizer: Any) -> list[str]:
     if not differing:
         return []
     return [f"transformers' tokenizer splits the prompts of these classes in other ways: {format_names(differing)}"]
+
+
+def _preprocessing(run: TunedRun) -> dict[str, Any]:
+    """Return the preprocessing of the images of a model of open_clip, with its defaults."""
+    return {"resize_mode": "shortest", "interpolation": "bicubic"} | run.model.visual.preprocess_cfg
+
+
+def _prompts(run: TunedRun) -> list[str]:
+    """Prompt of each class by the first template."""
+    return prompts(run.described.templates, run.classes)[0]

@@ -44,16 +44,29 @@ def write(run: TunedRun, folder: Path) -> None:
         import onnxscript  # noqa: F401  needed by torch.onnx
     except ImportError as error:
         raise InputError(f"onnx needs {error.name}: pip install 'skipkernels[onnx]'.", "to", "export") from None
-    module = ImageClassifier(run).eval()
+    module, size = ImageClassifier(run).eval(), _image_size(run)
+    program = _program(module, size)
+    described = {"classes": run.described.classes, "preprocessing": run.described.preprocessing | {"size": size}}
+    program.model.metadata_props.update({name: json.dumps(value) for name, value in described.items()})
+    external = sum(parameter.nbytes for parameter in module.parameters()) > _EXTERNAL
+    program.save(folder / FILE, external_data=external)
+    onnx.checker.check_model(folder / FILE)
+
+
+def _image_size(run: TunedRun) -> list[int]:
+    """Height and width of the images of a model."""
     size: Any = run.described.preprocessing.get("size") or getattr(run.model.visual, "image_size", 224)
-    height, width = (size, size) if isinstance(size, int) else map(int, size)
-    images = torch.zeros(2, 3, height, width)
+    return [size, size] if isinstance(size, int) else list(map(int, size))
+
+
+def _program(module: ImageClassifier, size: list[int]) -> Any:
+    """Export to ONNX, for any number of images, without the stack traces that torch.onnx adds."""
     try:
         with warnings.catch_warnings(), quiet():
             warnings.simplefilter("ignore")
             program: Any = torch.onnx.export(
                 module,
-                (images,),
+                (torch.zeros(2, 3, *size),),
                 input_names=["pixel_values"],
                 output_names=["logits", "image_embedding"],
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
@@ -64,16 +77,7 @@ def write(run: TunedRun, folder: Path) -> None:
         raise InputError(
             f"torch.onnx can't export the model ({first_line(error)}). Use open-clip.", "run", "export"
         ) from error
-    described = run.described
-    values = {
-        "classes": described.classes,
-        "preprocessing": described.preprocessing | {"size": [height, width]},
-    }
     for part in (program.model.graph, *program.model.functions.values()):
         for node in part.all_nodes():
-            node.metadata_props.clear()  # stack traces, with the paths of source files
-    program.model.metadata_props.update({name: json.dumps(value) for name, value in values.items()})
-    path = folder / FILE
-    external = sum(p.nbytes for p in module.parameters()) > _EXTERNAL
-    program.save(path, external_data=external)
-    onnx.checker.check_model(path)
+            node.metadata_props.clear()  # stack traces have the paths of source files
+    return program
