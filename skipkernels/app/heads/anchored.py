@@ -112,30 +112,37 @@ class _Regression(NamedTuple):
         fold = halves(self.labels)
         if not (fold >= 0).any():
             return WITHOUT_PAIRS
-        tried: dict[float, tuple[int, float]] = {}  # correct images, and log-likelihood
         weights = [self.anchor, self.anchor]
+        tried: dict[float, tuple[int, float]] = {}
         for l2 in sorted(CANDIDATES, reverse=True):
-            correct, log_likelihood = 0, 0.0
-            for number in (0, 1):
-                held_out = fold == number
-                fit = logistic_regression(
-                    self.image[~held_out],
-                    self.labels[~held_out],
-                    self.anchor,
-                    l2,
-                    tolerance=_RANKED * l2 * self.scale,
-                    bias=self.bias,
-                    start=weights[number],
-                )
-                weights[number] = fit.weight
-                logits, target = self.image[held_out] @ fit.weight.T + fit.bias, self.labels[held_out]
-                correct += int((logits.argmax(dim=1) == target).sum())
-                log_likelihood -= torch.nn.functional.cross_entropy(logits, target, reduction="sum").item()
-            tried[l2] = correct, log_likelihood
+            tried[l2] = self._score(l2, fold, weights)
             losses = [-log_likelihood for _, log_likelihood in tried.values()]
             if min(losses[-2:]) > min(losses):
                 break
         return max(tried, key=lambda penalty: tried[penalty])
+
+    def _score(self, l2: float, fold: Tensor, weights: list[Tensor]) -> tuple[int, float]:
+        """Return the number of correct images, and their log-likelihood, each by a fit without its fold.
+
+        The fits start from `weights`, and replace them.
+        """
+        correct, log_likelihood = 0, 0.0
+        for number, start in enumerate(weights):
+            held_out = fold == number
+            fit = logistic_regression(
+                self.image[~held_out],
+                self.labels[~held_out],
+                self.anchor,
+                l2,
+                tolerance=_RANKED * l2 * self.scale,
+                bias=self.bias,
+                start=start,
+            )
+            weights[number] = fit.weight
+            logits, target = self.image[held_out] @ fit.weight.T + fit.bias, self.labels[held_out]
+            correct += int((logits.argmax(dim=1) == target).sum())
+            log_likelihood -= torch.nn.functional.cross_entropy(logits, target, reduction="sum").item()
+        return correct, log_likelihood
 
 
 def _drawn_to_text(function: str, image: Tensor, labels: Tensor, text: Tensor, scale: float | Tensor) -> _Regression:

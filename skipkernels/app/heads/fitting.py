@@ -1,4 +1,4 @@
-"""Heads by name."""
+"""Choice of the penalty and fit of a head by its name, as a run has it."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ def fit_head(name: HeadChoice | None, examples: Examples, l2: float, *, equal_pr
     image, labels, text, scale = examples
     if name == "none":
         return None
-    if name in ("anchored", "probe"):
-        with warnings.catch_warnings():  # that it is above the tolerance: it cannot be smaller
-            warnings.filterwarnings("ignore", "(anchored|linear)_probe: ", UserWarning)
-            if name == "anchored":
-                head = anchored_probe(image, labels, text, scale, l2)
-            else:
-                head = linear_probe(image, labels, len(text), scale, l2)
-    elif name == "gaussian":
-        head = gaussian_head(image, labels, len(text))
-    else:
-        raise ValueError(f"fit_head: name must be none, anchored, gaussian or probe; got {name!r}.")
+    with warnings.catch_warnings():
+        # A probe warns that its gradient is above the tolerance, of which the remedy is a larger penalty: it is chosen.
+        warnings.filterwarnings("ignore", "(anchored|linear)_probe: ", UserWarning)
+        if name == "anchored":
+            head = anchored_probe(image, labels, text, scale, l2)
+        elif name == "probe":
+            head = linear_probe(image, labels, len(text), scale, l2)
+        elif name == "gaussian":
+            head = gaussian_head(image, labels, len(text))
+        else:
+            raise ValueError(f"fit_head: name must be none, anchored, gaussian or probe; got {name!r}.")
     head = balanced(head, labels) if equal_priors else head
     return with_text(head, image, labels, text, scale) if name == "gaussian" else head

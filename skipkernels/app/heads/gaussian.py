@@ -65,9 +65,9 @@ def with_text(
         z = scale · x Tᵀ + alpha · σ_text/σ_head · (head − mean of the head over the classes with images) − γ
 
     σ is the standard deviation over the classes with images, in the root mean square over the images. Both parts then
-    have equal weight at alpha = 1. γ makes the highest logit of another class with images than the own one, in the mean
-    over the images, that of the texts: else images of classes without images would be taken for those of others. Mean
-    and γ change no comparison of classes with images.
+    have equal weight at alpha = 1. γ sets the mean, over the images, of the highest logit among the other classes with
+    images to that of the texts: without it, classes with images would win over those without. Mean and γ change no
+    comparison of classes with images.
 
     Args:
         head: Result of `gaussian_head`.
@@ -78,36 +78,50 @@ def with_text(
         alpha: Weight of the head, such as that of the best accuracy on validation images.
     """
     function = "with_text"
-    check_shape(function, "text", text, ("head.weight", head.weight), **dict(zip("CD", head.weight.shape, strict=True)))
-    check_shape(function, "image", image, ("head.weight", head.weight), n=None, D=head.weight.shape[1])
+    classes, width = head.weight.shape
+    check_shape(function, "text", text, ("head.weight", head.weight), C=classes, D=width)
+    check_shape(function, "image", image, ("head.weight", head.weight), n=None, D=width)
     check_shape(function, "labels", labels, ("image", image), n=len(image))
-    check_labels(function, labels, len(text))
+    check_labels(function, labels, classes)
     check_positive(function, scale=float(scale), alpha=alpha)
     x, unit_text = unit_rows(function, "image", image), unit_rows(function, "text", text)
-    known = head.bias.isfinite()
     of_text = Head.of_text(unit_text, scale)
+    has_images = head.bias.isfinite()  # [C]
+
+    # 1. Scale the head, less its mean, to the spread of the texts.
     augmented = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
     moment = augmented.T @ augmented / len(x)  # [D + 1, D + 1]
-
-    def centred(part: Head) -> tuple[Tensor, Tensor]:
-        """Rows (weight, bias) [C', D + 1] of the classes with images, less their mean, and the σ of their logits."""
-        rows = widened(torch.cat([part.weight, part.bias[:, None]], dim=1)[known])
-        rows = rows - rows.mean(dim=0)
-        return rows, ((rows.T @ rows * moment).sum() / len(rows)).sqrt()
-
-    def highest_of_others(weight: Tensor, bias: Tensor) -> Tensor:
-        """Mean over the images of the highest logit of a class with images that is not the own one."""
-        part = Head(weight, bias.masked_fill(~known, -torch.inf))
-        chunk = max(1, _LOGITS // len(weight))
-        parts = zip(x.split(chunk), labels.split(chunk), strict=True)
-        found = [part.logits(rows).scatter(1, own[:, None], -torch.inf).amax(dim=1) for rows, own in parts]  # [n]
-        return torch.cat(found).mean()
-
-    (_, text_spread), (rows, spread) = centred(of_text), centred(head)
+    text_spread = _spread(_centred_rows(of_text, has_images), moment)
+    rows = _centred_rows(head, has_images)
+    spread = _spread(rows, moment)
     weight, bias = of_text.weight.clone(), of_text.bias.clone()
     if spread > 0:  # 0 with a single class
         rows = alpha * text_spread / spread * rows
-        weight[known] += rows[:, :-1]
-        bias[known] += rows[:, -1]
-        bias[known] -= highest_of_others(weight, bias) - highest_of_others(of_text.weight, of_text.bias)
+        weight[has_images] += rows[:, :-1]
+        bias[has_images] += rows[:, -1]
+        # 2. Subtract γ.
+        highest = _highest_of_others(Head(weight, bias), has_images, x, labels)
+        bias[has_images] -= highest - _highest_of_others(of_text, has_images, x, labels)
     return Head(weight.to(head.weight), bias.to(head.bias), head.bias.new_tensor(float(scale)))
+
+
+def _centred_rows(head: Head, classes: Tensor) -> Tensor:
+    """Rows (weight, bias) of some classes, less their mean, [C', D + 1]."""
+    rows = widened(torch.cat([head.weight, head.bias[:, None]], dim=1)[classes])
+    return rows - rows.mean(dim=0)
+
+
+def _spread(rows: Tensor, moment: Tensor) -> Tensor:
+    """Standard deviation σ over the classes of the logits of centred rows, in the root mean square over the images."""
+    return ((rows.T @ rows * moment).sum() / len(rows)).sqrt()
+
+
+def _highest_of_others(head: Head, has_images: Tensor, x: Tensor, labels: Tensor) -> Tensor:
+    """Mean over the images of the highest logit of a class with images that is not the own one."""
+    head = Head(head.weight, head.bias.masked_fill(~has_images, -torch.inf))
+    rows = max(1, _LOGITS // len(head.weight))
+    highest = []
+    for images, own in zip(x.split(rows), labels.split(rows), strict=True):
+        others = head.logits(images).scatter(1, own[:, None], -torch.inf)  # [rows, C]
+        highest.append(others.amax(dim=1))
+    return torch.cat(highest).mean()

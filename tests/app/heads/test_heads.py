@@ -86,7 +86,7 @@ def test_anchored_probe_in_chunks(monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "function"), [("anchored", "anchored_probe"), ("probe", "linear_probe")])
-def test_a_probe_warns_before_the_minimum(monkeypatch, name, function):
+def test_probes_warn_before_the_minimum_and_commands_do_not(monkeypatch, name, function):
     monkeypatch.setattr(logistic, "ITERATIONS", 20)
     image, labels, text = data([20] * 9, 30)
     of_classes = text if name == "anchored" else len(text)
@@ -131,7 +131,11 @@ def test_anchored_l2_follows_what_is_reliable():
     assert heads.anchored_l2(centre[labels] + 0.01 * image, labels, text, SCALE) == min(heads.CANDIDATES)
     hidden = 0.3 * centre[labels] + torch.randn(image.shape, generator=torch.Generator().manual_seed(1))
     assert heads.anchored_l2(hidden, labels, centre, 5.0) >= 1
-    assert heads.anchored_l2(image[:4], torch.arange(4), text, SCALE) == anchored.WITHOUT_PAIRS
+
+
+def test_anchored_l2_without_two_images_of_a_class():
+    image, labels, text = data([1] * 4, 16)
+    assert heads.anchored_l2(image, labels, text, SCALE) == anchored.WITHOUT_PAIRS
 
 
 @pytest.mark.filterwarnings("ignore:Only one sample available")  # scikit-learn's, of classes with one image
@@ -213,8 +217,12 @@ def test_balanced_divides_probabilities_by_class_frequencies():
     head = heads.gaussian_head(image, labels, 3)
     expected = F.normalize(head.logits(image).softmax(dim=1) / labels.bincount(), p=1)
     torch.testing.assert_close(heads.balanced(head, labels).logits(image).softmax(dim=1), expected)
-    even = torch.tensor([0, 2, 0, 2])
-    torch.testing.assert_close(heads.balanced(head, even).bias, head.bias), "the class without images keeps its bias"
+
+
+def test_balanced_changes_nothing_for_equal_counts():
+    """The class without images keeps its bias, too."""
+    head = heads.Head(torch.zeros(3, 5), torch.tensor([1.0, 2.0, 3.0]))
+    torch.testing.assert_close(heads.balanced(head, torch.tensor([0, 2, 0, 2])).bias, head.bias)
 
 
 def fitted(image: torch.Tensor, labels: torch.Tensor, text: torch.Tensor) -> dict[str, heads.Head]:
