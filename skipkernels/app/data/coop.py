@@ -1,12 +1,15 @@
 """Datasets in CoOp's layout: `coop:NAME` in the folder `root`, which holds all of them.
 
-Eleven datasets are for training and testing, and four variants of ImageNet for testing. Most have a JSON file,
-`{"train"|"val"|"test": [[path, label, class name], …]}`. ImageNet and its variants have folders named by WordNet id,
-and class names in `classnames.txt`; a variant without this file uses that of ImageNet. Aircraft has text files.
+Eleven datasets are for training and testing, and four variants of ImageNet for testing. There are three layouts:
 
-ImageNet's validation images are the test images. ImageNet-A and ImageNet-R have 200 of the 1000 classes, labelled in
-the order of their sorted folders, and are evaluated over these only, as in CoOp. Paths in the files must stay in the
-folder that they are relative to. CoOp's few-shot pickles are not read: a pickle can execute any code.
+- Most have a JSON file, `{"train"|"val"|"test": [[path, label, class name], …]}`.
+- Aircraft has text files: the class names, and for each split the images with their class.
+- ImageNet and its variants have folders named by WordNet id, and class names in `classnames.txt`; a variant without
+  this file uses that of ImageNet. ImageNet's validation images are the test images. ImageNet-A and ImageNet-R have 200
+  of the 1000 classes, labelled in the order of their sorted folders, and are evaluated over these only, as in CoOp.
+
+Paths in the files must stay in the folder that they are relative to. CoOp's few-shot pickles are not read: a pickle can
+execute any code.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ class Layout:
 
     folder: str
     images: str = ""  # Image folder below `folder`; paths are relative to it
-    split_file: str = ""  # JSON file below `folder`; "" without one
+    split_file: str = ""  # JSON file below `folder`; "" in the other layouts
 
 
 DATASETS = {
@@ -55,7 +58,8 @@ DATASETS = {
 }
 Item = tuple[str, int, str]
 """Path, label and class name of an image in a list."""
-VARIANTS = ("imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r")
+Content = tuple[list[str], dict[Split, Images]]
+"""Class names by label, and the images of each split."""
 _HELP = "CoOp's DATASETS.md says where to get it."
 
 
@@ -72,15 +76,15 @@ def open_coop(name: str, root: str | Path | None, templates: Templates = None) -
     absent = next((path for path in (base, folder, images) if not os.path.isdir(path)), None)
     if absent is not None:
         raise open_error(f"{dataset}: no folder {absent}. {_HELP}", "root")
-    if name == "imagenet" or name in VARIANTS:
-        file = folder / "classnames.txt"
-        class_names = _class_names(file if file.is_file() else base / "imagenet" / "classnames.txt")
-        names, splits = _imagenet(dataset, name, images, class_names)
+    if layout.split_file:
+        file = folder / layout.split_file
+        names, splits = _listed(file, images, read_json(file, dict[str, list[Item]]))
     elif name == "fgvc_aircraft":
         names, splits = _listed(folder, images, _aircraft(folder))
     else:
-        file = folder / layout.split_file
-        names, splits = _listed(file, images, read_json(file, dict[str, list[Item]]))
+        own = folder / "classnames.txt"
+        name_of = _wordnet_names(own if own.is_file() else base / "imagenet" / "classnames.txt")
+        names, splits = _imagenet(name, images, name_of)
     classes = tuple(map(normalize_class_name, names))
     notes = []
     if repeated := sorted(name for name, count in Counter(classes).items() if count > 1):
@@ -88,8 +92,11 @@ def open_coop(name: str, root: str | Path | None, templates: Templates = None) -
     return Source(dataset, classes, resolve_templates(name, templates), splits=splits, notes=tuple(notes))
 
 
-def _listed(file: Path, root: Path, content: Mapping[str, list[Item]]) -> tuple[list[str], dict[Split, Images]]:
-    """Return the class names and the splits of lists; their labels must be 0, 1, … with one name each."""
+# ---- lists of images -------------------------------------------------------------------------------------------------
+
+
+def _listed(file: Path, root: Path, content: Mapping[str, list[Item]]) -> Content:
+    """Check the paths and labels of lists; the labels must be 0, 1, … with one name each."""
     name_of: dict[int, str] = {}
     splits: dict[Split, Images] = {}
     for split in get_args(Split):
@@ -111,6 +118,7 @@ def _listed(file: Path, root: Path, content: Mapping[str, list[Item]]) -> tuple[
 
 
 def _aircraft(folder: Path) -> dict[str, list[Item]]:
+    """Read the lists of Aircraft, in the form of the JSON files."""
     label_of = {name: label for label, name in enumerate(_lines(folder / "variants.txt"))}
     content: dict[str, list[Item]] = {}
     for split in get_args(Split):
@@ -131,39 +139,42 @@ def _lines(file: Path) -> list[str]:
 # ---- ImageNet and its variants ---------------------------------------------------------------------------------------
 
 
-def _class_names(file: Path) -> dict[str, str]:
+def _wordnet_names(file: Path) -> dict[str, str]:
     """Read the class names by WordNet id."""
-    names = dict(line.partition(" ")[::2] for line in _lines(file))
+    names = {wnid: name for wnid, _, name in (line.partition(" ") for line in _lines(file))}
     if not all(names.values()):
         raise InputError(f"{file}: expected a WordNet id and its name in each line. {_HELP}")
     return names
 
 
-def _imagenet(
-    dataset: str, key: str, images: Path, class_names: Mapping[str, str]
-) -> tuple[list[str], dict[Split, Images]]:
-    """Return the class names and the splits."""
-    parts: dict[Split, str] = {"train": "train", "test": "val"} if key == "imagenet" else {"test": ""}
-    folder_of = {split: images / part for split, part in parts.items() if (images / part).is_dir()}
-    if key == "imagenetv2":  # its folders are 0, 1, …, in the order of the sorted WordNet ids
-        ids = sorted(class_names)
-        folders = list(map(str, range(len(ids))))
+def _imagenet(name: str, images: Path, name_of: Mapping[str, str]) -> Content:
+    """Return the class names and the images of ImageNet or a variant; `name_of` has the names by WordNet id."""
+    paths: dict[Split, Path] = {"test": images}
+    if name == "imagenet":
+        paths = {"train": images / "train", "test": images / "val"}
+    paths = {split: path for split, path in paths.items() if path.is_dir()}
+    if name == "imagenetv2":  # its folders are 0, 1, …, in the order of the sorted WordNet ids
+        wnids = sorted(name_of)
+        folders = [str(label) for label in range(len(wnids))]
     else:
-        found = {name for path in folder_of.values() for name in subfolders(path) if re.fullmatch(r"n\d+", name)}
-        ids = folders = sorted(found)
-    unnamed = [wnid for wnid in ids if wnid not in class_names]
-    if unnamed or not ids:
-        problem = f"classnames.txt has no name for {format_names(unnamed)}" if ids else f"no folders n… in {images}"
-        raise open_error(f"{dataset}: {problem}. {_HELP}", "root")
-    splits = {split: _folder_images(dataset, path, folders) for split, path in folder_of.items()}
-    return [class_names[wnid] for wnid in ids], splits
+        found = {folder for path in paths.values() for folder in subfolders(path) if re.fullmatch(r"n\d+", folder)}
+        wnids = folders = sorted(found)
+    unnamed = [wnid for wnid in wnids if wnid not in name_of]
+    if unnamed or not wnids:
+        problem = f"classnames.txt has no name for {format_names(unnamed)}" if wnids else f"no folders n… in {images}"
+        raise open_error(f"coop:{name}: {problem}. {_HELP}", "root")
+    splits = {split: _folder_images(name, path, folders) for split, path in paths.items()}
+    return [name_of[wnid] for wnid in wnids], splits
 
 
-def _folder_images(dataset: str, root: Path, folders: list[str]) -> Images:
+def _folder_images(name: str, root: Path, folders: list[str]) -> Images:
     """Return all images of some class folders, labelled by the position of the folder."""
     found, _ = find_images(root, {folder: label for label, folder in enumerate(folders)})
-    present = {label for _, label in found}
+    labels = [label for _, label in found]
+    present = set(labels)
     empty = [folder for label, folder in enumerate(folders) if label not in present]
     if empty:
-        raise open_error(f"{dataset}: no images in {format_names(empty)} of {root}. Is it unpacked completely?", "root")
-    return Images.of_files(root, [path for path, _ in found], [label for _, label in found])
+        raise open_error(
+            f"coop:{name}: no images in {format_names(empty)} of {root}. Is it unpacked completely?", "root"
+        )
+    return Images.of_files(root, [path for path, _ in found], labels)

@@ -6,9 +6,8 @@ Columns are found by their names, in upper or lower case and in any order: the p
 (`split`, `set`, `subset`: train, val or test). Other columns are ignored. Columns are separated by commas, tabs or
 semicolons.
 
-Paths are relative to `root`, by default the folder of the table, and may not lead out of it. Each is listed once. Of a
-cell that begins with an apostrophe and =, +, - or @, as
-`skipkernels predict` writes it for spreadsheets, the apostrophe is removed.
+Paths are relative to `root`, by default the folder of the table, and may not lead out of it. Each is listed once. The
+apostrophe that `skipkernels predict` writes before =, +, - or @, for spreadsheets, is removed.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ def open_csv(path: str, root: str | Path | None = None, templates: Templates = N
     path_column = _column(file, columns, _PATH_NAMES, "path")
     label_column = _column(file, columns, _LABEL_NAMES, "label")
     split_column = _column(file, columns, _SPLIT_COLUMNS, "split") if {*_SPLIT_COLUMNS} & {*columns} else None
-    images: dict[str, str] = {}
+    class_of: dict[str, str] = {}  # by image
     splits: list[Split] = []
     for number, row in rows.items():
         where = f"{file}: row {number}"
@@ -54,19 +53,22 @@ def open_csv(path: str, root: str | Path | None = None, templates: Templates = N
         image = path_inside(base, row[path_column])
         if image is None:
             raise InputError(f"{where}: {row[path_column]} is not in {base}. Name a folder of all as `root`.", "root")
-        if image in images:
+        if image in class_of:
             raise InputError(f"{where}: {image} is listed before. Remove one row.")
-        images[image] = row[label_column]
-        splits += [_split(where, split_column, row[split_column])] if split_column else []
-    if not images:
+        class_of[image] = row[label_column]
+        if split_column is not None:
+            splits.append(_split(where, split_column, row[split_column]))
+    if not class_of:
         raise open_error(f"{name}: has no images. Add a line for each image.")
-    if missing := [image for image in images if not os.path.isfile(base / image)]:
+    if missing := [image for image in class_of if not os.path.isfile(base / image)]:
         problem = f"no file {format_names(missing)} in {base}"
         remedy = "Correct the paths, or name their folder as `root`."
         raise open_error(f"{name}: {problem}. {remedy}", "data" if root is None else "root")
-    labels, classes = labels_by_name(f"open_source: {name}", [*images.values()], "name them in a column class_name")
-    listed = Images.of_files(base, list(images), labels)
-    return listed_source(name, listed, classes, splits or None, templates, column=label_column)
+    labels, classes = labels_by_name(
+        f"open_source: {name}", list(class_of.values()), "name them in a column class_name"
+    )
+    images = Images.of_files(base, list(class_of), labels)
+    return listed_source(name, images, classes, splits or None, templates, column=label_column)
 
 
 def _split(where: str, column: str, name: str) -> Split:

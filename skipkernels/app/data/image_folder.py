@@ -1,17 +1,11 @@
 """Folders of images: `imagefolder:PATH`.
 
-PATH has a folder for each class, or the folders `train/` (or `training/`), `val/` (`valid/`, `validation/`) and `test/`
-(`testing/`), in upper or lower case, with the same class folders in each. Labels follow the sorted names of the class
-folders. Images are the files in a class folder and its subfolders with the extension of one; hidden files are left out,
-and other files are counted in a note.
+PATH has a folder for each class, or the folders of splits, with the same class folders in each: `train/` (`training/`),
+`val/` (`valid/`, `validation/`) and `test/` (`testing/`), in upper or lower case. Without `test/`, the images of `val/`
+are the test images, as is usual for ImageNet; without both, images are split by a hash (`splits.listed_source`).
 
-Splits. Existing splits are used. With `val/` and without `test/`, the images of `val/` are the test images, as is usual
-for ImageNet. With neither, the images of each class are split by a hash of their paths: 30 % test, 20 % val, the rest
-train, rounded to the nearest. If a class has only one image, which must train, there is no test split. The order of
-files on the disk has no effect.
-
-Class names. They are the names of the folders, with "_" replaced by spaces, or are read from `classes.json` in PATH,
-{"folder": "name", …}, which may also name folders that do not exist.
+A class has the name of its folder, with "_" replaced by spaces, or that in the file `classes.json` in PATH, {"folder":
+"name", …}, which may also name folders that do not exist. Labels follow the sorted names of the folders.
 """
 
 from __future__ import annotations
@@ -33,30 +27,22 @@ def open_image_folder(path: str | Path, templates: Templates = None) -> Source:
     name, root = f"imagefolder:{path}", absolute_path(path)
     if not os.path.isdir(root):
         raise open_error(f"{name}: no folder {root}; it must hold one folder for each class.")
-    parts = _split_folders(name, root)
-    folders = _class_folders(name, root, list(parts))
+    splits = _split_folders(name, root)
+    folders = _class_folders(name, root, list(splits))
     classes = _class_names(name, root, folders)
-    listed = {
-        f"{part}{folder}": (label, split) for part, split in parts.items() for label, folder in enumerate(folders)
-    }
+    listed = {f"{part}{folder}": (label, splits[part]) for part in splits for label, folder in enumerate(folders)}
     found, others = find_images(root, listed)
     with_images = {key for _, key in found}
-    empty = [folder for folder, key in listed.items() if key not in with_images]
-    if empty:
+    if empty := [folder for folder, key in listed.items() if key not in with_images]:
         skipped = f" ({format_others(others)})" if others else ""
         raise open_error(f"{name}: no images in {format_names(empty)}{skipped}. Add some, or remove the empty folders.")
-    return listed_source(
-        name,
-        Images.of_files(root, [path for path, _ in found], [label for _, (label, _) in found]),
-        classes,
-        [split for _, (_, split) in found],
-        templates,
-        notes=[f"{name}: {format_others(others)}."] if others else [],
-    )
+    images = Images.of_files(root, [path for path, _ in found], [label for _, (label, _) in found])
+    notes = [f"{name}: {format_others(others)}."] if others else []
+    return listed_source(name, images, classes, [split for _, (_, split) in found], templates, notes=notes)
 
 
 def _split_folders(name: str, root: Path) -> dict[str, Split]:
-    """Return the split of each folder of a split, such as "train/"; that of "" if the class folders are in the root."""
+    """Return the split of each folder, such as "train/"; {"": "train"} if the class folders are in the root."""
     folders = subfolders(root)
     candidates = [folder for folder in folders if folder.lower() in SPLIT_NAMES]
     others = [folder for folder in folders if folder.lower() not in SPLIT_NAMES]
@@ -86,12 +72,11 @@ def _class_folders(name: str, root: Path, parts: list[str]) -> list[str]:
 
 
 def _class_names(name: str, root: Path, folders: list[str]) -> tuple[str, ...]:
-    """Return the class names by label."""
-    mapping, names = root / "classes.json", folders
-    if mapping.is_file():
-        name_of = read_json(mapping, dict[str, str])
-        unnamed = [folder for folder in folders if folder not in name_of]
-        if unnamed:
-            raise InputError(f"{mapping}: no name for folder {format_names(unnamed)}. Add it.")
-        names = [name_of[folder] for folder in folders]
-    return class_names(name, names, "name the folders in classes.json")
+    """Return the class names by label: those of classes.json, or of the folders."""
+    file = root / "classes.json"
+    if file.is_file():
+        name_of = read_json(file, dict[str, str])
+        if unnamed := [folder for folder in folders if folder not in name_of]:
+            raise InputError(f"{file}: no name for folder {format_names(unnamed)}. Add it.")
+        folders = [name_of[folder] for folder in folders]
+    return class_names(name, folders, "name the folders in classes.json")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from PIL import Image
 from .base import InputError
 from .files import absolute_path
 from .map_style import SizedDataset, image_and_label, read_labels
-from .reading import from_pixels, read_ahead, read_image, to_rgb
+from .reading import from_pixels, read_image, to_rgb
 
 Transform = Callable[[Any], Any]
 
@@ -164,3 +166,28 @@ def joined(parts: Sequence[Images]) -> Images:
 
     both: Any = ConcatDataset(parts)  # type: ignore[arg-type]  # any sequence is accepted
     return Images(both, [label for part in parts for label in part.labels], names)
+
+
+def read_ahead(
+    read: Callable[[int], Any], count: int, *, workers: int | None = None, ahead: int = 256
+) -> Iterator[Any]:
+    """Yield the results of read(0), read(1), …, or their errors, computed in threads up to `ahead` before their use.
+
+    `workers` is the number of threads, by default one for each core, at most 8.
+    """
+
+    def attempt(index: int) -> Any:
+        try:
+            return read(index)
+        except Exception as error:  # of any dataset
+            return error
+
+    pool = ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1))
+    try:
+        pending = deque(pool.submit(attempt, index) for index in range(min(ahead, count)))
+        for index in range(count):
+            yield pending.popleft().result()
+            if index + ahead < count:
+                pending.append(pool.submit(attempt, index + ahead))
+    finally:  # without waiting: this generator may be collected in one of these threads
+        pool.shutdown(wait=False, cancel_futures=True)

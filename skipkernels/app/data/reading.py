@@ -1,17 +1,13 @@
-"""Reading of images: files of known formats as upright RGB, arrays of pixels, and several images in threads."""
+"""Conversion of image files, images of Pillow and arrays of pixels to upright RGB."""
 
 from __future__ import annotations
 
 import functools
 import math
-import os
 import struct
 import zlib
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -81,19 +77,6 @@ def decode(file: BinaryIO, name: str | Path, *, max_pixels: int = PIXELS) -> Ima
         return to_rgb(image, name)
 
 
-@functools.cache
-def _formats() -> list[str]:
-    """Return the `FORMATS` that are installed."""
-    Image.init()
-    try:
-        from pillow_heif import register_heif_opener
-
-        register_heif_opener()
-    except ImportError:
-        pass
-    return [name for name in FORMATS if name in Image.OPEN]
-
-
 def to_rgb(image: Image.Image, name: str | Path) -> Image.Image:
     """Convert an image of Pillow as `read_image` does; `name` is its name in error messages."""
     width, height = image.size
@@ -117,20 +100,6 @@ def to_rgb(image: Image.Image, name: str | Path) -> Image.Image:
         raise _unreadable(name, error) from error
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Return an image rotated and mirrored by its EXIF orientation; the same image if it has none."""
-    try:
-        turned = image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
-    except _UNREADABLE:  # invalid EXIF data
-        return image
-    return ImageOps.exif_transpose(image) if turned else image
-
-
-def _unreadable(name: str | Path, error: Exception | str, kind: type[InputError] = InputError) -> InputError:
-    why = error if isinstance(error, str) else f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")
-    return kind(f"{name}: can't be read as an image ({why}). Replace or remove it.")
-
-
 def from_pixels(pixels: np.ndarray | Tensor, name: str) -> Image.Image:
     """Convert a uint8 array [H, W], [H, W, 3] or [H, W, 4], or a tensor [3, H, W], to an RGB image.
 
@@ -151,26 +120,28 @@ def from_pixels(pixels: np.ndarray | Tensor, name: str) -> Image.Image:
     return to_rgb(Image.fromarray(np.ascontiguousarray(values)), name)
 
 
-def read_ahead(
-    read: Callable[[int], Any], count: int, *, workers: int | None = None, ahead: int = 256
-) -> Iterator[Any]:
-    """Yield the results of read(0), read(1), …, or their errors, computed in threads up to `ahead` before their use.
-
-    `workers` is the number of threads, by default one for each core, at most 8.
-    """
-
-    def attempt(index: int) -> Any:
-        try:
-            return read(index)
-        except Exception as error:  # of any dataset
-            return error
-
-    pool = ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1))
+@functools.cache
+def _formats() -> list[str]:
+    """Return the `FORMATS` that are installed."""
+    Image.init()
     try:
-        pending = deque(pool.submit(attempt, index) for index in range(min(ahead, count)))
-        for index in range(count):
-            yield pending.popleft().result()
-            if index + ahead < count:
-                pending.append(pool.submit(attempt, index + ahead))
-    finally:  # without waiting: this generator may be collected in one of these threads
-        pool.shutdown(wait=False, cancel_futures=True)
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
+    except ImportError:
+        pass
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Return an image rotated and mirrored by its EXIF orientation; the same image if it has none."""
+    try:
+        turned = image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
+    except _UNREADABLE:  # invalid EXIF data
+        return image
+    return ImageOps.exif_transpose(image) if turned else image
+
+
+def _unreadable(name: str | Path, error: Exception | str, kind: type[InputError] = InputError) -> InputError:
+    why = error if isinstance(error, str) else f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")
+    return kind(f"{name}: can't be read as an image ({why}). Replace or remove it.")

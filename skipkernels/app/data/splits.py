@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import get_args
 
@@ -50,19 +49,24 @@ def listed_source(
     elif "val" in splits and "test" not in splits:
         splits = ["test" if split == "val" else split for split in splits]
         notes.append(f"{name}: no test images, so the val images are the test images.")
-    indices: dict[Split, list[int]] = defaultdict(list)
-    for index, split in enumerate(splits):
-        indices[split].append(index)
-    parts = {split: images.subset(indices[split]) for split in get_args(Split) if split in indices}
     chosen = resolve_templates(None, "{}" if templates is None and column.lower() in _CAPTIONS else templates)
+    parts = _parts(images, splits)
     return Source(name, tuple(classes), chosen, parts, notes=tuple(notes), hashed=hashed, without_test=without_test)
 
 
+def _parts(images: Images, splits: Sequence[Split]) -> dict[Split, Images]:
+    """Return the images of each split by the split of each image."""
+    indices: dict[Split, list[int]] = {split: [] for split in get_args(Split) if split in splits}
+    for index, split in enumerate(splits):
+        indices[split].append(index)
+    return {split: images.subset(of_split) for split, of_split in indices.items()}
+
+
 def _hash_splits(images: Images, classes: Sequence[str]) -> tuple[list[Split], str]:
-    """Split the images of each class into train, val and test by a hash of their names.
+    """Split the images of each class by a hash of their names: 30 % test, 20 % val, rounded, and the rest train.
 
     If a class has only one image, which must train, there are no test images. Returns the split of each image, and why
-    there are none.
+    there are no test images; "" if there are.
     """
     orders = shuffled_by_class(images.labels, images.names, "split")
     single = [classes[images.labels[order[0]]] for order in orders if len(order) == 1]

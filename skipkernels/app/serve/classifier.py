@@ -13,7 +13,7 @@ from torch import Tensor
 from ...options import Precision
 from ..data import InputError
 from ..data.base import check_choice
-from ..data.reading import read_ahead
+from ..data.images import read_ahead
 from ..devices import autocast
 from ..results.files import existing_run
 from ..train.calibration import class_probabilities

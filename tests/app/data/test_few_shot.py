@@ -1,4 +1,4 @@
-"""The choice of a few images of each class."""
+"""The choice of a few images of each class, and of others that are held out."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import hypothesis
 import hypothesis.strategies as st
 
 from skipkernels.app.data import few_shot
+from skipkernels.app.data.shots import hold_out
 
 LABELLED = st.dictionaries(st.text(min_size=1), st.integers(0, 4), min_size=1, max_size=40)
 
@@ -45,3 +46,20 @@ def test_few_shot_fixed_values():
     names = [f"{animal}/{number}.jpg" for animal in ("cat", "naïve") for number in range(50)]
     chosen = few_shot([0] * 50 + [1] * 50, names, 2, 3)
     assert [names[i] for i in chosen] == ["cat/13.jpg", "cat/1.jpg", "naïve/47.jpg", "naïve/2.jpg"]
+
+
+def test_hold_out_keeps_the_choice_of_few_shot():
+    """A fifth is held out: of three images that all train one, and of one none."""
+    labels, names = [0] * 20 + [1] * 3 + [2], [f"{index}" for index in range(24)]
+    train, held = hold_out(labels, names, 4, 7, 0.2)
+    chosen = few_shot(labels, names, 4, 7)
+    assert not set(train) & set(held)
+    assert [index for index in train if labels[index] == 0] == [index for index in chosen if labels[index] == 0]
+    counts = [Counter(labels[index] for index in part) for part in (train, held)]
+    assert counts == [{0: 4, 1: 2, 2: 1}, {0: 4, 1: 1}]
+
+
+def test_hold_out_ignores_order():
+    labels, names = [0] * 20 + [1] * 3 + [2], [f"{index}" for index in range(24)]
+    backward = hold_out(labels[::-1], names[::-1], 4, 7, 0.2)
+    assert [[23 - index for index in part] for part in backward] == list(hold_out(labels, names, 4, 7, 0.2))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 
+import pytest
+
 from skipkernels.app.data import Source
 from skipkernels.app.data.check import facts
 from skipkernels.app.data.files import find_images, path_inside, read_json, read_text
@@ -42,26 +44,31 @@ def test_find_images_lists_unreadable_images(tmp_path):
     assert f"c.png: can't be read ({os.strerror(errno.ELOOP)})" in loop
 
 
-def test_path_inside():
+def test_path_inside_is_relative_or_none():
     paths = {"../a.png": None, "a/../../b.png": None, "/etc/passwd": None, "/photos-2/a.png": None, "..": None}
     paths |= {"..a/b..c/.../d.png": "..a/b..c/.../d.png", "/photos/a.png": "a.png"}
     assert {path: path_inside("/elsewhere/../photos", path) for path in paths} == paths
 
 
-def test_read_text_and_json(tmp_path):
+def test_read_text_is_utf_8(tmp_path):
     file = tmp_path / "a.txt"
     file.write_bytes("\ufeffnaïve".encode())
-    assert read_text(file) == "naïve"
+    assert read_text(file) == "naïve", "without the byte-order mark"
     file.write_bytes("naïve".encode("latin-1"))
     with raises_input_error(file, "not a text in UTF-8 (byte 2)"):
         read_text(file)
-    with raises_input_error(tmp_path / "b.txt", "can't be read", os.strerror(2)):
-        read_text(tmp_path / "b.txt")
-    for text, why in (
-        ("{", ": Invalid JSON: EOF"),
-        ("[" * 100_000, "recursion"),
-        ('{"a": 1}', "['a']: Input should be"),
-    ):
-        file.write_text(text)
-        with raises_input_error(file, why, "Correct the file"):
-            read_json(file, dict[str, str])
+    file.unlink()
+    with raises_input_error(file, "can't be read", os.strerror(errno.ENOENT)):
+        read_text(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [("{", ": Invalid JSON: EOF"), ("[" * 100_000, "recursion"), ('{"a": 1}', "['a']: Input should be")],
+    ids=["truncated", "nested", "type"],
+)
+def test_read_json_refuses(tmp_path, text, why):
+    file = tmp_path / "a.json"
+    file.write_text(text)
+    with raises_input_error(file, why, "Correct the file"):
+        read_json(file, dict[str, str])

@@ -46,17 +46,17 @@ def test_split_by_hash_fixed_values(tmp_path):
 
 
 @hypothesis.given(st.lists(st.lists(st.text(min_size=1), min_size=2, max_size=30, unique=True), min_size=1, max_size=4))
-def test_hash_splits_sizes(classes):
+def test_hash_splits_30_and_20_percent_in_any_order(classes):
     found = [(label, f"{label}/{name}") for label, names in enumerate(classes) for name in names]
 
-    def split(listed):
+    def splits_of(listed):
         labels, names = zip(*listed, strict=True)
         images = Images([None] * len(names), labels, names)
         source = listed_source("a", images, list(map(str, range(len(classes)))), None, None)
         return {split: set(zip(part.labels, part.names, strict=True)) for split, part in source.splits.items()}
 
-    parts = split(found)
-    assert split(found[::-1]) == parts
+    parts = splits_of(found)
+    assert splits_of(found[::-1]) == parts
     assert sorted(one for part in parts.values() for one in part) == sorted(found)
     for label, names in enumerate(classes):
         count = {split: sum(of == label for of, _ in parts.get(split, ())) for split in ("train", "val", "test")}
@@ -80,27 +80,30 @@ def test_open_image_folder_val_without_test(tmp_path):
     assert "the val images are the test images" in source.notes[0]
 
 
-def test_open_image_folder_one_split(tmp_path):
-    source = open_folder(make_folders(tmp_path / "a", {"train/cat": 10, "train/dog": 10}))
+def test_open_image_folder_train_alone_is_split_by_hash(tmp_path):
+    source = open_folder(make_folders(tmp_path, {"train/cat": 10, "train/dog": 10}))
     assert [len(source.images(split)) for split in ("train", "val", "test")] == [10, 4, 6]
     assert contents(source, "val")["cat"][0].startswith("train/cat/")
-    source = open_folder(make_folders(tmp_path / "b", {"test/cat": 2, "test/dog": 1}))
-    assert len(source.images("test")) == 3
+
+
+def test_open_image_folder_test_alone_is_not_split(tmp_path):
+    source = open_folder(make_folders(tmp_path, {"test/cat": 2, "test/dog": 1}))
+    assert source.splits.keys() == {"test"} and len(source.images("test")) == 3
 
 
 def test_open_image_folder_class_named_train(tmp_path):
     assert open_folder(make_folders(tmp_path, {"train": 2, "tram": 2})).classes == ("train", "tram")
 
 
-def test_open_image_folder_relative_path_and_home(tmp_path, monkeypatch):
+@pytest.mark.parametrize("path", ["pets", "~/pets"])
+def test_open_image_folder_relative_path_and_home(tmp_path, monkeypatch, path):
+    """Images are found after a change of the working directory."""
     make_folders(tmp_path / "pets", {"cat": 2, "dog": 2})
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    for path in ("pets", "~/pets"):
-        source = open_folder(path)
-        monkeypatch.chdir("/")
-        assert len(contents(source, "test")) == 2 and source.name == f"imagefolder:{path}"
-        monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    source = open_folder(path)
+    monkeypatch.chdir("/")
+    assert len(contents(source, "test")) == 2 and source.name == f"imagefolder:{path}"
 
 
 # ---- skipped files ---------------------------------------------------------------------------------------------------
@@ -111,7 +114,7 @@ def test_open_image_folder_notes_other_files(tmp_path):
     for name in ("cat/notes.txt", "dog/labels.csv", "dog/Thumbs.db", "dog/other.TXT", "cat/.DS_Store", "readme.md"):
         (tmp_path / name).write_text("x")
     source = open_folder(tmp_path)
-    assert sum(len(source.images(split)) for split in source.splits) == 5
+    assert sum(map(len, source.splits.values())) == 5
     assert f"imagefolder:{tmp_path}: skipped files that are not images: .csv 1, .db 1, .txt 2." in source.notes
 
 

@@ -16,9 +16,9 @@ import torch
 from PIL import EpsImagePlugin, ExifTags, Image
 from torch.utils.data import Subset, TensorDataset
 
-from skipkernels.app.data.images import Images
+from skipkernels.app.data.images import Images, read_ahead
 from skipkernels.app.data.map_style import read_labels
-from skipkernels.app.data.reading import PIXELS, decode, read_ahead, read_image, to_rgb
+from skipkernels.app.data.reading import PIXELS, decode, read_image, to_rgb
 from tests.app.data.pictures import Listed, class_of, draw_image, encoded, raises_input_error
 
 
@@ -78,7 +78,7 @@ def test_read_image(tmp_path, name):
         assert all(abs(value - right) <= most for value, right in zip(each.getpixel((1, 1)), seen, strict=True))
 
 
-def test_dataset_of_arrays():
+def test_images_of_arrays_are_rgb():
     image, label = Images([(np.full((2, 3), 77, np.uint8), 4)])[0]
     assert image.mode == "RGB" and image.getpixel((2, 1)) == (77, 77, 77) and label == 4
 
@@ -209,13 +209,13 @@ def test_parts_of_images_are_copies(images):
         assert all(isinstance(part[index][0], Image.Image) for index in range(len(part))), name
 
 
-def test_images_label_count():
+def test_images_need_a_label_and_a_name_for_each_item():
     for given_labels, names in (([0], None), (None, ["a"])):
         with pytest.raises(ValueError, match="one item per item of the dataset, 2"):
             Images([("x", 0), ("y", 1)], labels=given_labels, names=names)
 
 
-def test_dataset_images_does_not_transform_tensors():
+def test_images_transform_no_tensors():
     images = Images([(torch.ones(3, 2, 2), 0), ("text", 1)], transform=lambda image: "changed")
     assert isinstance(images[0][0], torch.Tensor) and images[1][0] == "changed"
 
@@ -254,7 +254,7 @@ def test_read_labels_of_dictionaries():
         assert images.labels == [1, 0] and images[1][0].mode == "RGB" and images[1][1] == 0
 
 
-def test_dataset_images_compares_labels_with_items():
+def test_images_take_labels_of_the_dataset_or_of_the_caller():
     images = Images(Listed([0, 1, 2], labels=[0, 2, 2]))
     assert images[0] == (None, 0) and images.subset_classes([2])[1] == (None, 0)
     assert Images(Listed([0, 1]), labels=[5, 6])[1] == (None, 6), "labels of the caller replace those of items"

@@ -37,7 +37,7 @@ def check(task):
 # ---- base-to-new -----------------------------------------------------------------------------------------------------
 
 
-def test_load_task_image_folder(tmp_path):
+def test_load_task_trains_on_the_first_half_of_classes(tmp_path):
     task = check(load(f"imagefolder:{make_folders(tmp_path, dict.fromkeys(['ant', 'bee', 'cat', 'dog', 'eel'], 10))}"))
     assert [test.classes for test in task.tests] == [["ant", "bee", "cat"], ["dog", "eel"]]
     assert [class_of(task.train[index][0]) for index in range(6)] == [0, 0, 1, 1, 2, 2]
@@ -148,6 +148,20 @@ def test_load_task_notes_few_images(tmp_path):
         "coop:dtd: 2 of 2 classes have fewer than 16 training images, all of which are used: apple pie (4), baby back "
         "ribs (4).",
     )
+
+
+@pytest.mark.parametrize(
+    ("validation", "count", "note"),
+    [("auto", 6, "validation on 6 images of its val split."), ("split", 6, "validation on 6 images of its val split."),
+     (0.4, 9, "validation on 9 images of its train split, which don't train.")],  # of seven of each class
+)  # fmt: skip
+def test_load_task_validation(tmp_path, validation, count, note):
+    data = f"imagefolder:{make_folders(tmp_path, dict.fromkeys(['cat', 'dog', 'owl'], 10))}"
+    options = TaskOptions(protocol="few-shot", shots=2, validation=validation)
+    task = load_task(data, options, transform=lambda image: "test", train_transform=lambda image: "train")
+    assert (len(task.train), len(task.validation.images)) == (6, count)
+    assert (task.train[0][0], task.validation.images[0][0]) == ("train", "test")
+    assert task.validation.classes == task.tests[0].classes and any(each.endswith(note) for each in task.notes)
 
 
 # ---- test images alone -----------------------------------------------------------------------------------------------
