@@ -13,7 +13,7 @@ Each is a `Head`, logits = weight · x/|x| + bias. They know nothing of models a
 from .anchored import CANDIDATES, anchored_l2, anchored_probe, halves, linear_probe, probe_l2, ranks
 from .fitting import Examples, choose_l2, fit_head
 from .gaussian import SHRINKAGE, gaussian_head, with_text
-from .head import AffineHead, Head, balanced
+from .head import AffineHead, Head, balanced, cosine_logits
 
 __all__ = [
     "CANDIDATES",
@@ -25,6 +25,7 @@ __all__ = [
     "anchored_probe",
     "balanced",
     "choose_l2",
+    "cosine_logits",
     "fit_head",
     "gaussian_head",
     "halves",

@@ -92,6 +92,17 @@ class Head:
         return cls(tensors["weight"], tensors["bias"], tensors.get("scale"), normalized)
 
 
+def cosine_logits(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
+    """Logits [B, C] of images over classes, computed as in `SkipCLIP.predict`.
+
+        z_bc = exp(logit_scale) · ⟨x_b/|x_b|, t_c⟩
+
+    `image` x [B, D] may have any norm; `text` t [C, D] has unit norm; `logit_scale`, [] or [1], gets no gradient.
+    """
+    with torch.autocast(image.device.type, enabled=False):  # bf16 logits at a scale of 100 are half a unit apart
+        return logit_scale.detach().exp().to(text.dtype) * F.normalize(image.to(text.dtype), dim=-1) @ text.T
+
+
 class AffineHead(nn.Module):
     """A head as a module of an export: embeddings x [B, D] of any norm → logits [B, C] of `Head`, and x/|x|, [B, D]."""
 

@@ -20,24 +20,13 @@ from ...clip import SkipCLIP
 from ...reference import unit_norm
 from ...selection import RankSampler
 from ..data import InputError, Task
-from ..heads import AffineHead, Head
+from ..heads import AffineHead, Head, cosine_logits
 from .recipe import Recipe, TrainingData
 from .registry import PACKAGED, packaged
 
 Tokenizer = Callable[[list[str]], Tensor]
 """Function from texts to tokens [n, L], such as a tokenizer of `open_clip.get_tokenizer`."""
 _ANY = TrainingData()
-
-
-def cosine_logits(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
-    """Logits [B, C] of images over classes, computed as in `SkipCLIP.predict`.
-
-        z_bc = exp(logit_scale) · ⟨x_b/|x_b|, t_c⟩
-
-    `image` x [B, D] may have any norm; `text` t [C, D] has unit norm; `logit_scale`, [] or [1], gets no gradient.
-    """
-    with torch.autocast(image.device.type, enabled=False):  # bf16 logits at a scale of 100 are half a unit apart
-        return logit_scale.detach().exp().to(text.dtype) * F.normalize(image.to(text.dtype), dim=-1) @ text.T
 
 
 class StepOutput(NamedTuple):
@@ -53,8 +42,8 @@ class Method:
     Training uses the first template. All random numbers except those of dropout, which are PyTorch's, are drawn from
     `generator`, by default with seed 0. A model or task that the method does not support is an InputError.
 
-    A subclass defines its recipe, what it trains, a `step` or a `fit`, and what it changes in the embeddings; this
-    class classifies, and saves and loads what was trained. Logits and class embeddings are those of evaluation mode
+    A subclass defines its recipe, what it trains, a `step` or a `fit`, and what it changes in the embeddings: the first
+    two sections. The others are what runs and exports call. Logits and class embeddings are those of evaluation mode
     after `train(False)`, which new methods are in.
 
     Attributes:
@@ -99,7 +88,7 @@ class Method:
         self._embeddings: dict[str, Tensor] = {}  # of classes, by test
         self._head_classes: list[str] = []  # of `fitted`
 
-    # ---- what a method defines ---------------------------------------------------------------------------------------
+    # ---- what a method defines: training -----------------------------------------------------------------------------
 
     @classmethod
     def _published(cls, data: TrainingData) -> Recipe:
@@ -138,6 +127,11 @@ class Method:
     def fit(self, inputs: Tensor, labels: Tensor) -> None:
         """Fit a head, in a method without steps, to `encode_frozen` of all training images, and their classes [n]."""
 
+    def merge(self) -> None:
+        """Make the model a plain CLIP, with all that the method trained in it. By default it is one."""
+
+    # ---- what a method defines: embeddings ---------------------------------------------------------------------------
+
     def embed(self, inputs: Tensor) -> Tensor:
         """Image embeddings [B, D] of any norm, from `inputs` of `encode_frozen`."""
         return self.model.encode_image(inputs, normalize=False)
@@ -146,35 +140,7 @@ class Method:
         """Text embeddings [n, D] of any norm, from tokens [n, L]."""
         return self.model.encode_text(tokens, normalize=False)
 
-    def head(self) -> nn.Module:
-        """Return the module for exports: embeddings of the plain model → logits of the trained classes, embeddings."""
-        return AffineHead(self._trained_head())
-
-    @property
-    def head_code(self) -> str:
-        """Python that computes `logits` from `image`, the embeddings of `model`, and `head`, the state of `head()`.
-
-        It is for the model card; empty if the model itself has all that classifies: by default, without `fitted`.
-        """
-        return "" if self.fitted is None else self._trained_head().code
-
-    def merge(self) -> None:
-        """Make the model a plain CLIP, with all that the method trained in it. By default it is one."""
-
-    # ---- settings ----------------------------------------------------------------------------------------------------
-
-    @classmethod
-    def recipe(cls, model_name: str, data: TrainingData = _ANY) -> Recipe:
-        """Return the default recipe: the published one, with the changes of the packaged model."""
-        changes = packaged().RECIPES.get(cls.name, {}) if model_name == PACKAGED else {}
-        return replace(cls._published(data), **changes)
-
-    # ---- training ----------------------------------------------------------------------------------------------------
-
-    def train(self, training: bool) -> None:
-        """Set training or evaluation mode of the trained modules, and forget the embeddings of classes."""
-        self.model.train(training)
-        self._embeddings.clear()
+    # ---- parts of a `step` -------------------------------------------------------------------------------------------
 
     def _encoded_texts(self) -> Tensor:
         """Unit-norm class embeddings [C, D] of the training classes, with gradient."""
@@ -184,66 +150,18 @@ class Method:
         """Mean cross-entropy over all classes, of image embeddings and unit-norm class embeddings."""
         return StepOutput(F.cross_entropy(cosine_logits(image, text, self.model.logit_scale), labels), len(text))
 
-    # ---- classes -----------------------------------------------------------------------------------------------------
+    # ---- what runs call: training ------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def _embedded(self, prompts: Tensor) -> Tensor:
-        """Unit-norm embeddings [C, D] of prompts [C, L], in chunks and without gradient."""
-        return torch.cat([unit_norm(self.encode_texts(chunk)) for chunk in prompts.split(DEFAULT_CHUNK)])
+    @classmethod
+    def recipe(cls, model_name: str, data: TrainingData = _ANY) -> Recipe:
+        """Return the default recipe: the published one, with the changes of the packaged model."""
+        changes = packaged().RECIPES.get(cls.name, {}) if model_name == PACKAGED else {}
+        return replace(cls._published(data), **changes)
 
-    def class_embeddings(self, test: str) -> Tensor:
-        """Unit-norm embeddings [C, D] of the classes of a test, without gradient.
-
-        They are the normalized mean over the templates of the embeddings of each (Radford et al., CLIP, ICML 2021,
-        arXiv 2103.00020, section 3.1.4), and kept until `train` or `load_state_dict` is called.
-        """
-        if test not in self._embeddings:
-            embeddings = [self._embedded(prompts) for prompts in self._tokens[test]]
-            mean = embeddings[0] if len(embeddings) == 1 else unit_norm(torch.stack(embeddings).mean(dim=0))
-            self._embeddings[test] = mean
-        return self._embeddings[test]
-
-    def use_head(self, head: Head | None, classes: Sequence[str]) -> None:
-        """Classify by a head of embeddings over `classes`, instead of their texts; None: by the texts again.
-
-        Classes of a test that are not among `classes` are classified by their texts, if the head uses texts.
-        """
-        self.fitted, self._head_classes = head, list(classes)
-
-    def _trained_head(self) -> Head:
-        """Return `fitted`, or the head that classifies by the texts, for the trained classes."""
-        if self.fitted is None:
-            text = self.class_embeddings(self._train_test).float()
-            return Head.of_text(text, self.model.logit_scale.detach().float().exp())
-        head = self._fitted_of(self._train_test)
-        assert head is not None
-        return head
-
-    def _fitted_of(self, test: str) -> Head | None:
-        """Return `fitted` for the classes of a test; None if it has no logits for some of them."""
-        assert self.fitted is not None
-        names = next(each.classes for each in self.task.tests if each.name == test)
-        return self.fitted.of_classes(names, self._head_classes, lambda: self.class_embeddings(test))
-
-    # ---- classification ----------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def logits(self, test: str, inputs: Tensor) -> Tensor | None:
-        """Logits [B, C] over the classes of a test; None if the method can't classify them.
-
-        `inputs` is `encode_frozen` of B images.
-        """
-        return self.logits_of(test, self.embed(inputs))
-
-    @torch.no_grad()
-    def logits_of(self, test: str, image: Tensor) -> Tensor | None:
-        """Return `logits` of images by their embeddings [B, D] from `embed`."""
-        if self.fitted is not None:
-            head = self._fitted_of(test)
-            return None if head is None else head.logits(image)
-        return cosine_logits(image, self.class_embeddings(test), self.model.logit_scale)
-
-    # ---- state -------------------------------------------------------------------------------------------------------
+    def train(self, training: bool) -> None:
+        """Set training or evaluation mode of the trained modules, and forget the embeddings of classes."""
+        self.model.train(training)
+        self._embeddings.clear()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the tensors that a checkpoint needs besides the pretrained model, without copies."""
@@ -263,6 +181,77 @@ class Method:
             for name, tensor in own.items():
                 tensor.copy_(state[name])
         self._embeddings.clear()
+
+    # ---- what runs call: classification ------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def logits(self, test: str, inputs: Tensor) -> Tensor | None:
+        """Logits [B, C] over the classes of a test; None if the method can't classify them.
+
+        `inputs` is `encode_frozen` of B images.
+        """
+        return self.logits_of(test, self.embed(inputs))
+
+    @torch.no_grad()
+    def logits_of(self, test: str, image: Tensor) -> Tensor | None:
+        """Return `logits` of images by their embeddings [B, D] from `embed`."""
+        if self.fitted is not None:
+            head = self._fitted_of(test)
+            return None if head is None else head.logits(image)
+        return cosine_logits(image, self.class_embeddings(test), self.model.logit_scale)
+
+    def class_embeddings(self, test: str) -> Tensor:
+        """Unit-norm embeddings [C, D] of the classes of a test, without gradient.
+
+        They are the normalized mean over the templates of the embeddings of each (Radford et al., CLIP, ICML 2021,
+        arXiv 2103.00020, section 3.1.4), and kept until `train` or `load_state_dict` is called.
+        """
+        if test not in self._embeddings:
+            embeddings = [self._embedded(prompts) for prompts in self._tokens[test]]
+            mean = embeddings[0] if len(embeddings) == 1 else unit_norm(torch.stack(embeddings).mean(dim=0))
+            self._embeddings[test] = mean
+        return self._embeddings[test]
+
+    @torch.no_grad()
+    def _embedded(self, prompts: Tensor) -> Tensor:
+        """Unit-norm embeddings [C, D] of prompts [C, L], in chunks and without gradient."""
+        return torch.cat([unit_norm(self.encode_texts(chunk)) for chunk in prompts.split(DEFAULT_CHUNK)])
+
+    def use_head(self, head: Head | None, classes: Sequence[str]) -> None:
+        """Classify by a head of embeddings over `classes`, instead of their texts; None: by the texts again.
+
+        Classes of a test that are not among `classes` are classified by their texts, if the head uses texts.
+        """
+        self.fitted, self._head_classes = head, list(classes)
+
+    def _fitted_of(self, test: str) -> Head | None:
+        """Return `fitted` for the classes of a test; None if it has no logits for some of them."""
+        assert self.fitted is not None
+        names = next(each.classes for each in self.task.tests if each.name == test)
+        return self.fitted.of_classes(names, self._head_classes, lambda: self.class_embeddings(test))
+
+    # ---- what exports call -------------------------------------------------------------------------------------------
+
+    def head(self) -> nn.Module:
+        """Return the module for exports: embeddings of the plain model → logits of the trained classes, embeddings."""
+        return AffineHead(self._trained_head())
+
+    @property
+    def head_code(self) -> str:
+        """Python that computes `logits` from `image`, the embeddings of `model`, and `head`, the state of `head()`.
+
+        It is for the model card; empty if the model itself has all that classifies: by default, without `fitted`.
+        """
+        return "" if self.fitted is None else self._trained_head().code
+
+    def _trained_head(self) -> Head:
+        """Return `fitted`, or the head that classifies by the texts, for the trained classes."""
+        if self.fitted is None:
+            text = self.class_embeddings(self._train_test).float()
+            return Head.of_text(text, self.model.logit_scale.detach().float().exp())
+        head = self._fitted_of(self._train_test)
+        assert head is not None
+        return head
 
 
 def check_open_clip(method: str, model: nn.Module) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from open_clip.model import CLIP, CustomTextCLIP
@@ -85,17 +85,13 @@ class CoOp(FrozenModel):
 
     def _ends(self, tokens: Tensor) -> Tensor:
         """Position of the end-of-text token, which the model pools, in each prompt, [n]."""
-        clip = isinstance(self._text, CLIP)
-        pool = self._text.text_pool_type if clip else self._text.pool_type
-        if getattr(self._text, "cls_emb", None) is not None:
-            pool = "cls_emb"
-        if pool == "argmax":
+        if self._text.pool == "argmax":
             return tokens.argmax(dim=1)
-        if pool == "eos":
-            return (tokens == (self._text.text_eos_id if clip else self._text.eos_id)).int().argmax(dim=1)
+        if self._text.pool == "eos":
+            return (tokens == self._text.eos_id).int().argmax(dim=1)
         raise InputError(
             f"{self.name}: the text tower of model must pool the end-of-text token; that of this "
-            f"{type(self.model).__name__} pools {pool!r}. Use another model, or another method."
+            f"{type(self.model).__name__} pools {self._text.pool!r}. Use another model, or another method."
         )
 
     @classmethod
@@ -145,13 +141,22 @@ class CoOp(FrozenModel):
         return {"context": self.context}
 
 
-def _text_tower(model: nn.Module) -> Any:
-    """Return the open_clip module with the layers of the text tower, or raise an InputError."""
+class _TextTower(NamedTuple):
+    """Parts of the text tower of an open_clip model."""
+
+    token_embedding: nn.Embedding
+    pool: str  # position of the token that is pooled
+    eos_id: Any  # id of the end-of-text token, for the position "eos"
+
+
+def _text_tower(model: Any) -> _TextTower:
+    """Return the text tower of a model, or raise an InputError."""
     if isinstance(model, CLIP):
-        return model
+        return _TextTower(model.token_embedding, model.text_pool_type, getattr(model, "text_eos_id", None))
     text = getattr(model, "text", None)
     if isinstance(model, CustomTextCLIP) and isinstance(text, TextTransformer):
-        return text
+        pool = text.pool_type if text.cls_emb is None else "cls_emb"
+        return _TextTower(text.token_embedding, pool, getattr(text, "eos_id", None))
     got = type(model).__name__ if text is None else f"{type(model).__name__} with a {type(text).__name__}"
     raise InputError(
         f"coop: model must be an open_clip CLIP, or a CustomTextCLIP with a TextTransformer; got {got}. Use another "

@@ -47,8 +47,7 @@ class LinearProbe(FrozenModel):
         image, labels = widened(embeddings), labels.to(embeddings.device)
         is_held_out = self._held_out(labels)
         if is_held_out.any():
-            train, held_out = ((image[chosen], labels[chosen]) for chosen in (~is_held_out, is_held_out))
-            l2 = _choose(*train, *held_out, len(classes))
+            l2 = _choose(image, labels, is_held_out, len(classes))
         else:
             l2 = _WITHOUT_SWEEP
             self.notes.append(
@@ -68,13 +67,15 @@ class LinearProbe(FrozenModel):
         return is_held_out
 
 
-def _choose(image: Tensor, labels: Tensor, held_out: Tensor, held_out_labels: Tensor, classes: int) -> float:
-    """Choose l2 for images and labels by the accuracy on others; see `LinearProbe`."""
+def _choose(image: Tensor, labels: Tensor, is_held_out: Tensor, classes: int) -> float:
+    """Choose l2 by the accuracy on the held-out images, a mask [n], of fits to the others; see `LinearProbe`."""
+    train, train_labels = image[~is_held_out], labels[~is_held_out]
+    held_out, held_out_labels = image[is_held_out], labels[is_held_out]
 
     @functools.cache
     def score(exponent: float) -> tuple[float, float]:
         """Accuracy with l2 = 10^exponent, and minus the loss."""
-        weight, bias = _fit(image, labels, classes, 10**exponent)
+        weight, bias = _fit(train, train_labels, classes, 10**exponent)
         logits = held_out @ weight.T + bias
         accuracy = widened(logits.argmax(dim=1) == held_out_labels).mean()
         return accuracy.item(), -F.cross_entropy(logits, held_out_labels).item()

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from ...features import FeatureCache
 from ...options import HeadName
-from ..heads import Examples, choose_l2, fit_head, halves, ranks
-from ..methods.base import cosine_logits
+from ..heads import Examples, choose_l2, cosine_logits, fit_head, halves, ranks
 from ..report.formats import plural
 from ..results.class_metrics import accuracy, metrics_of_test
 from ..results.predictions import top_classes

@@ -181,7 +181,7 @@ def test_methods_add_fp32_weights_to_bf16_model(name):
 
 
 @pytest.mark.parametrize("name", ["skip", "coop", "clip-adapter", "lora"])
-def test_methods_generator(name):
+def test_methods_draw_from_their_generator(name):
     settings = {"keep_ratio": 0.2, "decay": 10.0} if name == "skip" else {}  # one class always kept, some of four
 
     def after(seed: int):
