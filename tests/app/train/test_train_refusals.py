@@ -168,16 +168,6 @@ def test_load_weights_refuses_torchscript_without_advice_to_run_it(tmp_path):
     assert "weights_only" not in str(error.value)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
-@pytest.mark.parametrize("cuda", ["13.0", None])
-def test_doctor(cuda, capsys, monkeypatch):
-    monkeypatch.setattr(torch.version, "cuda", cuda)
-    assert main(["doctor"]) == 0
-    out = capsys.readouterr().out
-    assert "torch" in out and "class_sampled_ce" in out and "no device" in out
-    assert ("torch is built for CUDA 13.0" in out) == (cuda is not None)
-
-
 def test_check_activation_accepts_one_model_per_tag():
     """If no model of the same shape has the activation of a tag, as for roberta-ViT-B-32, the tag is accepted."""
     refused, accepted = set(), set()
