@@ -39,21 +39,6 @@ RATES = ("text_lr", "image_lr")
 
 # Types are not converted: `epochs: true` and `seed: "3"` are errors.
 _SCHEMA = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-_WORDS = re.compile("^Input (should be|is not) ")
-
-
-def setting_error(error: ValidationError) -> InputError:
-    """Return the error of the first invalid setting, in one line."""
-    errors = error.errors(include_url=False)
-    setting = str(errors[0]["loc"][0])
-    if errors[0]["type"] == "unexpected_keyword_argument":
-        close = difflib.get_close_matches(setting, [field.name for field in dataclasses.fields(TuneConfig)], 1)
-        hint = f"; did you mean {close[0]}?" if close else "."
-        return InputError(f"unknown setting {setting!r}{hint}", function="TuneConfig")
-    # a message for each type of a union
-    expected = [_WORDS.sub("", one["msg"]) for one in errors if one["loc"][0] == setting]
-    got = repr(errors[0]["input"])
-    return InputError(f"must be {' or '.join(dict.fromkeys(expected))}; got {got}.", setting, "TuneConfig")
 
 
 @dataclass(frozen=True, config=_SCHEMA)
@@ -126,7 +111,7 @@ class TuneConfig(Settings):
             name=self.data,
             protocol=self.protocol or "few-shot",
             shots=self.shots if isinstance(self.shots, int) else _SHOTS,
-            classes=trained_classes if self.epochs is None else lambda: 1,
+            classes=trained_classes if self.epochs is None else lambda: 1,  # epochs that are given need no data
             reference=reference,
         )
         recipe = dataclasses.asdict(self.method_class().recipe("" if reference else self.model, data))
@@ -135,7 +120,7 @@ class TuneConfig(Settings):
     @property
     def rate_factors(self) -> dict[str, float]:
         """Factors of the learning rates of a resolved configuration over those of the recipe, by name."""
-        recipe = self._recipe(self.open_data)  # opens no data: the number of epochs is known
+        recipe = self._recipe(self.open_data)
         return {name: float(f"{getattr(self, name) / recipe[name]:.4g}") for name in RATES if recipe[name]}
 
     # ---- what follows from the settings ------------------------------------------------------------------------------
@@ -221,9 +206,11 @@ class TuneConfig(Settings):
         method = self.method_class()
         recipe = dataclasses.asdict(method.recipe(self.model))
         unused = {name for other in METHODS.values() for name in other.settings} - {*method.settings}
-        unused |= recipe.keys() if not self.has_steps else {name for name in RATES if recipe[name] is None}
-        unused |= set() if method.takes_head else {"head", "prior"}
-        unused |= set() if method.trains_model else {"blend"}
+        unused |= {name for name in RATES if recipe[name] is None} if self.has_steps else recipe.keys()
+        if not method.takes_head:
+            unused |= {"head", "prior"}
+        if not method.trains_model:
+            unused.add("blend")
         without = recipe | {"head": "none"}
         return [
             field.name
@@ -285,3 +272,17 @@ class TuneConfig(Settings):
 
 def _refuse(argument: str, reason: str) -> NoReturn:
     raise InputError(reason, argument, "TuneConfig")
+
+
+def setting_error(error: ValidationError) -> InputError:
+    """Return the error of the first invalid setting, in one line."""
+    errors = error.errors(include_url=False)
+    setting = str(errors[0]["loc"][0])
+    if errors[0]["type"] == "unexpected_keyword_argument":
+        close = difflib.get_close_matches(setting, [field.name for field in dataclasses.fields(TuneConfig)], 1)
+        hint = f"; did you mean {close[0]}?" if close else "."
+        return InputError(f"unknown setting {setting!r}{hint}", function="TuneConfig")
+    # a message for each type of a union
+    expected = [re.sub("^Input (should be|is not) ", "", one["msg"]) for one in errors if one["loc"][0] == setting]
+    got = repr(errors[0]["input"])
+    return InputError(f"must be {' or '.join(dict.fromkeys(expected))}; got {got}.", setting, "TuneConfig")

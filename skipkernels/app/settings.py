@@ -46,7 +46,7 @@ def option(default: Any, *, results: bool = True, help: str | None = None, **sch
     return dataclasses.field(default=default, metadata={"results": results, "help": help, **schema})
 
 
-_NO_EFFECT = {"resume", "overwrite", "config", "print_config", "trust"}  # on what is computed
+_NO_EFFECT = {"resume", "overwrite", "trust"}  # on what is computed
 
 
 @dataclass(frozen=True)
