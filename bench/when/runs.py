@@ -24,10 +24,10 @@ from skipkernels.app.methods.lora import LoRA
 from skipkernels.app.methods.tuned import TunedModel
 from skipkernels.app.train.candidates import BLENDS
 from skipkernels.app.train.evaluation import Evaluator
+from skipkernels.app.train.interpolation import Interpolation
 from skipkernels.app.train.run import Run as TuneRun
 from skipkernels.app.train.setup import BATCH, RunSetup, build_run
 from skipkernels.app.train.trainer import Trainer
-from skipkernels.app.train.weights import Interpolation
 from skipkernels.app.train.writing import RunFolder
 from skipkernels.memory import PeakMemory
 

@@ -21,8 +21,8 @@ from skipkernels import FeatureCache
 from skipkernels.app.heads import Examples, Head, choose_l2, fit_head, gaussian_head, with_text
 from skipkernels.app.methods import Method
 from skipkernels.app.train.candidates import BLENDS
+from skipkernels.app.train.interpolation import Interpolation
 from skipkernels.app.train.setup import RunSetup
-from skipkernels.app.train.weights import Interpolation
 
 from ..rows import Row
 from . import plan

@@ -18,10 +18,10 @@ from ..results.notes import result_notes
 from ..train import weights
 from ..train.description import write_open_clip_config
 from ..train.evaluation import Evaluator
+from ..train.interpolation import Interpolation
 from ..train.metrics import Trained, metrics_of
 from ..train.reading import read_model
 from ..train.setup import build_run
-from ..train.weights import Interpolation
 from ..train.writing import RunFolder
 
 ALPHAS = tuple(n / 10 for n in range(11))

@@ -28,13 +28,13 @@ from . import checkpoint, weights
 from .checkpoint import best_epoch
 from .description import describe, write_open_clip_config
 from .evaluation import Evaluation, Evaluator
+from .interpolation import Interpolation
 from .metrics import Trained, cost_of, metrics_of
 from .progress import Logger, ProgressDisplay
 from .reading import how_to_resume
 from .search import Search
 from .setup import BATCH, build_run
 from .trainer import Trainer
-from .weights import Interpolation
 from .writing import RunFolder
 
 _log = logging.getLogger("skipkernels")
@@ -122,7 +122,7 @@ class Run:
     # ---- steps -------------------------------------------------------------------------------------------------------
 
     def _embed(self) -> Embedded:
-        with self.display.features(self.setup.images) as advance:
+        with self.display.features(self.setup.num_images) as advance:
             test, held = self.setup.test_features(advance), self.setup.validation_features(advance)
             train = self.setup.train_features(advance)
         evaluator = Evaluator(self.setup, test, held)
@@ -218,9 +218,15 @@ class Run:
     def _end_epoch(self, row: dict[str, Any], trainer: Trainer) -> None:
         """Write the checkpoint and the row of an epoch, and show it."""
         rows = [*self.rows, row]
-        known: dict[str, Any] = {"settings": self.config.identity(), "rows": rows, "seconds": self.seconds}
-        state = self.method.state_dict(), describe(self.setup), trainer.state_dict()
-        checkpoint.save(self.folder.path, *state, **known)
+        checkpoint.save(
+            self.folder.path,
+            self.method.state_dict(),
+            describe(self.setup),
+            trainer.state_dict(),
+            settings=self.config.identity(),
+            rows=rows,
+            seconds=self.seconds,
+        )
         self.folder.write_rows(rows)
         self.rows = rows
         self.display.epoch(row)

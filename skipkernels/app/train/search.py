@@ -20,9 +20,9 @@ from ..results.class_metrics import accuracy, metrics_of_test
 from ..results.predictions import top_classes
 from .calibration import calibrate
 from .candidates import Candidate, Choice, groups_of, untested
+from .interpolation import Interpolation
 from .setup import RunSetup
 from .trainer import REMEDY, Trainer
-from .weights import Interpolation
 
 FEW = 400  # training images, below which all of them are held out, half by half
 # Held-out images otherwise: a fifth of all, at least and at most these numbers, but one of each class.

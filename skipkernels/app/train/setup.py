@@ -55,7 +55,7 @@ class RunSetup:
         return [weight for group in groups for weight in group["params"]]
 
     @property
-    def images(self) -> int:
+    def num_images(self) -> int:
         """Number of images in `test_features`, `validation_features` and `train_features` together."""
         held_out = () if self.task.validation is None else (self.task.validation,)
         return len(self.task.train) + sum(len(test.images) for test in (*self.task.tests, *held_out))
@@ -139,32 +139,6 @@ def augmentation(model: Any, preset: Preset = "default") -> Callable:
     return Compose([RandomHorizontalFlip(), crop])
 
 
-def class_weights(labels: Tensor, classes: int, exponent: float = 1.0) -> Tensor:
-    """Weights [C] of an image of each class: n_c^−exponent for n_c images, divided by their mean over all images.
-
-    With exponent 1 all classes weigh the same.
-
-    >>> import torch
-    >>> labels = torch.tensor([0, 0, 0, 0, 1])
-    >>> class_weights(labels, 2).float(), class_weights(labels, 2, exponent=0.5).float()
-    (tensor([0.6250, 2.5000]), tensor([0.8333, 1.6667]))
-    """
-    counts = labels.bincount(minlength=classes).double()
-    weights = counts.clamp(min=1) ** -exponent
-    return weights * (len(labels) / (weights @ counts))
-
-
-def build_method(config: TuneConfig, model: nn.Module, tokenizer: Any, task: Task) -> Method:
-    """Construct the method of a run, with the settings that it has."""
-    method = config.method_class()
-    settings = {name: getattr(config, name) for name in method.settings}
-    if config.class_weight is not None:
-        exponent = 1.0 if config.class_weight == "balanced" else config.class_weight
-        labels, classes = torch.tensor(task.train.labels), len(task.tests[0].classes)
-        settings["class_weight"] = class_weights(labels, classes, exponent).float()
-    return method(model, tokenizer, task, generator=torch.Generator().manual_seed(config.seed), **settings)
-
-
 def build_task(
     config: TuneConfig,
     transform: Callable | None = None,
@@ -182,3 +156,29 @@ def build_task(
         options = replace(options, validation="none")  # any part of all images is held out
     task = load_task(source, options, transform=transform, train_transform=train_transform)
     return without_unreadable(task) if config.unreadable == "skip" else task
+
+
+def build_method(config: TuneConfig, model: nn.Module, tokenizer: Any, task: Task) -> Method:
+    """Construct the method of a run, with the settings that it has."""
+    method = config.method_class()
+    settings = {name: getattr(config, name) for name in method.settings}
+    if config.class_weight is not None:
+        exponent = 1.0 if config.class_weight == "balanced" else config.class_weight
+        labels, classes = torch.tensor(task.train.labels), len(task.tests[0].classes)
+        settings["class_weight"] = class_weights(labels, classes, exponent).float()
+    return method(model, tokenizer, task, generator=torch.Generator().manual_seed(config.seed), **settings)
+
+
+def class_weights(labels: Tensor, classes: int, exponent: float = 1.0) -> Tensor:
+    """Weights [C] of an image of each class: n_c^−exponent for n_c images, divided by their mean over all images.
+
+    With exponent 1 all classes weigh the same.
+
+    >>> import torch
+    >>> labels = torch.tensor([0, 0, 0, 0, 1])
+    >>> class_weights(labels, 2).float(), class_weights(labels, 2, exponent=0.5).float()
+    (tensor([0.6250, 2.5000]), tensor([0.8333, 1.6667]))
+    """
+    counts = labels.bincount(minlength=classes).double()
+    weights = counts.clamp(min=1) ** -exponent
+    return weights * (len(labels) / (weights @ counts))

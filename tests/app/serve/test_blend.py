@@ -18,9 +18,9 @@ from skipkernels.app.results import predictions
 from skipkernels.app.results.files import PREDICTIONS
 from skipkernels.app.train import evaluate_run
 from skipkernels.app.train.calibration import fit_none_logit, fit_temperature
+from skipkernels.app.train.interpolation import Interpolation
 from skipkernels.app.train.model import load_model
 from skipkernels.app.train.setup import build_run
-from skipkernels.app.train.weights import Interpolation
 
 ALPHA = 0.25000001  # more digits than tables show
 
