@@ -48,8 +48,7 @@ class CompareCommand(Settings):
         check_writable(folder, "out", "compare")  # before the work is done
         import_torch(err)
         from skipkernels.app.report.study_page import explained, headline, tables
-        from skipkernels.app.studies.compare import compare
-        from skipkernels.app.studies.study import write_study
+        from skipkernels.app.studies.compare import compare, write_study
 
         methods, command = self.methods or tuple(METHODS), self.command("compare")
         try:

@@ -23,9 +23,9 @@ class ReportCommand:
         from skipkernels.folders import replace_text
 
         if self.run.is_dir() and not (self.run / CONFIG).is_file():
-            from skipkernels.app.studies.study import study_page
+            from skipkernels.app.report.study_page import study_report
 
-            page = study_page(self.run)
+            page = study_report(self.run)
         else:
             existing_run(self.run, "report")
             from skipkernels.app.report.run_page import run_report

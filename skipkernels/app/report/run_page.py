@@ -28,13 +28,13 @@ from .summary import (
     blend_table,
     candidate_table,
     choice,
+    classifier,
     cost_table,
     headline,
     kept_epoch,
-    title,
 )
 from .table import Row, Table
-from .words import name_of_test
+from .words import name_of_test, title_of
 
 _FIXED = (
     "Test images that only the tuned model classifies correctly, with the three most probable classes by each model. "
@@ -52,7 +52,7 @@ def report_html(
 ) -> str:
     """Return the page, from metrics.json, metrics.jsonl and the predictions."""
     return page.page_html(
-        title(config, metrics),
+        title_of(config, classifier(metrics)),
         metrics["environment"]["finished"],
         headline(metrics),
         [*_notes(config, metrics), accuracy_table(metrics).html, part("text", _INTERVALS), *_candidates(metrics)],

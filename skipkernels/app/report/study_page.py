@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from pathlib import Path
 
+from ..results.study import ACCURACY, MeanAndDeviation, Study, read_study
 from . import page
 from .formats import MISSING, joined, number, plural
 from .intervals import LEAST_RUNS, half_interval, range_text, wilson
@@ -14,8 +14,6 @@ from .parts import part
 from .table import Cell, Row, Table
 from .words import name_of_method, name_of_test
 
-ACCURACY, COST = "accuracy, %", "cost"
-"""Titles of tables."""
 _SUMMARY = "harmonic"  # the accuracy that base-to-new is judged by
 _WHOLE = ("peak, MiB", "parameters")  # columns without decimals
 _INTERVALS = (
@@ -26,34 +24,6 @@ _BEST = (
     " All methods have the same test images, so a difference may be certain although intervals overlap: one is best if "
     "it is ahead of each other one in every seed, and by a permutation test of the two (5 % for all tests together)."
 )
-
-
-class MeanAndDeviation(NamedTuple):
-    """Mean and sample standard deviation over runs; the deviation of a single run is None."""
-
-    mean: float
-    deviation: float | None
-
-
-@dataclass(frozen=True)
-class Study:
-    """Contents of compare.json."""
-
-    title: str
-    command: str
-    seeds: list[int]
-    finished: str
-    versions: dict[str, str]
-    machine: str
-    threads: int
-    summary: dict[str, dict[str, dict[str, MeanAndDeviation | None]]]  # by method, title of a table and column
-    comparison: dict[str, Any] | None  # of the best method with the others
-    runs: list[dict[str, Any]]  # fields of `Result`
-
-    @property
-    def images(self) -> dict[str, int]:
-        """Number of test images by column of accuracies."""
-        return self.runs[0]["metrics"]["images"]["tests"]
 
 
 def study_html(study: Study) -> str:
@@ -70,6 +40,11 @@ def study_html(study: Study) -> str:
             page.reproduction(study.command, {"seeds": seeds}, vars(study), ""),
         ],
     )
+
+
+def study_report(folder: Path) -> str:
+    """Return the page of the comparison in a folder, from its compare.json."""
+    return study_html(read_study(folder))
 
 
 def primary(columns: Iterable[str]) -> str:

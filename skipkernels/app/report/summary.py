@@ -10,7 +10,7 @@ from ..data.tasks import VALIDATION
 from .formats import finite, number, percent, plural
 from .intervals import range_text, wilson
 from .table import Cell, Row, Table, change_cell, facts_table
-from .words import name_of_test, title_of
+from .words import name_of_test
 
 BEST = 5
 """Candidates that are shown at first."""
@@ -18,39 +18,34 @@ Metrics = Mapping[str, Any]
 """Contents of metrics.json."""
 
 
-class AccuracyRow(NamedTuple):
-    """Row of a table of accuracies, in per cent."""
+class Accuracy(NamedTuple):
+    """Accuracy before and after tuning, in per cent."""
 
-    test: str  # Name of the test, of a summary of the protocol, or of validation
     measure: str  # "accuracy", or "balanced accuracy", the mean over the classes
-    before: float | None  # Accuracy before tuning
-    after: float | None  # Accuracy after it
-    images: int | None = None  # Images of the accuracy; None for a summary, and for the balanced accuracy
+    before: float | None
+    after: float | None
+    images: int | None = None  # None for a summary of the protocol, and for the balanced accuracy
 
     @property
     def change(self) -> float | None:
-        """Difference of both accuracies; None if one is not a number."""
+        """Difference of both; None if one is not a number."""
         return self.after - self.before if finite(self.before) and finite(self.after) else None
 
 
-def accuracy_rows(metrics: Metrics) -> list[AccuracyRow]:
-    """Return the accuracies of each test, of the summaries, and on the validation images.
+def accuracies(metrics: Metrics, test: str) -> list[Accuracy]:
+    """Return the accuracy of a test, of a summary of the protocol, or on the validation images.
 
-    If the classes of a test have different numbers of images, its balanced accuracy follows.
+    The balanced accuracy follows if the classes have different numbers of images.
     """
-    before_of, after_of = (dict(metrics[part]) for part in ("zero_shot", "tuned"))
-    if (held := metrics["validation"]) is not None:
-        before_of[VALIDATION], after_of[VALIDATION] = held["zero_shot"], held["tuned"]
-    found = []
-    for test, before in before_of.items():
-        images = held["images"] if test == VALIDATION else metrics["images"]["tests"].get(test)
-        found.append(AccuracyRow(test, "accuracy", before, after_of.get(test), images))
-        of_classes = metrics["zero_shot_by_class"].get(test)
-        if of_classes and len({each["images"] for each in of_classes["classes"]}) > 1:
-            balanced = [
-                of.get(test, {}).get("balanced_accuracy") for of in (metrics["zero_shot_by_class"], metrics["by_class"])
-            ]
-            found.append(AccuracyRow(test, "balanced accuracy", *balanced))
+    held_out, images = metrics["validation"], metrics["images"]["tests"].get(test)
+    if test == VALIDATION and held_out is not None:
+        found = [Accuracy("accuracy", held_out["zero_shot"], held_out["tuned"], held_out["images"])]
+    else:
+        found = [Accuracy("accuracy", metrics["zero_shot"].get(test), metrics["tuned"].get(test), images)]
+    before, after = (metrics[part].get(test) for part in ("zero_shot_by_class", "by_class"))
+    if before and len({each["images"] for each in before["classes"]}) > 1:
+        tuned = None if after is None else after["balanced_accuracy"]
+        found.append(Accuracy("balanced accuracy", before["balanced_accuracy"], tuned))
     return found
 
 
@@ -61,12 +56,7 @@ def held_out_accuracy(metrics: Metrics, *, balanced: bool) -> tuple[str, float]:
     return "accuracy", metrics["validation"]["tuned"]
 
 
-# ---- title and sentence ----------------------------------------------------------------------------------------------
-
-
-def title(config: TuneConfig, metrics: Metrics) -> str:
-    """Return the title: model, data, what classifies, and training images."""
-    return title_of(config, classifier(metrics))
+# ---- sentences -------------------------------------------------------------------------------------------------------
 
 
 def headline(metrics: Metrics) -> str:
@@ -87,8 +77,8 @@ def headline(metrics: Metrics) -> str:
 def _sentence(metrics: Metrics, test: str, of: str) -> str:
     """Return the change of the accuracies of a test, of which `of` is the name; "" without an accuracy."""
     changes = []
-    for each in accuracy_rows(metrics):
-        if each.test == test and finite(each.before) and finite(each.after):
+    for each in accuracies(metrics, test):
+        if finite(each.before) and finite(each.after):
             interval = f" (95 % interval {range_text(wilson(each.after, each.images))})" if each.images else ""
             changes.append(f"the {each.measure} went from {percent(each.before)} to {percent(each.after)}{interval}")
     return f"On the {of}, {' and '.join(changes)}." if changes else ""
@@ -127,16 +117,18 @@ def accuracy_cell(accuracy: float | None, images: int | None) -> Cell:
 
 
 def accuracy_table(metrics: Metrics) -> Table:
-    """Table of the accuracies before and after tuning."""
+    """Table of the accuracies before and after tuning, without tests that have no images."""
+    tests = [*metrics["zero_shot"], *([] if metrics["validation"] is None else [VALIDATION])]
     rows = []
-    for each in accuracy_rows(metrics):
-        if each.images == 0 or (each.test == VALIDATION and not finite(each.before)):
-            continue
-        before, after = (accuracy_cell(accuracy, each.images) for accuracy in (each.before, each.after))
-        name = counted(metrics, each.test) + (", balanced" if each.measure == "balanced accuracy" else "")
-        style = "" if each.test in (*metrics["classes"], VALIDATION) else "summary"
-        count = "" if each.images is None else f"{each.images:,}"
-        rows.append(Row.of(name, count, before, after, change_cell(each.change), style=style))
+    for test in tests:
+        for each in accuracies(metrics, test):
+            if each.images == 0 or (test == VALIDATION and not finite(each.before)):
+                continue
+            name = counted(metrics, test) + (", balanced" if each.measure == "balanced accuracy" else "")
+            count = "" if each.images is None else f"{each.images:,}"
+            before, after = (accuracy_cell(accuracy, each.images) for accuracy in (each.before, each.after))
+            style = "" if test in (*metrics["classes"], VALIDATION) else "summary"
+            rows.append(Row.of(name, count, before, after, change_cell(each.change), style=style))
     return Table("accuracy, %", ["images", "zero-shot", "tuned", "change"], rows)
 
 

@@ -1,1 +1,1 @@
-"""Results of a run, which training writes and reports read: predictions, metrics by class, notes, and their files."""
+"""Results of a run or a comparison, from which reports are made: predictions, metrics by class, notes, and files."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from skipkernels.app.report.study_page import MeanAndDeviation, Study, study_html
+from skipkernels.app.report.study_page import study_html
+from skipkernels.app.results.study import MeanAndDeviation, Study
 from tests.app.report.pages import ENVIRONMENT, NASTY, Page
 
 

@@ -12,10 +12,11 @@ from skipkernels.app.cli.main import main
 from skipkernels.app.config import TuneConfig
 from skipkernels.app.data import InputError
 from skipkernels.app.report.study_page import tables
+from skipkernels.app.results.study import MeanAndDeviation
 from skipkernels.app.studies import runs
-from skipkernels.app.studies.compare import MULTIPLIERS, SEARCH_SEED, compare
+from skipkernels.app.studies.compare import compare, study_of, write_study
+from skipkernels.app.studies.rates import MULTIPLIERS, SEED
 from skipkernels.app.studies.runs import run_variants
-from skipkernels.app.studies.study import mean_and_deviation, study_of, write_study
 from tests.processes import forkserver
 
 QUIET = Console(quiet=True)
@@ -57,8 +58,8 @@ def test_compare_tables_and_json(ran, tmp_path):
     study = compare(TINY, ["skip", "zero-shot"], range(2), tmp_path, QUIET)
     assert [config.method for config in ran] == ["skip", "zero-shot"] * 2
     summary = study.summary
-    assert summary["skip"]["accuracy, %"]["base"] == mean_and_deviation([10.0, 30.0])
-    assert summary["zero-shot"]["accuracy, %"]["base"] == mean_and_deviation([20.0, 40.0])
+    assert summary["skip"]["accuracy, %"]["base"] == MeanAndDeviation.of([10.0, 30.0])
+    assert summary["zero-shot"]["accuracy, %"]["base"] == MeanAndDeviation.of([20.0, 40.0])
     assert summary["skip"]["accuracy, %"]["new"] is None and summary["skip"]["cost"]["step, ms"] is None
     paths = write_study(study, tmp_path)
     assert [path.name for path in paths] == ["compare.json", "report.html"]
@@ -77,7 +78,7 @@ def test_compare_searches_rates_of_every_method_on_own_data(ran, own, tmp_path, 
 
     def measured(config):
         metrics = complete(config)
-        if config.seed == SEARCH_SEED:
+        if config.seed == SEED:
             factor = round(config.text_lr / own.with_method(config.method).resolved().text_lr, 3)
             accuracy = {"skip": {1.0: 80.0, 3.0: 80.0}, "full": {3.0: 90.0}, "lora": {}}[config.method].get(
                 factor, 70.0
@@ -93,7 +94,7 @@ def test_compare_searches_rates_of_every_method_on_own_data(ran, own, tmp_path, 
 
     monkeypatch.setattr(runs, "_in_subprocess", measured)
     study = compare(own, ["auto", "skip", "full", "lora", "zero-shot"], range(1), tmp_path / "out", QUIET)
-    tried = [config for config in ran if config.seed == SEARCH_SEED]
+    tried = [config for config in ran if config.seed == SEED]
     assert len(tried) == 3 * len(MULTIPLIERS) and {config.method for config in tried} == {"skip", "full", "lora"}
     chosen = {run["variant"]: run["metrics"]["search"] for run in study.runs}
     assert {name: found and found["multiplier"] for name, found in chosen.items()} == {
@@ -127,7 +128,7 @@ def test_compare_ignores_settings_of_other_methods(ran, tmp_path):
 
 
 def test_write_study_unwritable_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr("skipkernels.app.studies.study.study_html", lambda study: "")
+    monkeypatch.setattr("skipkernels.app.studies.compare.study_html", lambda study: "")
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="file can't be written"):
         write_study(study_of("t", "", [], {}, None), tmp_path / "file")

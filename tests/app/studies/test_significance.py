@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from skipkernels.app.report.study_page import ACCURACY, COST, Study, explained, headline, tables
+from skipkernels.app.report.study_page import explained, headline, tables
 from skipkernels.app.results import predictions
 from skipkernels.app.results.files import PREDICTIONS
 from skipkernels.app.results.predictions import TestPredictions, TopClasses
-from skipkernels.app.studies.comparison import compare_best, permutation_p
+from skipkernels.app.results.study import ACCURACY, COST, Study
+from skipkernels.app.studies.compare import study_of
 from skipkernels.app.studies.runs import Result
-from skipkernels.app.studies.study import study_of
+from skipkernels.app.studies.significance import compare_best, permutation_p
 
 
 @pytest.mark.parametrize(("won", "lost"), [(5, 0), (9, 2), (6, 5)])
