@@ -11,21 +11,10 @@ from tests.models import uncompared, verify
 _check = verify._check
 
 
-@pytest.fixture(scope="session")
-def as_published():
-    """The context in which the runs of a session are trained."""
-    return published_optimizer
-
-
-@pytest.fixture(scope="module", autouse=True)  # tests elsewhere run with the optimizer of users
-def published(as_published):
-    with as_published():
-        yield
-
-
 @pytest.fixture(scope="module", autouse=True)
-def not_compared(published):
-    with uncompared():
+def small_runs():
+    """Train with the published optimizer, and do not compare a new SkipCLIP with its model."""
+    with published_optimizer(), uncompared():
         yield
 
 
@@ -36,8 +25,8 @@ def compared(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def run(tmp_path_factory, as_published):
+def run(tmp_path_factory):
     """Run folder, which no test changes, and metrics."""
     folder = tmp_path_factory.mktemp("run")
-    with as_published():
+    with published_optimizer():
         return folder, tune(small(folder))

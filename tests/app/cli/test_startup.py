@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 
 import skipkernels
+from skipkernels import __main__ as entry
 from skipkernels.app.cli.main import COMMANDS
 
 HEAVY = {"torch", "torchvision", "open_clip", "transformers", "timm", "matplotlib"}
@@ -33,6 +35,7 @@ CASES = {
 PROGRAM = """
 import contextlib, io, json, sys
 from skipkernels.__main__ import main
+
 
 for case in json.load(sys.stdin):
     out, err = io.StringIO(), io.StringIO()
@@ -74,3 +77,19 @@ def test_no_torch(results, case):
         assert not {"numpy", "PIL", "pydantic"} & modules
     if case == "--version":
         assert out == f"skipkernels {skipkernels.__version__}\n"
+
+
+# ---- threads that wait ---------------------------------------------------------------------------------------------
+
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
+
+
+@pytest.mark.parametrize("own", [{}, {"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "1000"}], ids=str)
+def test_passive_wait_before_import_of_torch_keeps_user_settings(monkeypatch, own):
+    at_import: dict[str, str] = {}
+    monkeypatch.setattr(entry.os, "environ", dict(own))
+    monkeypatch.setattr(entry.sys, "argv", ["skipkernels"])
+    monkeypatch.setattr("skipkernels.app.cli.main.main", lambda: at_import.update(os.environ) or 0)
+    assert entry.main() == 0
+    found = {name: at_import[name] for name in WAITING if name in at_import}
+    assert found == (own or {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"})

@@ -17,6 +17,7 @@ import skipkernels as sk
 from skipkernels.app.config import TuneConfig
 from skipkernels.app.train import tune
 from skipkernels.app.train.setup import build_task
+from tests.app.runs import published_optimizer
 
 CONFIG = TuneConfig(
     data="pictograms:food", method="skip", shots=2, max_classes=40, epochs=1, device="cpu", cache_dtype="fp32"
@@ -44,10 +45,10 @@ class Run(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def run(tmp_path_factory, as_published) -> Run:
+def run(tmp_path_factory) -> Run:
     """A run of Skip Tuning; no test changes its folder."""
     folder = tmp_path_factory.mktemp("serve") / "run"
-    with as_published():
+    with published_optimizer():
         metrics = tune(dataclasses.replace(CONFIG, out=folder, cache=folder.parent / "cache"))
         return Run(folder, metrics, build_task(CONFIG.resolved()))
 
@@ -58,7 +59,7 @@ def classifier(run) -> sk.Classifier:
 
 
 @pytest.fixture(scope="session")
-def native_run(tmp_path_factory, as_published) -> Path:
+def native_run(tmp_path_factory) -> Path:
     """Run of a small CLIP of open_clip's own blocks with random weights, which CLIPModel of transformers can hold."""
     folder = tmp_path_factory.mktemp("native")
     clip = open_clip.CLIP(**NATIVE)
@@ -66,7 +67,7 @@ def native_run(tmp_path_factory, as_published) -> Path:
     config = {"model_cfg": NATIVE, "preprocess_cfg": clip.visual.preprocess_cfg}
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     save_file(clip.state_dict(), folder / "open_clip_model.safetensors")
-    with as_published():
+    with published_optimizer():
         tune(dataclasses.replace(CONFIG, model=f"local-dir:{folder}", max_classes=4, out=folder / "run"))
     return folder / "run"
 

@@ -1,24 +1,25 @@
-"""`tune` and `evaluate_run` on a dataset that is passed in Python."""
+"""`tune` and `evaluate_run` on a dataset that is passed in Python; classes of different size."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
 import skipkernels
-from skipkernels.app.cli.main import main
 from skipkernels.app.config import TuneConfig
 from skipkernels.app.data import InputError
 from skipkernels.app.train import evaluate_run, tune
 from skipkernels.app.train.checkpoint import best_epoch
+from skipkernels.app.train.reading import how_to_resume
 from skipkernels.clip import SkipCLIP
 from skipkernels.features import CacheError
-from tests.app.data.pictures import Listed, make_folders
+from tests.app.data.pictures import Listed
 from tests.app.runs import fails, files, rows
 
 COLOURS = ["black", "red", "white"]
@@ -118,6 +119,10 @@ def test_resume_with_the_same_dataset(run):
             tune(dataset=in_turn(30), **again | change)
 
 
+def test_a_dataset_passed_in_python_is_resumed_in_python():
+    assert how_to_resume(Path("my run"), "dataset:Photos") == "tune(dataset=…, resume='my run')"
+
+
 @pytest.mark.parametrize("data", ["imagefolder:squares", "pictograms"])
 def test_evaluate_a_run_of_other_data_on_a_dataset(run, data, tmp_path):
     """All of its classes are tested, whatever `max_classes` the run had."""
@@ -142,41 +147,6 @@ def test_identity_of_a_dataset_with_a_lambda(tmp_path):
     with pytest.raises(CacheError, match="cannot be compared with another one. Pass `identity`"):
         tune(**parts, **options)
     assert tune(**parts, identity="version 1", **options)["status"] == "complete"
-
-
-@pytest.mark.parametrize(("count", "validation"), [(5, "auto"), (1, "none")])
-def test_tune_without_test(tmp_path, capsys, count, validation):
-    data, out = make_folders(tmp_path / "photos", dict.fromkeys(COLOURS, count)), tmp_path / "run"
-    options = f"--method skip --test none --shots all --validation {validation} --epochs 1 --device cpu".split()
-    assert main(["tune", "--data", f"imagefolder:{data}", *options, "--out", str(out)]) == 0
-    output, metrics = capsys.readouterr(), json.loads((out / "metrics.json").read_text())
-    assert "For your own images use a pretrained model: --model ViT-B-16-quickgelu" in output.err
-    held = 3 if validation == "auto" else 0
-    assert metrics["images"] == {"train": 3 * count - held, "tests": {"all": 0}}
-    assert metrics["zero_shot"] == metrics["tuned"] == {"all": None}
-    assert (metrics["validation"] or {"images": 0})["images"] == held
-    assert ("validation" in output.out) == (held > 0)
-    headline = "On the 3 validation images, the accuracy went from" if held else "there is no accuracy"
-    assert headline in (out / "report.html").read_text() and headline in (out / "README.md").read_text()
-    assert main(["predict", str(out), str(data), "--device", "cpu"]) == 0
-    assert main(["blend", str(out), "--device", "cpu"]) == 0
-    assert "--data must be given: all images of imagefolder:" in fails(["eval", out], capsys)
-
-
-def test_eval_of_other_data_has_all_its_classes(tmp_path, capsys):
-    data = f"imagefolder:{make_folders(tmp_path / 'photos', dict.fromkeys(COLOURS, 4))}"
-    other = f"imagefolder:{make_folders(tmp_path / 'other', dict.fromkeys('abcdefg', 3))}"
-    out = str(tmp_path / "run")
-    assert main(["tune", "--method", "zero-shot", "--data", data, "--max-classes", "2", "--out", out]) == 0
-    capsys.readouterr()
-    for arguments, shown in [
-        ([], "all: 2 images of 2 classes: black, red"),
-        (["--data", other], "all: 7 images of 7 classes: a, b, c, d, e and 2 more"),
-        (["--data", other, "--max-classes", "3"], "all: 3 images of 3 classes: a, c, e"),
-    ]:
-        assert main(["eval", out, *arguments]) == 0
-        error = capsys.readouterr().err
-        assert shown in error and "split by a hash of their names" in error and "train too" not in error
 
 
 def test_tune_hugging_face_dataset(tmp_path):

@@ -9,16 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from safetensors.torch import load_file
 
 import skipkernels as sk
 from skipkernels.app.cli.main import main
 from skipkernels.app.methods import METHODS
 from skipkernels.app.report import run_page
-from skipkernels.app.train import checkpoint, evaluate_run, trainer, tune
-from skipkernels.app.train.evaluation import Evaluator
+from skipkernels.app.train import evaluate_run, trainer, tune
 from skipkernels.app.train.reading import unfinished
-from tests.app.runs import fails, files, results, rows, small, stopped
+from tests.app.runs import fails, files, results, small, stopped
 from tests.failures import Killed, stopped_at
 
 ADAMW = {"optimizer": "adamw", "text_lr": 1e-4, "image_lr": 1e-4, "warmup_epochs": 1, "warmup_lr": 1e-5}
@@ -57,27 +55,6 @@ def test_resume_gives_equal_bits(tmp_path, monkeypatch, name):
     assert evaluate_run(tmp_path / "cut") == metrics["tuned"]
 
 
-def test_the_best_epoch_is_kept(tmp_path, monkeypatch):
-    """The last of those with equal validation accuracies."""
-    accuracies, evaluate = [50.0, 70.0, 70.0, 60.0], Evaluator.evaluate
-    saved, save = [], checkpoint.save
-
-    def evaluated(self, method, *pretrained):
-        return evaluate(self, method, *pretrained)._replace(validation=accuracies[min(len(saved), 3)])
-
-    def recorded(run, weights, *others, **named):
-        saved.append({name: tensor.clone() for name, tensor in weights.items()})
-        save(run, weights, *others, **named)
-
-    monkeypatch.setattr(Evaluator, "evaluate", evaluated)
-    monkeypatch.setattr(checkpoint, "save", recorded)
-    metrics, kept = tune(small(tmp_path, validation=0.5, epochs=4, shots=1)), load_file(tmp_path / "model.safetensors")
-    assert metrics["best_epoch"] == 3 and metrics["epochs"] == 4 and metrics["validation"]["images"] == 12
-    assert all(kept[name].equal(saved[2][name]) for name in kept)
-    assert not all(kept[name].equal(saved[3][name]) for name in kept)
-    assert metrics["tuned"] == rows(tmp_path)[2]["accuracy"]
-
-
 @pytest.mark.slow
 def test_killed_run_resumes_to_equal_bits(tmp_path):
     """Killed at every eleventh call that changes a folder: while files are begun, replaced and deleted."""
@@ -94,6 +71,23 @@ def test_killed_run_resumes_to_equal_bits(tmp_path):
         tune(small(folder, resume=folder if (folder / "config.yaml").exists() else None, **changes))
         assert results(folder) == results(whole) and files(folder) == files(whole)
         assert not [*folder.glob(".checkpoint*"), *folder.glob(".*.partial")]
+
+
+# ---- by the folder of a run ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """Run that was interrupted in its second epoch; no test changes it."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    stopped(folder)
+    return folder
+
+
+@pytest.fixture
+def copy(interrupted, tmp_path):
+    """Copy of an interrupted run."""
+    return shutil.copytree(interrupted, tmp_path / "copy")
 
 
 def test_resume_of_complete_run(run, capsys):
@@ -123,20 +117,6 @@ def test_resume_by_folder_of_killed_run(run, copy):
     assert main(["tune", "--resume", str(copy), "--memory", "min", "--workers", "1"]) == 0
     assert "memory: min" in (copy / "config.yaml").read_text(), "settings without effect on results may differ"
     assert results(copy) == results(run[0])
-
-
-@pytest.fixture(scope="module")
-def interrupted(tmp_path_factory):
-    """Run that was interrupted in its second epoch; no test changes it."""
-    folder = tmp_path_factory.mktemp("interrupted")
-    stopped(folder)
-    return folder
-
-
-@pytest.fixture
-def copy(interrupted, tmp_path):
-    """Copy of an interrupted run."""
-    return shutil.copytree(interrupted, tmp_path / "copy")
 
 
 @pytest.mark.parametrize(

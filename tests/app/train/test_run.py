@@ -1,23 +1,24 @@
-"""Whole runs: results, reproducibility, options, loggers and precision."""
+"""Whole runs: results, options, and data with and without a test."""
 
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import re
 from unittest.mock import Mock
 
 import pytest
 import torch
-from rich.console import Console
+from safetensors.torch import load_file
 
 from skipkernels.app.cli.main import main
 from skipkernels.app.config import TuneConfig
-from skipkernels.app.data.base import InputError
-from skipkernels.app.methods.skip import Skip
-from skipkernels.app.train import evaluate_run, trainer, tune
-from tests.app.runs import files, losses, results, rows, small
+from skipkernels.app.data import InputError, pictograms
+from skipkernels.app.train import checkpoint, evaluate_run, tune
+from skipkernels.app.train.evaluation import Evaluator
+from skipkernels.app.train.run import Run
+from tests.app.data.pictures import make_folders
+from tests.app.runs import fails, files, losses, results, rows, small
 
 FILES = {"config.yaml", "metrics.json", "metrics.jsonl", "model.safetensors", "report.html", "predictions.csv"}
 FILES |= {"classifier.json", "open_clip_config.json", "README.md", "predictions.safetensors"}
@@ -39,51 +40,6 @@ def test_tune_files_and_metrics(run):
     )
 
 
-@pytest.fixture
-def graphed_steps(monkeypatch) -> list[int]:
-    """Sizes of the batches of graphed steps, which are made as on a GPU; on the CPU such a step is the plain loop."""
-    sizes, make = [], Skip.graphed
-
-    def graphed(self, *arguments):
-        step = make(self, *arguments)
-        return lambda inputs, labels: sizes.append(len(labels)) or step(inputs, labels)
-
-    monkeypatch.setattr(trainer, "_captures", lambda device: True)
-    monkeypatch.setattr(Skip, "graphed", graphed)
-    return sizes
-
-
-def test_tune_graphed_gives_the_same_results(run, tmp_path, graphed_steps):
-    tune(small(tmp_path))
-    assert results(tmp_path)[1:] == results(run[0])[1:]
-    assert graphed_steps == [4] * 12
-
-
-@pytest.mark.parametrize(
-    ("changes", "reasons"),
-    [({"graph": False}, []), ({"precision": "fp16"}, ["the gradient scaler"])],
-    ids=["graph", "fp16"],
-)
-def test_tune_without_graph(tmp_path, graphed_steps, changes, reasons):
-    """Only a step that was to be captured has a note."""
-    console = Console(file=io.StringIO())
-    tune(small(tmp_path, epochs=1, max_classes=4, **changes), console)
-    printed = " ".join(console.file.getvalue().split())
-    assert not graphed_steps
-    assert re.findall("note: steps run without a CUDA graph: (the gradient scaler)?", printed) == reasons
-
-
-def test_tune_beats_zero_shot_on_drawings_of_another_designer(tmp_path):
-    rates = {"text_lr": 3e-4, "image_lr": 3e-4, "optimizer": "adamw", "batch_size": 16}
-    data = {"data": "pictograms:objects", "max_classes": 100, "shots": 8}
-    metrics = tune(TuneConfig(**data, method="skip", **rates, epochs=3, device="cpu", out=tmp_path))
-    zero_shot, tuned = metrics["zero_shot"], metrics["tuned"]
-    assert zero_shot["base"] > 20, "25 times chance over 131 classes"
-    assert tuned["base"] > zero_shot["base"] + 8
-    assert tuned["harmonic"] > zero_shot["harmonic"] + 2
-    assert losses(tmp_path)[-1] < 0.7 * losses(tmp_path)[0]
-
-
 def test_eval_reproduces_accuracy(run, capsys):
     folder, metrics = run
     assert evaluate_run(folder) == metrics["tuned"]
@@ -103,6 +59,41 @@ def test_tune_is_deterministic(run, tmp_path, monkeypatch):
     assert results(tmp_path / "again") == results(folder)
     tune(small(tmp_path / "other", seed=1, epochs=1))
     assert losses(tmp_path / "other")[0] != losses(folder)[0]
+
+
+def test_tune_beats_zero_shot_on_drawings_of_another_designer(tmp_path):
+    rates = {"text_lr": 3e-4, "image_lr": 3e-4, "optimizer": "adamw", "batch_size": 16}
+    data = {"data": "pictograms:objects", "max_classes": 100, "shots": 8}
+    metrics = tune(TuneConfig(**data, method="skip", **rates, epochs=3, device="cpu", out=tmp_path))
+    zero_shot, tuned = metrics["zero_shot"], metrics["tuned"]
+    assert zero_shot["base"] > 20, "25 times chance over 131 classes"
+    assert tuned["base"] > zero_shot["base"] + 8
+    assert tuned["harmonic"] > zero_shot["harmonic"] + 2
+    assert losses(tmp_path)[-1] < 0.7 * losses(tmp_path)[0]
+
+
+def test_the_best_epoch_is_kept(tmp_path, monkeypatch):
+    """The last of those with equal validation accuracies."""
+    accuracies, evaluate = [50.0, 70.0, 70.0, 60.0], Evaluator.evaluate
+    saved, save = [], checkpoint.save
+
+    def evaluated(self, method, *pretrained):
+        return evaluate(self, method, *pretrained)._replace(validation=accuracies[min(len(saved), 3)])
+
+    def recorded(run, weights, *others, **named):
+        saved.append({name: tensor.clone() for name, tensor in weights.items()})
+        save(run, weights, *others, **named)
+
+    monkeypatch.setattr(Evaluator, "evaluate", evaluated)
+    monkeypatch.setattr(checkpoint, "save", recorded)
+    metrics, kept = tune(small(tmp_path, validation=0.5, epochs=4, shots=1)), load_file(tmp_path / "model.safetensors")
+    assert metrics["best_epoch"] == 3 and metrics["epochs"] == 4 and metrics["validation"]["images"] == 12
+    assert all(kept[name].equal(saved[2][name]) for name in kept)
+    assert not all(kept[name].equal(saved[3][name]) for name in kept)
+    assert metrics["tuned"] == rows(tmp_path)[2]["accuracy"]
+
+
+# ---- options ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -133,6 +124,15 @@ def test_tune_methods_without_steps(run, tmp_path, method):
     assert files(tmp_path) >= {"report.html", "metrics.json"}
 
 
+def test_bf16_keeps_accuracy(run, tmp_path):
+    folder, _ = run
+    metrics = tune(small(tmp_path, epochs=1, precision="bf16"))
+    assert losses(tmp_path) == pytest.approx(losses(folder)[:1], rel=0.1)
+    expected = rows(folder)[0]["accuracy"]["base"]
+    assert metrics["tuned"]["base"] == pytest.approx(expected, abs=9)  # one of 12 images, 8.3 %, may change
+    assert evaluate_run(tmp_path) == metrics["tuned"]
+
+
 @pytest.mark.parametrize(
     ("settings", "epochs"),
     [({"epochs": 1, "max_classes": 4}, [1]), ({"method": "zero-shot", "epochs": None}, []), ({"data": "csv:none"}, [])],
@@ -147,31 +147,60 @@ def test_loggers_get_each_epoch_and_are_closed(tmp_path, caplog, settings, epoch
     mine.close.assert_called_once_with()
 
 
-# ---- precision ------------------------------------------------------------------------------------------------------
+def test_overwrite_replaces_run_of_other_version(run, tmp_path):
+    config = (run[0] / "config.yaml").read_text()
+    (tmp_path / "config.yaml").write_text(config.replace("max_keep:", "most_kept:"))
+    assert (
+        main(["tune", "--shots", "1", "--max-classes", "6", "--epochs", "1", "--overwrite", "--out", str(tmp_path)])
+        == 0
+    )
+    assert "max_keep" in (tmp_path / "config.yaml").read_text()
 
 
-def test_bf16_keeps_accuracy(run, tmp_path):
-    folder, _ = run
-    metrics = tune(small(tmp_path, epochs=1, precision="bf16"))
-    assert losses(tmp_path) == pytest.approx(losses(folder)[:1], rel=0.1)
-    expected = rows(folder)[0]["accuracy"]["base"]
-    assert metrics["tuned"]["base"] == pytest.approx(expected, abs=9)  # one of 12 images, 8.3 %, may change
-    assert evaluate_run(tmp_path) == metrics["tuned"]
+# ---- data ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_step_does_not_synchronize(tmp_path, monkeypatch, precision):
-    step, steps = trainer.Trainer._step, []
+@pytest.mark.parametrize("changes", [{}, {"method": "lora", "preset": "reference"}], ids=["skip", "lora"])
+def test_tune_opens_data_once(tmp_path, monkeypatch, changes):
+    opened, open_now = [], pictograms.open_pictograms
+    monkeypatch.setattr(
+        pictograms, "open_pictograms", lambda *args, **how: opened.append(args) or open_now(*args, **how)
+    )
+    monkeypatch.setattr(Run, "execute", lambda self: {})
+    tune(small(tmp_path / "run", epochs=None, **changes))
+    assert len(opened) == 1
 
-    def watched(self, *args):
-        steps.append(1)
-        torch.cuda.set_sync_debug_mode("error" if len(steps) > 1 else "default")  # the first compiles kernels
-        try:
-            return step(self, *args)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(trainer.Trainer, "_step", watched)
-    tune(small(tmp_path, epochs=1, device="cuda", precision=precision))
-    assert len(steps) == 6
+@pytest.mark.parametrize(("count", "validation"), [(5, "auto"), (1, "none")])
+def test_tune_without_test(tmp_path, capsys, count, validation):
+    data, out = make_folders(tmp_path / "photos", dict.fromkeys(("cat", "dog", "ox"), count)), tmp_path / "run"
+    options = f"--method skip --test none --shots all --validation {validation} --epochs 1 --device cpu".split()
+    assert main(["tune", "--data", f"imagefolder:{data}", *options, "--out", str(out)]) == 0
+    output, metrics = capsys.readouterr(), json.loads((out / "metrics.json").read_text())
+    assert "For your own images use a pretrained model: --model ViT-B-16-quickgelu" in output.err
+    held = 3 if validation == "auto" else 0
+    assert metrics["images"] == {"train": 3 * count - held, "tests": {"all": 0}}
+    assert metrics["zero_shot"] == metrics["tuned"] == {"all": None}
+    assert (metrics["validation"] or {"images": 0})["images"] == held
+    assert ("validation" in output.out) == (held > 0)
+    headline = "On the 3 validation images, the accuracy went from" if held else "there is no accuracy"
+    assert headline in (out / "report.html").read_text() and headline in (out / "README.md").read_text()
+    assert main(["predict", str(out), str(data), "--device", "cpu"]) == 0
+    assert main(["blend", str(out), "--device", "cpu"]) == 0
+    assert "--data must be given: all images of imagefolder:" in fails(["eval", out], capsys)
+
+
+def test_eval_of_other_data_has_all_its_classes(tmp_path, capsys):
+    data = f"imagefolder:{make_folders(tmp_path / 'photos', dict.fromkeys(('cat', 'dog', 'ox'), 4))}"
+    other = f"imagefolder:{make_folders(tmp_path / 'other', dict.fromkeys('abcdefg', 3))}"
+    out = str(tmp_path / "run")
+    assert main(["tune", "--method", "zero-shot", "--data", data, "--max-classes", "2", "--out", out]) == 0
+    capsys.readouterr()
+    for arguments, shown in [
+        ([], "all: 2 images of 2 classes: cat, dog"),
+        (["--data", other], "all: 7 images of 7 classes: a, b, c, d, e and 2 more"),
+        (["--data", other, "--max-classes", "3"], "all: 3 images of 3 classes: a, c, e"),
+    ]:
+        assert main(["eval", out, *arguments]) == 0
+        error = capsys.readouterr().err
+        assert shown in error and "split by a hash of their names" in error and "train too" not in error

@@ -9,9 +9,9 @@ import os
 import pty
 import re
 import resource
+import shutil
 import signal
 import sys
-from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -20,14 +20,14 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from skipkernels.app.cli.main import main
-from skipkernels.app.data import InputError, pictograms
+from skipkernels.app.config import TuneConfig
+from skipkernels.app.data import InputError
 from skipkernels.app.demo import pictogram_tiny
 from skipkernels.app.methods.base import StepOutput
 from skipkernels.app.methods.lora import LoRA
 from skipkernels.app.report import run_page
 from skipkernels.app.results.files import read_metrics
 from skipkernels.app.train import checkpoint, evaluate_run, tune
-from skipkernels.app.train.reading import how_to_resume
 from skipkernels.app.train.run import Run
 from skipkernels.app.train.writing import RunFolder
 from skipkernels.folders import locked
@@ -77,6 +77,18 @@ def test_stop_during_overwrite_leaves_a_run(tmp_path, monkeypatch):
     assert files(tmp_path) == {"config.yaml"}
 
 
+def test_run_without_a_complete_epoch_is_replaced(run, tmp_path):
+    """Nothing is lost: such files are left if the loss of the first epoch is not finite."""
+    folder, _ = run
+    config = dataclasses.replace(TuneConfig.from_yaml(folder / "config.yaml", trust=True), out=tmp_path)
+    for name in ("config.yaml", "open_clip_config.json"):  # not every method writes the second
+        shutil.copy(folder / name, tmp_path)
+        RunFolder(config)
+    shutil.copy(folder / "metrics.jsonl", tmp_path)
+    with pytest.raises(InputError, match="contains an earlier run"):
+        RunFolder(config)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_signal_is_interrupt(tmp_path, number, capsys):
     before = signal.signal(number, signal.SIG_DFL)
@@ -90,10 +102,6 @@ def test_signal_is_interrupt(tmp_path, number, capsys):
     run = tmp_path / "my run"
     message = f"interrupted: 1 of 2 epochs are complete in {run}; continue it with skipkernels tune --resume '{run}'"
     assert " ".join(capsys.readouterr().err.split()).endswith(message)
-
-
-def test_a_dataset_passed_in_python_is_resumed_in_python():
-    assert how_to_resume(Path("my run"), "dataset:Photos") == "tune(dataset=…, resume='my run')"
 
 
 def test_nohup_ignores_sighup(monkeypatch):
@@ -160,17 +168,6 @@ def test_report_failure_is_note(run, tmp_path, monkeypatch):
     note = metrics["notes"][-1]
     assert note == "report.html was not written (MemoryError: too much)." and note in console.export_text()
     assert not (tmp_path / "report.html").exists()
-
-
-@pytest.mark.parametrize("changes", [{}, {"method": "lora", "preset": "reference"}], ids=["skip", "lora"])
-def test_tune_opens_data_once(tmp_path, monkeypatch, changes):
-    opened, open_now = [], pictograms.open_pictograms
-    monkeypatch.setattr(
-        pictograms, "open_pictograms", lambda *args, **how: opened.append(args) or open_now(*args, **how)
-    )
-    monkeypatch.setattr(Run, "execute", lambda self: {})
-    tune(small(tmp_path / "run", epochs=None, **changes))
-    assert len(opened) == 1
 
 
 # ---- memory and disk -----------------------------------------------------------------------------------------------

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
-import shutil
 
 import open_clip
 import pytest
 import torch
 
-from skipkernels.app.cli.main import main
-from skipkernels.app.config import TuneConfig
 from skipkernels.app.data import InputError
 from skipkernels.app.demo import pictogram_tiny
 from skipkernels.app.studies import runs
 from skipkernels.app.train.model import check_activation, load_weights
-from skipkernels.app.train.writing import RunFolder
 from tests.app.data.pictures import make_folders
 from tests.app.runs import fails
 
 # ---- commands --------------------------------------------------------------------------------------------------------
+
 
 SMALL = "tune --shots 2 --max-classes 12"
 COMMANDS = {
@@ -75,18 +71,6 @@ def test_tune_keeps_earlier_run(run, capsys):
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
-def test_run_without_a_complete_epoch_is_replaced(run, tmp_path):
-    """Nothing is lost: such files are left if the loss of the first epoch is not finite."""
-    folder, _ = run
-    config = dataclasses.replace(TuneConfig.from_yaml(folder / "config.yaml", trust=True), out=tmp_path)
-    for name in ("config.yaml", "open_clip_config.json"):  # not every method writes the second
-        shutil.copy(folder / name, tmp_path)
-        RunFolder(config)
-    shutil.copy(folder / "metrics.jsonl", tmp_path)
-    with pytest.raises(InputError, match="contains an earlier run"):
-        RunFolder(config)
-
-
 @pytest.mark.parametrize(
     ("name", "text"), [("config.yaml", "seed: 3"), ("config.yaml", "a: ["), ("report.html", "<p>")]
 )
@@ -112,16 +96,6 @@ def test_output_refuses_folder_of_images(tmp_path, monkeypatch, capsys, command,
     said = fails([*command, place, "--data", "imagefolder:photos", "--shots", "1"], capsys)
     assert f"{place} is in the folder of the images" in said and "choose another folder." in said
     assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_overwrite_replaces_run_of_other_version(run, tmp_path):
-    config = (run[0] / "config.yaml").read_text()
-    (tmp_path / "config.yaml").write_text(config.replace("max_keep:", "most_kept:"))
-    assert (
-        main(["tune", "--shots", "1", "--max-classes", "6", "--epochs", "1", "--overwrite", "--out", str(tmp_path)])
-        == 0
-    )
-    assert "max_keep" in (tmp_path / "config.yaml").read_text()
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
