@@ -36,15 +36,38 @@ CONFIG = {
 PREPROCESS = {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7], "interpolation": "bilinear", "resize_mode": "squash"}
 
 
+WEIGHTS = "open_clip_model.safetensors"
+
+
+def config_file(tower: str = "text_cfg", **change: object) -> str:
+    """Text of open_clip_config.json, with changed settings of a tower."""
+    return json.dumps({"model_cfg": CONFIG | {tower: CONFIG[tower] | change}, "preprocess_cfg": PREPROCESS})
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Model of open_clip in a folder."""
     folder = tmp_path_factory.mktemp("open_clip")
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": CONFIG, "preprocess_cfg": PREPROCESS}))
+    (folder / "open_clip_config.json").write_text(config_file())
     torch.manual_seed(3)
     clip = CLIP(16, CLIPVisionCfg(**CONFIG["vision_cfg"]), CLIPTextCfg(**CONFIG["text_cfg"]), quick_gelu=True)
-    save_file(clip.state_dict(), folder / "open_clip_model.safetensors")
+    save_file(clip.state_dict(), folder / WEIGHTS)
     return folder
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Serve the files of a folder as the repository org/name of the hub."""
+
+    def serve(folder):
+        def download(repository, filename=WEIGHTS, **_):
+            assert repository == "org/name" and filename in ("open_clip_config.json", WEIGHTS)
+            return str(folder / filename)
+
+        monkeypatch.setattr(model, "hf_hub_download", download)
+        monkeypatch.setattr(open_clip.factory, "download_pretrained_from_hf", download)
+
+    return serve
 
 
 def test_load_model_random_weights_follow_seed():
@@ -56,7 +79,7 @@ def test_load_model_random_weights_follow_seed():
 
 def test_local_dir(folder, tmp_path):
     loaded, transform, tokenizer = model.load_model(f"local-dir:{folder}", None, CPU)
-    saved = load_file(folder / "open_clip_model.safetensors")
+    saved = load_file(folder / WEIGHTS)
     assert all(weight.equal(saved[name]) for name, weight in loaded.state_dict().items()) and not loaded.training
     assert isinstance(loaded.transformer.resblocks[0].mlp.gelu, open_clip.transformer.QuickGELU)
     grey = transform(Image.new("RGB", (20, 9), (51, 51, 51)))
@@ -75,20 +98,11 @@ def test_load_model_leaves_the_root_logger_as_it_is(monkeypatch):
     assert not logging.root.handlers
 
 
-def test_hub_model(folder, monkeypatch):
-    names = {None: "open_clip_model.safetensors", "open_clip_config.json": "open_clip_config.json"}
-
-    def download(repository, filename=None, **_):
-        assert repository == "org/name"
-        return str(folder / names[filename])
-
-    monkeypatch.setattr(model, "hf_hub_download", download)
-    monkeypatch.setattr(open_clip.factory, "download_pretrained_from_hf", download)
+def test_hub_model(folder, hub):
+    hub(folder)
     loaded, _, tokenizer = model.load_model("hf-hub:org/name", None, CPU)
-    assert loaded.visual.proj.equal(load_file(folder / names[None])["visual.proj"]) and tokenizer(["a"]).shape == (
-        1,
-        16,
-    )
+    assert loaded.visual.proj.equal(load_file(folder / WEIGHTS)["visual.proj"])
+    assert tokenizer(["a"]).shape == (1, 16)
 
 
 @pytest.mark.parametrize(
@@ -97,19 +111,15 @@ def test_hub_model(folder, monkeypatch):
      ("other/name", True, "opened other/name"), ("org/name", False, "opened org/name"),
      ("bert-base-uncased", False, "opened bert-base-uncased")],
 )  # fmt: skip
-def test_hub_model_with_the_tokenizer_of_another_repository(folder, tmp_path, monkeypatch, tokenizer, trust, error):
+def test_tokenizer_of_another_repository(folder, hub, tmp_path, monkeypatch, tokenizer, trust, error):
     """The tokenizer of a model of open_clip itself is accepted."""
     copy = shutil.copytree(folder, tmp_path / "model")
-    config = json.loads(json.dumps({"model_cfg": CONFIG, "preprocess_cfg": PREPROCESS}))
-    config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = tokenizer
-    (copy / "open_clip_config.json").write_text(json.dumps(config))
-    names = {None: "open_clip_model.safetensors", "open_clip_config.json": "open_clip_config.json"}
+    (copy / "open_clip_config.json").write_text(config_file(hf_tokenizer_name=tokenizer))
+    hub(copy)
 
     def opened(name, **options):
         raise OSError(f"opened {name}")
 
-    for place, name in ((model, "hf_hub_download"), (open_clip.factory, "download_pretrained_from_hf")):
-        monkeypatch.setattr(place, name, lambda repository, filename=None, **_: str(copy / names[filename]))
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", opened)
     with pytest.raises(InputError, match=error):
         model.load_model("hf-hub:org/name", None, CPU, trust=trust)
@@ -137,12 +147,11 @@ def test_hub_model_that_cannot_be_read(monkeypatch):
 )  # fmt: skip
 def test_read_open_clip_config_refuses(tmp_path, tower, change, refused):
     """The text may name code, a remote model, or a file elsewhere."""
-    config = json.loads(json.dumps(CONFIG))
-    config[tower].update(change)
-    (tmp_path / "config").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": PREPROCESS}))
+    text = config_file(tower, **change)
+    (tmp_path / "config").write_text(text)
     with pytest.raises(InputError, match=f"{refused} must not be remote or elsewhere.*add `trust=True`"):
         read_open_clip_config(tmp_path / "config")
-    assert read_open_clip_config(tmp_path / "config", trust=True) == config
+    assert read_open_clip_config(tmp_path / "config", trust=True) == json.loads(text)["model_cfg"]
 
 
 def test_read_open_clip_config_accepts_models_of_open_clip(tmp_path):
@@ -169,7 +178,7 @@ FOLDERS = [
     ({OPEN_CLIP: "["}, "not JSON"),
     ({OPEN_CLIP: "{}"}, "model_cfg must be a mapping"),
     ({OPEN_CLIP: '{"model_cfg": {"vision_cfg": 3, "text_cfg": {}}}'}, "model_cfg must be a mapping"),
-    ({OPEN_CLIP: json.dumps({"model_cfg": CONFIG, "preprocess_cfg": PREPROCESS})}, "Required pretrained weights"),
+    ({OPEN_CLIP: config_file()}, "Required pretrained weights"),
     ({}, "config.json'. The folder must have open_clip_config.json and its weights, or a model of transformers"),
     (
         {HUGGING_FACE: '{"model_type": "clip"}'},
@@ -236,10 +245,11 @@ def test_transformers_folder(converted):
     assert (transform(picture) - expected).abs().mean() < 0.03
 
 
+FOUR_CLASSES = {"data": "pictograms:food", "max_classes": 4, "shots": 1, "epochs": 1}
+
+
 def test_tune_model_of_transformers(converted, tmp_path):
-    folder, _, _ = converted
-    changes = {"data": "pictograms:food", "max_classes": 4, "shots": 1, "epochs": 1, "model": f"local-dir:{folder}"}
-    metrics = tune(small(tmp_path / "run", **changes))
+    metrics = tune(small(tmp_path / "run", model=f"local-dir:{converted[0]}", **FOUR_CLASSES))
     assert metrics["steps"] > 0
     assert evaluate_run(tmp_path / "run", trust=True) == metrics["tuned"]
 
@@ -254,14 +264,7 @@ def test_tune_other_models_of_transformers(make, converted, tmp_path):
         letters = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *"abcdefghijklmnopqrstuvwxyz."]
         vocabulary = {letter: index for index, letter in enumerate(letters)}
         transformers.Siglip2Tokenizer(vocab=vocabulary, padding_side="right").save_pretrained(tmp_path / "model")
-    changes = {
-        "data": "pictograms:food",
-        "max_classes": 4,
-        "shots": 1,
-        "epochs": 1,
-        "model": f"local-dir:{tmp_path}/model",
-    }
-    tune(small(tmp_path / "run", **changes))
+    tune(small(tmp_path / "run", model=f"local-dir:{tmp_path}/model", **FOUR_CLASSES))
     sk.export(tmp_path / "run", "hugging-face", tmp_path / "exported", trust=True)
     exported = transformers.AutoModel.from_pretrained(tmp_path / "exported")
     assert type(exported) is type(clip)
