@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from html.parser import HTMLParser
+from xml.etree import ElementTree
+from xml.etree.ElementTree import Element, TreeBuilder
 
 import torch
 from PIL import Image
@@ -13,7 +15,7 @@ from skipkernels.app.report.run_page import report_html
 from skipkernels.app.results.predictions import TestPredictions, TopClasses
 from skipkernels.app.results.thumbnails import thumbnail
 
-VOID = {"meta", "br", "img", "input"}
+VOID = {"meta", "link", "br", "img", "input"}
 NASTY = """</b></script><script>alert("1")</script> & 'quotes' {braces} {{ 7 * 7 }} {0} %s $x$ é 字 <!-- ]]>"""
 ENVIRONMENT = {"finished": "2026-11-26T10:00:00+00:00", "versions": {"torch": "2.13.0"}, "machine": "x86_64"}
 
@@ -89,50 +91,62 @@ def page(changes=None, rows=None, config=None, tests=None, label="alpha") -> str
     )
 
 
-class Page(HTMLParser):
-    """Parser for elements, text and table rows; unbalanced tags are an error."""
+class Page:
+    """A page as a tree of elements. An unbalanced tag is an error, and so is an attribute that is given twice."""
 
     def __init__(self, text: str):
+        parser = _Parser()
+        parser.feed(text)
+        parser.close()
+        assert not parser.open, "all tags are closed"
+        self.root = parser.builder.close()
+
+    @property
+    def text(self) -> str:
+        return text_of(self.root)
+
+    @property
+    def rows(self) -> list[list[str]]:
+        """Texts of the cells of all tables."""
+        return [[text_of(cell) for cell in row] for row in self.root.iter("tr")]
+
+    def section(self, name: str) -> Element | None:
+        """Section of that address; None if the page has none."""
+        return self.root.find(f".//section[@id='{name}']")
+
+
+def text_of(element: Element) -> str:
+    """Text of an element, without scripts and styles."""
+    if element.tag in ("script", "style"):
+        return ""
+    return (element.text or "") + "".join(text_of(child) + (child.tail or "") for child in element)
+
+
+class _Parser(HTMLParser):
+    """Parser that builds the tree of a page."""
+
+    def __init__(self):
         super().__init__()
-        self.open, self.elements, self.text, self.rows = [], [], "", []
-        self.feed(text)
-        self.close()
-        assert not self.open, "all tags are closed"
+        self.builder, self.open = TreeBuilder(), []
 
     def handle_starttag(self, tag, attributes):
-        names = [name for name, _ in attributes]
-        assert len(set(names)) == len(names)
-        self.elements.append((tag, dict(attributes)))
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-
-    def handle_startendtag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
+        assert len(dict(attributes)) == len(attributes)
+        self.builder.start(tag, {name: value or "" for name, value in attributes})
+        self.open.append(tag)
+        if tag in VOID:
+            self.handle_endtag(tag)
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
+        self.builder.end(tag)
 
     def handle_data(self, data):
-        if {"style", "script"} & set(self.open):
-            return
-        data = data.replace("\N{NO-BREAK SPACE}", " ")
-        self.text += data
-        if {"td", "th"} & set(self.open):
-            self.rows[-1][-1] += data
-
-    def named(self, tag: str) -> list[dict]:
-        return [attributes for name, attributes in self.elements if name == tag]
-
-
-def svgs(text: str) -> list[str]:
-    return re.findall(r"<svg.*?</svg>", text, re.DOTALL)
+        self.builder.data(data.replace("\N{NO-BREAK SPACE}", " "))
 
 
 def assert_complete(text: str) -> None:
     """Check that no nan or None is shown."""
-    shown = Page(text).text.partition("All settings")[0] + "".join(svgs(text))
+    found = Page(text)
+    plots = "".join(ElementTree.tostring(svg, "unicode") for svg in found.root.iter("svg"))
+    shown = found.text.partition("All settings")[0] + plots
     assert not re.search(r"\bnan\b|None|\binf\b|NaN", shown)

@@ -30,4 +30,4 @@ def test_study_page_of_methods():
     found = Page(text)
     assert "Skip Tuning has the highest accuracy on trained classes, 80.0 ± 2.5 % (3 seeds)." in found.text
     assert ["Skip Tuning", "80.0 ± 2.5", "–"] in found.rows and ["bad", "5.0", "100"] in found.rows
-    assert len(found.named("script")) == 1 and NASTY not in text
+    assert len(list(found.root.iter("script"))) == 1 and NASTY not in text

@@ -21,6 +21,7 @@ import skipkernels as sk
 from skipkernels.app.cli.main import main
 from skipkernels.app.serve.output import NONE
 from tests.app.data.pictures import encoded
+from tests.app.report.pages import Page
 from tests.app.runs import fails
 
 pytest.importorskip("starlette", reason="serve needs the extra web")
@@ -155,12 +156,20 @@ def test_other_routes(web, run):
     assert web.get("/health", headers={"Host": "example.com"}).status_code == 400  # DNS rebinding
 
 
+def listed(page: Page) -> list[str]:
+    """Classes on the page."""
+    return [item.text for item in page.root.find(".//ul[@class='classes']")]
+
+
 def test_page(web, run):
-    page = html.unescape(web.get("/").text)
-    assert "default-src 'none'" in page and page.count("://") == page.count("http://127.0.0.1/predict") == 1
-    assert all(f"<li>{name}</li>" in page for name in run.classes)
+    """It names its classes, and loads nothing: the one address is that of the command."""
+    text = web.get("/").text
+    page = Page(text)
+    assert page.root.find(".//meta[@http-equiv]").get("content").startswith("default-src 'none'")
+    assert html.unescape(text).count("://") == page.text.count("http://127.0.0.1/predict") == 1
+    assert listed(page) == run.classes
     hostile = sk.Classifier.load(run.folder, device="cpu", classes=["<script>", "b"])
-    assert "<li>&lt;script&gt;</li>" in client(hostile).get("/").text
+    assert listed(Page(client(hostile).get("/").text)) == ["<script>", "b"]
 
 
 def test_port_in_use(run, capsys):
