@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from pathlib import Path
 
@@ -18,11 +20,15 @@ from skipkernels.app.results import predictions
 from skipkernels.app.results.files import PREDICTIONS
 from skipkernels.app.train import evaluate_run
 from skipkernels.app.train.calibration import fit_none_logit, fit_temperature
-from skipkernels.app.train.interpolation import Interpolation
 from skipkernels.app.train.model import load_model
-from skipkernels.app.train.setup import build_run
+from skipkernels.app.train.setup import build_task
+from tests.app.runs import fails
 
 ALPHA = 0.25000001  # more digits than tables show
+
+
+def metrics_of(folder: Path) -> dict:
+    return json.loads((folder / "metrics.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -39,32 +45,24 @@ def blended(run, tmp_path_factory) -> Path:
     return folder
 
 
-def test_weights_and_curve(run, blended):
+def test_weights(run, blended):
     tuned, found = load_file(run.folder / "model.safetensors"), load_file(blended / "model.safetensors")
     zero_shot = load_model("pictogram-tiny", None, torch.device("cpu"))[0].state_dict()
     assert found.keys() == tuned.keys() == zero_shot.keys()
     for name, before in zero_shot.items():
         expected = (0.75 * before.double() + 0.25 * tuned[name].double()).float()
         torch.testing.assert_close(found[name], expected, atol=1e-7, rtol=1e-6)  # a rounding
-    curve = json.loads((blended / "metrics.json").read_text())["blend"]
+
+
+def test_curve_goes_from_zero_shot_to_tuned(run, blended):
+    curve = metrics_of(blended)["blend"]
     assert curve["alphas"] == sorted([ALPHA, *(n / 10 for n in range(11))]) and curve["chosen"] == ALPHA
     for name, values in curve["accuracy"].items():
         assert (values[0], values[-1]) == (run.metrics["zero_shot"][name], run.metrics["tuned"][name])
 
 
-def test_ends_are_exact():
-    before, after = torch.tensor([1e8, 1.0]), torch.tensor([-0.1, 0.3])
-    weight = before.clone()
-    between = Interpolation([weight])
-    weight.copy_(after)
-    between.end()
-    for alpha, expected in ((0.0, before), (1.0, after), (0.5, (before + after) / 2)):
-        between.set(alpha)
-        assert weight.equal(expected)
-
-
 def test_blend_is_a_run(run, blended, images):
-    assert evaluate_run(blended) == json.loads((blended / "metrics.json").read_text())["tuned"]
+    assert evaluate_run(blended) == metrics_of(blended)["tuned"]
     classifier = sk.Classifier.load(blended, device="cpu")
     assert classifier.classes == run.classes
     name = "pictogram-tiny by Skip Tuning, blended at 0.25"
@@ -74,13 +72,17 @@ def test_blend_is_a_run(run, blended, images):
         sk.blend(run.folder, out=blended)
 
 
-def test_report(run, blended):
-    metrics, page = json.loads((blended / "metrics.json").read_text()), (blended / "report.html").read_text()
+def test_predictions_are_those_of_the_blend(run, blended):
+    """Also those before tuning, which are those of the run."""
     before = {test.name: test for test in predictions.load(run.folder / PREDICTIONS)}
     for test in predictions.load(blended / PREDICTIONS):
         correct = (test.tuned.classes[:, 0] == test.labels).float().mean().item()
-        assert 100 * correct == pytest.approx(metrics["tuned"][test.name], abs=1e-3)
+        assert 100 * correct == pytest.approx(metrics_of(blended)["tuned"][test.name], abs=1e-3)
         assert test.zero_shot.classes.equal(before[test.name].zero_shot.classes)
+
+
+def test_page_and_card_name_the_blend(run, blended):
+    metrics, page = metrics_of(blended), (blended / "report.html").read_text()
     assert "Skip Tuning, blended at 0.25 · " in page and "On the 20 trained classes, the accuracy went from " in page
     assert "alpha; accuracy, %" in page
     assert metrics["command"].endswith(f"\nskipkernels blend {run.folder} --alpha {ALPHA} --out {blended}")
@@ -89,50 +91,50 @@ def test_report(run, blended):
     assert main(["report", str(blended)]) == 0 and (blended / "report.html").read_text() == page
 
 
-def test_tune_chooses_alpha_and_temperature_on_validation_images(run, tmp_path, capsys):
-    images = run.task.train
-    for number, (image, label) in enumerate(images):
+@pytest.fixture(scope="module")
+def with_validation(run, tmp_path_factory) -> Path:
+    """Folder of a run on photos, a part of which were held out to choose the epoch; its blend is in run-blend."""
+    folder = tmp_path_factory.mktemp("validation")
+    for number, (image, label) in enumerate(run.task.train):
         for copy in range(3):
-            folder = tmp_path / "data" / run.classes[label]
-            folder.mkdir(parents=True, exist_ok=True)
-            image.rotate(4 * copy).save(folder / f"{number}-{copy}.png")
-    options = ["--data", f"imagefolder:{tmp_path / 'data'}", "--shots", "2", "--epochs", "1", "--device", "cpu"]
-    arguments = ["tune", "--method", "skip", *options, "--out", str(tmp_path / "run")]
-    assert main(arguments) == 0
-    assert main(["blend", str(tmp_path / "run")]) == 0
-    assert ", the best on the validation images" in capsys.readouterr().out
-    metrics = json.loads((tmp_path / "run-blend" / "metrics.json").read_text())
-    curve = metrics["blend"]
-    held_out = curve["accuracy"]["validation"]
-    assert curve["chosen"] == held_out.index(max(held_out)) / 10
-    assert metrics["validation"]["tuned"] == max(held_out)
-
-    setup = build_run(TuneConfig.from_yaml(tmp_path / "run" / "config.yaml"))  # for its images
-    held = setup.task.validation.images
-    inputs = torch.stack([held[n][0] for n in range(len(held))])
-    for name in ("run", "run-blend"):
-        classifier = sk.Classifier.load(tmp_path / name, device="cpu")
-        fitted = fit_temperature(classifier.logits(inputs), torch.tensor(held.labels))
-        assert classifier.temperature == pytest.approx(fitted, rel=1e-3)  # logits in batches of another size
-        none_logit = fit_none_logit(classifier.logits(inputs), classifier.temperature)
-        assert classifier.none_logit == pytest.approx(none_logit, rel=1e-3)
-
-    zero_shot = str(tmp_path / "zero-shot")
-    assert main(["tune", "--method", "zero-shot", "--max-classes", "4", "--device", "cpu", "--out", zero_shot]) == 0
-    assert main(["blend", zero_shot]) == 2
-    assert "RUN must be of a method that tunes the weights" in " ".join(capsys.readouterr().err.split())
+            path = folder / "data" / run.classes[label] / f"{number}-{copy}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.rotate(4 * copy).save(path)
+    options = ["--data", f"imagefolder:{folder / 'data'}", "--shots", "2", "--epochs", "1", "--device", "cpu"]
+    assert main(["tune", "--method", "skip", *options, "--out", str(folder / "run")]) == 0
+    return folder / "run"
 
 
-def test_temperature_is_the_minimum():
-    generator = torch.Generator().manual_seed(0)
-    logits = 30 * torch.randn(200, 5, generator=generator)
-    labels = torch.where(torch.rand(200, generator=generator) < 0.7, logits.argmax(1), 0)
-    best = fit_temperature(logits, labels)
+@pytest.fixture(scope="module")
+def chosen(with_validation) -> Path:
+    """Folder of the blend of `with_validation`, with a chosen alpha; printed.txt is what the command printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert main(["blend", str(with_validation)]) == 0
+    folder = with_validation.with_name("run-blend")
+    (folder / "printed.txt").write_text(printed.getvalue())
+    return folder
 
-    def loss(temperature: float) -> float:
-        return torch.nn.functional.cross_entropy(logits.double() / temperature, labels, label_smoothing=2 / 202).item()
 
-    assert all(loss(best) < loss(best * factor) for factor in (0.5, 0.99, 1.01, 2))
-    all_correct = fit_temperature(logits, logits.argmax(1))
-    assert 0.01 < all_correct < best  # not certain, however many are correct
-    assert fit_temperature(logits[:, :1], torch.zeros(200, dtype=torch.int64)) == 1
+def test_alpha_is_the_best_on_the_validation_images(chosen):
+    metrics = metrics_of(chosen)
+    accuracies = metrics["blend"]["accuracy"]["validation"]
+    assert metrics["blend"]["chosen"] == accuracies.index(max(accuracies)) / 10
+    assert metrics["validation"]["tuned"] == max(accuracies)
+    assert ", the best on the validation images" in (chosen / "printed.txt").read_text()
+
+
+@pytest.mark.parametrize("folder", ["with_validation", "chosen"])
+def test_calibration_is_fitted_to_the_validation_images(folder, request):
+    """Of a run and of its blend."""
+    run = request.getfixturevalue(folder)
+    held_out = build_task(TuneConfig.from_yaml(run / "config.yaml")).validation.images
+    classifier = sk.Classifier.load(run, device="cpu")
+    logits = classifier.logits(torch.stack([classifier.transform(image) for image, _ in held_out]))
+    temperature = fit_temperature(logits, torch.tensor(held_out.labels))
+    assert classifier.temperature == pytest.approx(temperature, rel=1e-3)  # logits in batches of another size
+    assert classifier.none_logit == pytest.approx(fit_none_logit(logits, classifier.temperature), rel=1e-3)
+
+
+def test_blend_of_a_method_without_tuned_weights_is_refused(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("method: zero-shot")
+    assert "RUN must be of a method that tunes the weights" in fails(["blend", tmp_path], capsys)

@@ -23,7 +23,6 @@ from skipkernels.app.data import open_source
 from skipkernels.app.methods.skip import Skip
 from skipkernels.app.serve.output import NONE
 from skipkernels.app.train import tune
-from skipkernels.app.train.calibration import class_probabilities, find_thresholds, fit_none_logit
 from skipkernels.app.train.setup import build_task
 from skipkernels.formatting import csv_line, csv_text
 from tests.app.serve.conftest import CONFIG
@@ -44,50 +43,71 @@ def test_accuracy_is_that_of_the_run(run, photos, classifier):
 
 def test_inputs_of_each_kind_agree(photos, classifier):
     paths = sorted((photos / "part0").iterdir())[:5]
-    pictures = [Image.open(path) for path in paths]
-    tensors = torch.stack([classifier.transform(picture.convert("RGB")) for picture in pictures])
-    expected = classifier.predict(tensors, top=3)
+    pictures = [Image.open(path).convert("RGB") for path in paths]
+    arrays = [np.asarray(picture) for picture in pictures]
+    tensors = [torch.from_numpy(array.copy()).permute(2, 0, 1) for array in arrays]
+    rgba = [np.dstack([array, np.full_like(array[..., 0], 7)]) for array in arrays]
+    expected = classifier.predict(torch.stack([classifier.transform(picture) for picture in pictures]), top=3)
     assert expected.ids.shape == (5, 3)
-    mixed = [paths[0], str(paths[1]), *pictures[2:]]
-    for inputs in (paths, pictures, mixed):
+    kinds = {"paths": paths, "pictures": pictures, "arrays": arrays, "tensors": tensors, "RGBA": rgba}
+    mixed = [str(paths[0]), pictures[1], arrays[2], tensors[3], rgba[4]]
+    for kind, inputs in (kinds | {"mixed": mixed, "one array": np.stack(arrays)}).items():
         found = classifier.predict(inputs, top=3, batch_size=2)
-        assert torch.equal(found.ids, expected.ids)
+        assert torch.equal(found.ids, expected.ids), kind
         torch.testing.assert_close(found.probabilities, expected.probabilities, atol=1e-5, rtol=0)
-    arrays = [np.asarray(picture.convert("RGB")) for picture in pictures]
-    tensor = torch.from_numpy(arrays[4].copy()).permute(2, 0, 1)
-    rgba = np.dstack([arrays[3], np.full_like(arrays[3][..., 0], 7)])
-    for inputs in ([paths[0], pictures[1], arrays[2], rgba, tensor], np.stack(arrays)):
-        assert torch.equal(classifier.predict(inputs, top=3, batch_size=2).ids, expected.ids)
-    assert torch.equal(classifier.predict(arrays[1], top=3).ids, expected.ids[1:2])
+    for kind, inputs in kinds.items():  # a single image
+        assert torch.equal(classifier.predict(inputs[1], top=3).ids, expected.ids[1:2]), kind
     grey = pictures[0].convert("L")
     assert torch.equal(classifier.predict(np.asarray(grey)).probabilities, classifier.predict(grey).probabilities)
     assert classifier.predict(paths).names == list(map(str, paths))
-    assert torch.equal(classifier.predict(pictures[0], top=3).ids, expected.ids[:1])
     assert len(classifier.predict([])) == 0
 
 
-def test_probabilities_sum_to_one_and_use_the_temperature(run, images, classifier, tmp_path):
+def test_predictions_are_a_sequence_that_sums_to_one(run, images, classifier):
     every = classifier.predict(images, top=99)
     assert every.ids.shape == (len(images), len(run.classes))
     torch.testing.assert_close(every.probabilities.sum(1), torch.ones(len(images)))
     assert [every[n] for n in range(len(every))] == list(every) and every[-1] == list(every)[-1]
-    folder = shutil.copytree(run.folder, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def calibrated(run, tmp_path_factory) -> Path:
+    """Folder of the run with a temperature of 2."""
+    folder = shutil.copytree(run.folder, tmp_path_factory.mktemp("calibrated") / "run")
     values = json.loads((folder / "classifier.json").read_text())
     (folder / "classifier.json").write_text(json.dumps(values | {"temperature": 2.0}))
-    cooled = sk.Classifier.load(folder, device="cpu")
-    assert cooled.calibrated and not classifier.calibrated
-    underscores = [name.replace(" ", "_") for name in run.classes]
-    assert sk.Classifier.load(folder, classes=underscores, device="cpu").classes == run.classes
-    reordered = sk.Classifier.load(folder, classes=run.classes[::-1], device="cpu")
-    others = sk.Classifier.load(folder, classes=["alpha", *run.classes], device="cpu")
-    assert reordered.calibrated and (others.calibrated, others.temperature) == (False, 1)
-    assert "calibrated, cpu" in repr(cooled) and "not calibrated" in repr(others)
-    assert repr(others.predict(images, top=2)) == "Predictions(4 images, top 2 of 21 classes, not calibrated)"
-    found = cooled.predict(images, top=2, threshold=0.5)
-    assert repr(found) == "Predictions(4 images, top 2 of 20 classes, threshold 0.5, calibrated)" and found.calibrated
-    assert not sk.Classifier.load(folder, templates=["a {}."], device="cpu").calibrated
+    return folder
+
+
+def test_temperature_divides_the_logits(calibrated, images, classifier):
+    found = sk.Classifier.load(calibrated, device="cpu").predict(images, top=99)
     expected = (classifier.logits(images) / 2).softmax(1).sort(1, descending=True).values
-    torch.testing.assert_close(cooled.predict(images, top=99).probabilities, expected)
+    torch.testing.assert_close(found.probabilities, expected)
+
+
+def test_temperature_is_that_of_the_classes_and_prompts_of_the_run(run, calibrated):
+    """The classes in any order, and in other spellings."""
+    underscores = [name.replace(" ", "_") for name in run.classes]
+    for options, same in (
+        ({}, True),
+        ({"classes": run.classes[::-1]}, True),
+        ({"classes": underscores}, True),
+        ({"classes": ["alpha", *run.classes]}, False),
+        ({"templates": ["a {}."]}, False),
+    ):
+        found = sk.Classifier.load(calibrated, device="cpu", **options)
+        assert (found.calibrated, found.temperature) == ((True, 2) if same else (False, 1)), options
+    assert sk.Classifier.load(calibrated, device="cpu", classes=underscores).classes == run.classes
+
+
+def test_classifier_and_predictions_say_whether_they_are_calibrated(calibrated, classifier, images):
+    own = sk.Classifier.load(calibrated, device="cpu")
+    assert "20 classes" in repr(own) and "calibrated, cpu" in repr(own) and "not calibrated" not in repr(own)
+    found = own.predict(images, top=2, threshold=0.5)
+    assert found.calibrated
+    assert repr(found) == "Predictions(4 images, top 2 of 20 classes, threshold 0.5, calibrated)"
+    assert "not calibrated" in repr(classifier)
+    assert repr(classifier.predict(images, top=2)) == "Predictions(4 images, top 2 of 20 classes, not calibrated)"
 
 
 def classes_of(rank: int, folder: Path) -> int:
@@ -158,32 +178,6 @@ def test_embeddings_are_those_of_the_rows(run, photos, classifier, tmp_path, cap
             expected = classifier.embed(classifier.transform(image.convert("RGB"))[None])[0]
         np.testing.assert_allclose(embeddings[index], expected, atol=1e-6)  # another size of the batch
     assert classifier.predict([photos / "broken.jpg"], unreadable="skip").embeddings.shape == (0, *expected.shape)
-
-
-def test_thresholds_by_hand():
-    """Right at 0.95, 0.9 and 0.7, wrong at 0.8 and 0.605."""
-    best = torch.tensor([0.9, 0.8, 0.7, 0.605, 0.95])
-    probabilities = torch.stack([best, 1 - best], dim=1)
-    rows = find_thresholds(probabilities, torch.tensor([0, 1, 0, 1, 0]))
-    point = {"threshold": 0.81, "coverage": 40.0, "accuracy": 100.0}
-    assert rows[0] == {"wanted": "accuracy", "target": 90.0} | point
-    wrong = find_thresholds(probabilities, torch.ones(5, dtype=torch.int64))
-    nothing = {"threshold": None, "coverage": None, "accuracy": None}
-    assert wrong[:3] == [{"wanted": "accuracy", "target": target} | nothing for target in (90.0, 95.0, 99.0)]
-    everything = {"threshold": 0.6, "coverage": 100.0, "accuracy": 60.0}  # without one of five, 80 % would be kept
-    assert rows[3] == {"wanted": "coverage", "target": 95.0} | everything
-    right = find_thresholds(probabilities, torch.zeros(5, dtype=torch.int64))
-    assert all((row["threshold"], row["coverage"], row["accuracy"]) == (0.0, 100.0, 100.0) for row in right[:3])
-
-
-def test_none_is_one_more_class():
-    logits = torch.randn(50, 4, generator=torch.Generator().manual_seed(0)).double()
-    energy = (logits / 2).logsumexp(dim=1)
-    none_logit = fit_none_logit(logits, 2.0)
-    assert (energy < none_logit).double().mean().item() == pytest.approx(0.06)  # of 50: below the 5 % quantile are 3
-    found = class_probabilities(logits, 2.0, none_logit)
-    expected = (logits / 2).softmax(dim=1) * (energy - none_logit).sigmoid()[:, None]
-    torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=0)
 
 
 def test_thresholds_keep_the_share_of_validation_images_that_is_reported(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Refusals of a tuned model in use: the call, and the text of the error; the command, and the text of its line."""
+"""Refusals of a tuned model in use: arguments, damaged files of a run, and commands."""
 
 from __future__ import annotations
 
@@ -24,108 +24,157 @@ from skipkernels.app.train.candidates import Choice
 from tests.app.runs import fails
 
 
-class Given(NamedTuple):
-    """Folders of a run, of photos, and an empty one; preprocessed images."""
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"classes": "cat"}, "classes must be a list of names"),
+        ({"classes": ["a", "a"]}, "'a' and 'a' are the same class name"),
+        ({"classes": ["Cat", "cat"]}, "'Cat' and 'cat' are the same class name"),
+        ({"classes": ["sea_lion", "sea lion"]}, "'sea_lion' and 'sea lion' are the same class name"),
+        ({"classes": ["", "a"]}, "a class can't be named ''"),
+        ({"classes": ["a"]}, r"classes must be at least two names; got \['a'\]"),
+        ({"device": "gpu"}, "device 'gpu' can't be used"),
+        ({"precision": "int8"}, "precision must be one of auto, fp32"),
+    ],
+)
+def test_load_is_refused(run, options, error):
+    with pytest.raises(InputError, match=error):
+        sk.Classifier.load(run.folder, **{"device": "cpu"} | options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"unreadable": "ignore"}, "unreadable must be one of raise, skip; got 'ignore'"),
+        ({"top": 0}, "top must be a whole number of at least 1"),
+        *(({"threshold": bad}, "threshold must be a number from 0 to 1; got") for bad in (-1, 2, math.nan, "0.8")),
+        ({"images": torch.zeros(3, 32, 32)}, r"\[N, 3, H, W\]"),
+        ({"images": [Image.new("F", (32, 32))]}, "image 0: has 32 bits per channel"),
+        (
+            {"images": np.zeros((8, 8, 3), np.float32)},
+            r"got float32 \[8, 8, 3\]. From 0 to 1\? Multiply by 255",
+        ),
+        (
+            {"images": np.zeros((3, 8, 8), np.uint8)},
+            r"image 0: pixels must be an array \[H, W\], \[H, W, 3\]",
+        ),
+        (
+            {"images": [torch.zeros(8, 8, 3).byte()]},
+            r"a tensor \[3, H, W\] of uint8; got uint8 \[8, 8, 3\]",
+        ),
+        ({"images": np.zeros((0, 8, 3), np.uint8)}, r"got uint8 \[0, 8, 3\]"),
+        ({"images": [3]}, "must be paths, images of Pillow, or uint8 arrays; got int"),
+        ({"images": ["missing.png"]}, "missing.png: no such file"),
+    ],
+)
+def test_predict_is_refused(classifier, images, changes, error):
+    with pytest.raises(InputError, match=error):
+        classifier.predict(**{"images": images} | changes)
+
+
+class Damage(NamedTuple):
+    """Change of the files of a run, the call that reads them, and its error."""
+
+    error: str
+    files: dict[str, str | None]  # contents by name; None: it is deleted
+    described: dict[str, Any] = {}  # changes of classifier.json
+    read: Callable[[Path], object] = sk.Classifier.load
+
+
+NO_MATCH = "model.safetensors: missing or damaged: it does not match classifier.json. Copy the whole folder"
+DAMAGES = [
+    Damage("damaged: not JSON", {"classifier.json": "{"}),
+    Damage("damaged: not JSON", {"classifier.json": "[" * 200_000}),
+    Damage("damaged: format must be 1; got None", {"classifier.json": "{}"}),
+    Damage("no such file", {"classifier.json": None}),
+    # A method has more arguments than the settings of a run, such as a folder that it writes.
+    Damage("settings.text_cache.*skip_layers", {}, {"settings": {"text_cache": "x"}}),
+    Damage("methods skip, .*; got 'later'. Upgrade", {}, {"method": "later"}),
+    Damage(
+        r"^/.*classifier\.json: model: local-dir:/moved: no folder /moved",
+        {"open_clip_config.json": None},
+        {"model": "local-dir:/moved"},
+        lambda run: sk.Classifier.load(run, trust=True),
+    ),
+    Damage(NO_MATCH, {"model.safetensors": "x"}),
+    Damage(NO_MATCH, {"model.safetensors": "x"}, read=evaluate_run),
+    Damage(r"head.safetensors: missing or damaged \(.*Copy the whole folder", {}, {"head_xxh3": "0"}),
+    Damage(
+        r"head.safetensors: missing or damaged \(it does not match classifier.json",
+        {"head.safetensors": "x"},
+        {"head_xxh3": "0"},
+    ),
+    Damage(
+        r"metrics.json: damaged \(.*not a JSON object.*\)\. Restore it",
+        {"metrics.json": "[]"},
+        read=read_metrics,
+    ),
+    Damage(
+        r"metrics.json: damaged \(.*Unterminated.*\)\. Restore it",
+        {"metrics.json": '{"status": "com'},
+        read=read_metrics,
+    ),
+    Damage(r"metrics.jsonl: damaged \(Expecting", {"metrics.jsonl": "{"}, read=run_report),
+    Damage(r"candidates.json: damaged \(not a JSON object\)", {"candidates.json": "[]"}, read=Choice.read),
+    Damage(r"candidates.json: damaged \(asked: Field required\)", {"candidates.json": "{}"}, read=Choice.read),
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=[damage.error for damage in DAMAGES])
+def test_damaged_run_is_refused(run, tmp_path, damage):
+    folder = shutil.copytree(run.folder, tmp_path / "run")
+    values = json.loads((folder / "classifier.json").read_text())
+    (folder / "classifier.json").write_text(json.dumps(values | damage.described))
+    for name, content in damage.files.items():
+        (folder / name).unlink() if content is None else (folder / name).write_text(content)
+    with pytest.raises(InputError, match=damage.error):
+        damage.read(folder)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "error"),
+    [(1.5, "alpha must be from 0 to 1"), (True, "alpha must be from 0 to 1"), ("best", 'or "auto"')],
+)
+def test_alpha_is_refused(run, alpha, error):
+    with pytest.raises(InputError, match=error):
+        sk.blend(run.folder, alpha=alpha)
+
+
+class Folders(NamedTuple):
+    """Folders of a run, of another run, of photos, and an empty one."""
 
     run: Path
+    other: Path
     photos: Path
     empty: Path
-    images: torch.Tensor
-
-    @property
-    def copy(self) -> Path:
-        """Copy of the run, to be changed."""
-        return shutil.copytree(self.run, self.empty.parent / "copy")
-
-    def load(self, **options: Any) -> sk.Classifier:
-        return sk.Classifier.load(self.run, **{"device": "cpu"} | options)
-
-    def predict(self, images: Any = None, **options: Any) -> object:
-        return self.load().predict(self.images if images is None else images, **options)
 
 
 @pytest.fixture
-def given(run, photos, images, tmp_path) -> Given:
-    (tmp_path / "empty").mkdir()
-    return Given(run.folder, photos, tmp_path / "empty", images)
+def folders(run, photos, tmp_path) -> Folders:
+    for name in ("other", "empty"):
+        (tmp_path / name).mkdir()
+    shutil.copy(run.folder / "config.yaml", tmp_path / "other")
+    return Folders(run.folder, tmp_path / "other", photos, tmp_path / "empty")
 
 
-def written(folder: Path, name: str, content: str) -> Path:
-    (folder / name).write_text(content)
-    return folder
+def test_blend_into_the_run_is_refused(folders):
+    with pytest.raises(InputError, match="must not be the folder of the run"):
+        sk.blend(folders.run, out=folders.run)
 
 
-def without(folder: Path, name: str) -> Path:
-    (folder / name).unlink()
-    return folder
-
-
-def described(folder: Path, **changes: Any) -> Path:
-    values = json.loads((folder / "classifier.json").read_text())
-    return written(folder, "classifier.json", json.dumps(values | changes))
-
-
-CALLS: list[tuple[Callable[[Given], object], str]] = [
-    (lambda on: on.load(classes="cat"), "classes must be a list of names"),
-    *((lambda on, names=names: on.load(classes=names), f"'{names[0]}' and '{names[1]}' are the same class name")
-      for names in (["a", "a"], ["Cat", "cat"], ["sea_lion", "sea lion"])),
-    (lambda on: on.load(classes=["", "a"]), "a class can't be named ''"),
-    (lambda on: on.load(classes=["a"]), r"classes must be at least two names; got \['a'\]"),
-    (lambda on: on.load(device="gpu"), "device 'gpu' can't be used"),
-    (lambda on: on.load(precision="int8"), "precision must be one of auto, fp32"),
-    (lambda on: on.predict(unreadable="ignore"), "unreadable must be one of raise, skip; got 'ignore'"),
-    (lambda on: on.predict(top=0), "top must be a whole number of at least 1"),
-    *((lambda on, bad=bad: on.predict(threshold=bad), "threshold must be a number from 0 to 1; got")
-      for bad in (-1, 2, math.nan, "0.8")),
-    (lambda on: on.predict(torch.zeros(3, 32, 32)), r"\[N, 3, H, W\]"),
-    (lambda on: on.predict([Image.new("F", (32, 32))]), "image 0: has 32 bits per channel"),
-    (lambda on: on.predict(np.zeros((8, 8, 3), np.float32)), r"got float32 \[8, 8, 3\]. From 0 to 1\? Multiply by 255"),
-    (lambda on: on.predict(np.zeros((3, 8, 8), np.uint8)), r"image 0: pixels must be an array \[H, W\], \[H, W, 3\]"),
-    (lambda on: on.predict([torch.zeros(8, 8, 3).byte()]), r"a tensor \[3, H, W\] of uint8; got uint8 \[8, 8, 3\]"),
-    (lambda on: on.predict(np.zeros((0, 8, 3), np.uint8)), r"got uint8 \[0, 8, 3\]"),
-    (lambda on: on.predict([3]), "must be paths, images of Pillow, or uint8 arrays; got int"),
-    (lambda on: on.predict(["missing.png"]), "missing.png: no such file"),
-    *((lambda on, text=text: sk.Classifier.load(written(on.copy, "classifier.json", text)), error) for text, error in (
-        ("{", "damaged: not JSON"), ("[" * 200_000, "damaged: not JSON"), ("{}", "damaged: format must be 1; got None"),
-    )),
-    (lambda on: sk.Classifier.load(without(on.copy, "classifier.json")), "no such file"),
-    (lambda on: sk.Classifier.load(described(without(on.copy, "open_clip_config.json"), model="local-dir:/moved"),
-                                   trust=True),
-     r"^/.*classifier\.json: model: local-dir:/moved: no folder /moved"),
-    *((lambda on, use=use: use(written(on.copy, "model.safetensors", "x")),
-       "model.safetensors: missing or damaged: it does not match classifier.json. Copy the whole folder")
-      for use in (sk.Classifier.load, evaluate_run)),
-    (lambda on: sk.Classifier.load(described(on.copy, head_xxh3="0")),
-     r"head.safetensors: missing or damaged \(.*Copy the whole folder"),
-    (lambda on: sk.Classifier.load(written(described(on.copy, head_xxh3="0"), "head.safetensors", "x")),
-     r"head.safetensors: missing or damaged \(it does not match classifier.json"),
-    *((lambda on, text=text: read_metrics(written(on.copy, "metrics.json", text)),
-       rf"metrics.json: damaged \(.*{reason}.*\)\. Restore it")
-      for text, reason in (("[]", "not a JSON object"), ('{"status": "com', "Unterminated"))),
-    (lambda on: run_report(written(on.copy, "metrics.jsonl", "{")), r"metrics.jsonl: damaged \(Expecting"),
-    *((lambda on, text=text: Choice.read(written(on.copy, "candidates.json", text)),
-       rf"candidates.json: damaged \({reason}\)")
-      for text, reason in (("[]", "not a JSON object"), ("{}", "asked: Field required"))),
-    # A method has more arguments than the settings of a run, such as a folder that it writes.
-    (lambda on: sk.Classifier.load(described(on.copy, settings={"text_cache": "x"})),
-     "settings.text_cache.*skip_layers"),
-    (lambda on: sk.Classifier.load(described(on.copy, method="later")), "methods skip, .*; got 'later'. Upgrade"),
-    (lambda on: sk.blend(on.run, alpha=1.5), "alpha must be from 0 to 1"),
-    (lambda on: sk.blend(on.run, alpha=True), "alpha must be from 0 to 1"),
-    (lambda on: sk.blend(on.run, alpha="best"), 'or "auto"'),
-    (lambda on: sk.blend(on.run, out=on.run), "must not be the folder of the run"),
-    (lambda on: sk.export(on.run, "open-clip", on.run, overwrite=True), "out must not be the folder of a run"),
-    (lambda on: sk.export(on.run, "open-clip", on.copy, overwrite=True), "out must not be the folder of a run"),
-    (lambda on: sk.export(on.run, "open-clip", on.photos), "out must be a new or an empty folder"),
-    *((lambda on, options=options: sk.export(on.run, "open-clip", on.photos / "notes.txt", **options),
-       "notes.txt is a file; choose a folder") for options in ({}, {"overwrite": True})),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("call", "text"), CALLS, ids=[text for _, text in CALLS])
-def test_call_is_refused(given, call, text):
-    with pytest.raises(InputError, match=text):
-        call(given)
+@pytest.mark.parametrize(
+    ("out", "overwrite", "error"),
+    [
+        ("{run}", True, "out must not be the folder of a run"),
+        ("{other}", True, "out must not be the folder of a run"),
+        ("{photos}", False, "out must be a new or an empty folder"),
+        ("{photos}/notes.txt", False, "notes.txt is a file; choose a folder"),
+        ("{photos}/notes.txt", True, "notes.txt is a file; choose a folder"),
+    ],
+)
+def test_folder_of_an_export_is_refused(folders, out, overwrite, error):
+    with pytest.raises(InputError, match=error):
+        sk.export(folders.run, "open-clip", out.format(**folders._asdict()), overwrite=overwrite)
 
 
 # With {run}, {photos} and {empty} for the folders.
@@ -147,11 +196,11 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_command_is_refused(given, capsys, command):
+def test_command_is_refused(folders, capsys, command):
     if command.startswith("serve"):
         pytest.importorskip("uvicorn", reason="serve needs the extra web")
     if "/proc" in command and sys.platform != "linux":
         pytest.skip("needs a folder in which root can't write either")
-    words = [word.format(**given._asdict()) for word in command.split(" ")]
+    words = [word.format(**folders._asdict()) for word in command.split(" ")]
     assert COMMANDS[command] in fails([*words, "--device", "cpu"], capsys)
-    assert not list(given.empty.iterdir())
+    assert not list(folders.empty.iterdir())
