@@ -125,7 +125,7 @@ def test_alpha_is_the_best_on_the_validation_images(chosen):
 
 @pytest.mark.parametrize("folder", ["with_validation", "chosen"])
 def test_calibration_is_fitted_to_the_validation_images(folder, request):
-    """Of a run and of its blend."""
+    """They are the same images for a run and for its blend."""
     run = request.getfixturevalue(folder)
     held_out = build_task(TuneConfig.from_yaml(run / "config.yaml")).validation.images
     classifier = sk.Classifier.load(run, device="cpu")

@@ -225,7 +225,7 @@ def test_onnx_module_gives_the_probabilities(head_run, photo):
 @torch.no_grad()
 @pytest.mark.parametrize("head_run", ["clip-adapter"], indirect=True)  # the longest head: an export takes three seconds
 def test_onnx_file_computes_the_module(head_run, photo, tmp_path):
-    """For any number of images, with the classes and the preprocessing beside them, and no path of this machine."""
+    """Takes any number of images, has the classes and the preprocessing beside them, and no path of this machine."""
     for package in ("onnx", "onnxscript"):
         pytest.importorskip(package)
     onnxruntime = pytest.importorskip("onnxruntime")
