@@ -1,4 +1,4 @@
-"""Error for unusable input."""
+"""`InputError`, the error for unusable input, and functions that raise or make it."""
 
 from __future__ import annotations
 

@@ -12,12 +12,11 @@ Each is a `Head`, logits = weight · x/|x| + bias. They know nothing of models a
 
 from .anchored import CANDIDATES, anchored_l2, anchored_probe, halves, linear_probe, probe_l2, ranks
 from .fitting import Examples, choose_l2, fit_head
-from .gaussian import SHRINKAGE, gaussian_head, with_text
+from .gaussian import gaussian_head, with_text
 from .head import AffineHead, Head, balanced, cosine_logits
 
 __all__ = [
     "CANDIDATES",
-    "SHRINKAGE",
     "AffineHead",
     "Examples",
     "Head",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import hypothesis
 import hypothesis.strategies as st
 import pytest
@@ -68,6 +66,7 @@ def unsplit(tmp_path_factory):
     return root
 
 
+# Settings, and the images that validate, that test, and that train by shots. A hash splits 303 in 151, 61 and 91.
 @pytest.mark.parametrize(("validation", "test", "held", "tested", "trained"), [
     ("auto", "split", 61, 91, {1: 2, 16: 32, "all": 151}),
     ("none", "split", 0, 91, {1: 2, 16: 32, "all": 212}),
@@ -138,16 +137,6 @@ def test_load_task_notes_on_validation(trains, notes):
     task = load(source, "few-shot", shots=16, validation=0.2, train_on_validation=trains)
     assert task.notes == tuple(f"pets: {note}" for note in notes)
     assert (len(task.train), task.held_out, task.validation is None) == ((43, 8, True) if trains else (35, 0, False))
-
-
-def test_load_task_notes_few_images(tmp_path):
-    make_coop(tmp_path, "dtd")
-    task = load("coop:dtd", root=tmp_path, shots=16)
-    assert Counter(task.train.labels) == {0: 4, 1: 4}
-    assert task.notes == (
-        "coop:dtd: 2 of 2 classes have fewer than 16 training images, all of which are used: apple pie (4), baby back "
-        "ribs (4).",
-    )
 
 
 @pytest.mark.parametrize(

@@ -288,7 +288,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("function", "arguments", "change"), BAD)
+@pytest.mark.parametrize(("function", "arguments", "change"), BAD, ids=[f"{f.__name__} {bad[1]}" for f, _, bad in BAD])
 def test_heads_refuse(function, arguments, change):
     changed, message = change
     with pytest.raises((ValueError, TypeError), match=message):
