@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from skipkernels.app.data.pictograms import TEMPLATE
 from skipkernels.app.demo.pictogram_tiny import NAME, register
@@ -190,6 +191,22 @@ class NameTable(nn.Module):
         return F.normalize(self.words(self.indices, self.offsets) + self.own, dim=-1)
 
 
+def convolution_with_norm(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
+    """Make a convolution and its batch norm."""
+    return [nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs)]
+
+
+def without_norms(stem: Stem) -> Stem:
+    """Copy a stem with the batch norms in the convolutions. Sets them to evaluation mode."""
+    fused = Stem()
+    convolutions = [module for module in stem.modules() if isinstance(module, nn.Conv2d)]
+    norms = [module for module in stem.modules() if isinstance(module, nn.BatchNorm2d)]
+    copies = [module for module in fused.modules() if isinstance(module, nn.Conv2d)]
+    for copied, convolution, norm in zip(copies, convolutions, norms, strict=True):
+        copied.load_state_dict(fuse_conv_bn_eval(convolution.eval(), norm.eval()).state_dict())
+    return fused
+
+
 class Run:
     """A pre-training run: model, class table, optimizer, running average and rows."""
 
@@ -200,7 +217,7 @@ class Run:
         self.images = Images(pool, self.device)
         self.captions = Captions(options.model, pool.names, pool.style)
         self.model = open_clip.create_model(options.model)
-        self.model.visual.trunk.patch_embed.backbone = Stem(norm=True)
+        self.model.visual.trunk.patch_embed.backbone = Stem(convolution_with_norm)
         self.model.to(self.device, memory_format=torch.channels_last)
         self.table = NameTable(pool.names[: pool.narrow], self.model.text_projection.shape[1]).to(self.device)
         with torch.no_grad():
@@ -268,7 +285,7 @@ class Run:
         with self.average():
             model = copy.deepcopy(self.model)
         embed = model.visual.trunk.patch_embed
-        embed.backbone = embed.backbone.without_norms()
+        embed.backbone = without_norms(embed.backbone)
         state = {name: tensor.half().cpu() for name, tensor in model.state_dict().items()}
         replace_tensors(self.options.out / f"{NAME}.safetensors", state)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,19 +10,21 @@ from timm.layers import HybridEmbed
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+Layers = Callable[[int, int, int], list[nn.Module]]
+"""Function from the inputs, outputs and stride of a convolution to its layers."""
 
 
-def _convolution(inputs: int, outputs: int, stride: int, norm: bool) -> list[nn.Module]:
-    convolution = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=not norm)
-    return [convolution, nn.BatchNorm2d(outputs)] if norm else [convolution]
+def convolution(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
+    """Make the layers of a convolution."""
+    return [nn.Conv2d(inputs, outputs, 3, stride, 1)]
 
 
 class Residual(nn.Sequential):
     """Two convolutions and a skip connection, the identity at initialization."""
 
-    def __init__(self, width: int, norm: bool):
-        super().__init__(*_convolution(width, width, 1, norm), nn.ReLU(), *_convolution(width, width, 1, norm))
+    def __init__(self, width: int, layers: Layers):
+        super().__init__(*layers(width, width, 1), nn.ReLU(), *layers(width, width, 1))
         last: Any = self[-1]
         nn.init.zeros_(last.weight)
 
@@ -31,26 +34,15 @@ class Residual(nn.Sequential):
 
 
 class Stem(nn.Sequential):
-    """Convolutions from images, [B, 3, S, S], to maps, [B, 128, S/8, S/8]; in pre-training with batch norms."""
+    """Convolutions from images, [B, 3, S, S], to maps, [B, 128, S/8, S/8]; pre-training has other `layers` of each."""
 
     num_features = 128  # read by HybridEmbed
 
-    def __init__(self, norm: bool = False):
-        layers = [*_convolution(3, 32, 2, norm), nn.ReLU()]
+    def __init__(self, layers: Layers = convolution):
+        parts = [*layers(3, 32, 2), nn.ReLU()]
         for inputs, outputs in ((32, 64), (64, self.num_features)):
-            layers += [*_convolution(inputs, outputs, 2, norm), nn.ReLU()]
-            layers += [Residual(outputs, norm), Residual(outputs, norm)]
-        super().__init__(*layers)
-
-    def without_norms(self) -> Stem:
-        """Copy with the batch norms in the convolutions. Sets them to evaluation mode."""
-        stem = Stem()
-        convolutions = [module for module in self.modules() if isinstance(module, nn.Conv2d)]
-        norms = [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
-        copies = [module for module in stem.modules() if isinstance(module, nn.Conv2d)]
-        for copy, convolution, norm in zip(copies, convolutions, norms, strict=True):
-            copy.load_state_dict(fuse_conv_bn_eval(convolution.eval(), norm.eval()).state_dict())
-        return stem
+            parts += [*layers(inputs, outputs, 2), nn.ReLU(), Residual(outputs, layers), Residual(outputs, layers)]
+        super().__init__(*parts)
 
 
 default_cfgs = generate_default_cfgs({"vit_pictogram.untrained": {"input_size": (3, 32, 32)}})  # read by timm

@@ -25,16 +25,13 @@ def hub(tmp_path, monkeypatch):
     return datasets
 
 
-def rows(hub, count: int, *, names: bool = True, **more):
+def rows(hub, count: int, *, names: bool = True):
+    """Dataset with `count` images of each class, those of dogs in grey; without `names`, its labels are text."""
     labels = [label for label in range(3) for _ in range(count)]
-    pictures = [
-        Image.new("L" if label == 1 else "RGB", (5, 4), 0 if label == 1 else (RED * label, 9, 9)) for label in labels
-    ]
-    values = {"image": pictures, "label": labels if names else [CLASSES[label] for label in labels]} | {
-        key: [value] * len(labels) for key, value in more.items()
-    }
+    pictures = [Image.new("RGB", (5, 4), (RED * label, 9, 9)) for label in labels]
+    pictures[count : 2 * count] = [Image.new("L", (5, 4))] * count
+    values = {"image": pictures, "label": labels if names else [CLASSES[label] for label in labels]}
     features = {"image": hub.Image(), "label": hub.ClassLabel(names=CLASSES) if names else hub.Value("string")}
-    features |= {key: hub.Value("int64") for key in more}
     return hub.Dataset.from_dict(values, features=hub.Features(features))
 
 
@@ -88,8 +85,11 @@ def test_hf_uses_own_decoder(hub, saved):
 
 def test_hf_splits_without_labels_are_not_used(hub, saved):
     """The test split comes first, and its images have no labels; an unused column of val has another type."""
-    other = rows(hub, 1, row=1).cast_column("row", hub.Value("string"))
-    parts = {"test": rows(hub, 2, row=1).remove_columns("label"), "train": rows(hub, 4, row=1), "validation": other}
+    parts = {
+        "test": rows(hub, 2).remove_columns("label").add_column("row", [1] * 6),
+        "train": rows(hub, 4).add_column("row", [1] * 12),
+        "validation": rows(hub, 1).add_column("row", ["1"] * 3),
+    }
     source = open_source(saved(parts))
     assert [len(source.images(split)) for split in ("train", "test")] == [12, 3] and len(list(source.images("test")))
     assert "test does not have the columns image and label, so it is not used." in source.notes[0]
