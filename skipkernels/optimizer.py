@@ -36,43 +36,6 @@ _GATHERED_BYTES = 32 << 20  # gradients gathered in backward for one launch; a b
 _SEED_STRIDE = signed64(0xD1B54A32D192ED03)
 
 
-class _ConsumedGradient(torch.Tensor):
-    """Placeholder in `.grad` from an update in backward to `step()`, without memory; an operation on it is an error.
-
-    With None instead, `clip_grad_norm_` would skip the weight: return 0 and clip nothing.
-    """
-
-    @staticmethod
-    def __new__(cls, gradient: Tensor) -> _ConsumedGradient:
-        return torch.Tensor._make_wrapper_subclass(cls, gradient.shape, dtype=gradient.dtype, device=gradient.device)
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:  # type: ignore[override]
-        _refuse_use(str(func))
-
-
-class _Place(NamedTuple):
-    """Place of a weight in an optimizer."""
-
-    group: int  # its number in `param_groups`: load_state_dict replaces the groups
-    offset: int  # first of its elements among those of all weights
-
-
-class DeviceNumbers:
-    """Numbers on devices, each at a fixed address that captured graphs read, written when the number changes."""
-
-    def __init__(self) -> None:
-        self._copies: dict[tuple[torch.device, Hashable], tuple[Tensor, float]] = {}
-
-    def on(self, device: torch.device, name: Hashable, number: float, dtype: torch.dtype) -> Tensor:
-        """Return the tensor [] of a name, with this number."""
-        copy, value = self._copies.get((device, name)) or (torch.empty((), dtype=dtype, device=device), None)
-        if value != number:
-            copy.fill_(number)
-            self._copies[device, name] = copy, number
-        return copy
-
-
 class FusedSGD(torch.optim.Optimizer):
     """SGD with momentum that updates weights inside backward, as soon as their gradients are complete.
 
@@ -133,7 +96,7 @@ class FusedSGD(torch.optim.Optimizer):
         self._waiting: dict[int, list[Tensor]] = {}  # weights of gathered gradients, by the stream that computed these
         self._numbers = DeviceNumbers()  # options, by group and name
         self._hooks: list[RemovableHandle] = []
-        self._remove_hooks = weakref.finalize(self, _remove, self._hooks)
+        self._remove_hooks = weakref.finalize(self, _remove_all, self._hooks)
         self._remove_hooks.atexit = False
         if in_backward:
             _refuse_several_processes()
@@ -150,7 +113,7 @@ class FusedSGD(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            _check(group)
+            _check_group(group)
         except BaseException:
             self.param_groups.pop()
             raise
@@ -244,18 +207,18 @@ class FusedSGD(torch.optim.Optimizer):
         """Update weights by one call for each group, dtype and device."""
         alike: defaultdict[tuple[int, torch.dtype, torch.device], list[Tensor]] = defaultdict(list)
         for weight in weights:
-            alike[self._places[weight].group, weight.dtype, weight.device].append(weight)
-        for (number, _, device), of_group in alike.items():
-            group = self.param_groups[number]
+            alike[self._places[weight].group_index, weight.dtype, weight.device].append(weight)
+        for (group_index, _, device), of_group in alike.items():
+            group = self.param_groups[group_index]
             # Without momentum the buffer is scratch memory: that of one weight at a time, not of the whole model.
             for part in [of_group] if group["momentum"] else [[weight] for weight in of_group]:
                 functional.sgd_momentum_(
                     part,
                     [weight.grad for weight in part],  # type: ignore[misc]
                     [self._momentum_buffer(weight, group) for weight in part],
-                    self._option(number, "lr", device),
-                    momentum=self._option(number, "momentum", device),
-                    weight_decay=self._option(number, "weight_decay", device),
+                    self._option(group_index, "lr", device),
+                    momentum=self._option(group_index, "momentum", device),
+                    weight_decay=self._option(group_index, "weight_decay", device),
                     seed=_step_seed(group, device),
                     offsets=[self._places[weight].offset for weight in part],
                     casts=casts.casts_of(part),
@@ -263,9 +226,9 @@ class FusedSGD(torch.optim.Optimizer):
 
     def _read_places(self) -> dict[Tensor, _Place]:
         places, offset = {}, 0
-        for number, group in enumerate(self.param_groups):
+        for group_index, group in enumerate(self.param_groups):
             for weight in group["params"]:
-                places[weight] = _Place(number, offset)
+                places[weight] = _Place(group_index, offset)
                 offset += -(-weight.numel() // 4) * 4  # a multiple of 4: four elements share a hash
         return places
 
@@ -317,11 +280,93 @@ class FusedSGD(torch.optim.Optimizer):
         for group in state["param_groups"]:
             for option, default in self.defaults.items():
                 group.setdefault(option, default)
-            _check(group)
+            _check_group(group)
         super().__setstate__(state)
 
     def __getstate__(self) -> NoReturn:
         raise TypeError("FusedSGD: cannot be copied or pickled: its hooks are on its parameters. Use state_dict().")
+
+
+def _remove_all(hooks: list[RemovableHandle]) -> None:
+    for hook in hooks:
+        hook.remove()
+
+
+class _Place(NamedTuple):
+    """Place of a weight in an optimizer."""
+
+    group_index: int  # in `param_groups`: load_state_dict replaces the groups
+    offset: int  # first of its elements among those of all weights
+
+
+# ---- gradients that backward has consumed ----------------------------------------------------------------------------
+
+
+class _ConsumedGradient(torch.Tensor):
+    """Placeholder in `.grad` from an update in backward to `step()`, without memory; an operation on it is an error.
+
+    With None instead, `clip_grad_norm_` would skip the weight: return 0 and clip nothing.
+    """
+
+    @staticmethod
+    def __new__(cls, gradient: Tensor) -> _ConsumedGradient:
+        return torch.Tensor._make_wrapper_subclass(cls, gradient.shape, dtype=gradient.dtype, device=gradient.device)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:  # type: ignore[override]
+        _refuse_use(str(func))
+
+
+def _is_consumed(weight: Tensor) -> bool:
+    return weight.grad is None or isinstance(weight.grad, _ConsumedGradient)
+
+
+def _refuse_second_optimizer() -> NoReturn:
+    raise RuntimeError(
+        "FusedSGD: the gradient of a weight was consumed before this optimizer could use it: another one updates it in "
+        "backward too. Call close() on that one."
+    )
+
+
+def _refuse_use(use: str) -> NoReturn:
+    raise RuntimeError(
+        f"FusedSGD: {use} needs gradients that updates in backward have consumed. GradScaler, clip_grad_norm_ and "
+        "several backward passes before step() need all gradients of a step. Use in_backward=False."
+    )
+
+
+# ---- numbers that kernels read ---------------------------------------------------------------------------------------
+
+
+class DeviceNumbers:
+    """Numbers on devices, each at a fixed address that captured graphs read, written when the number changes."""
+
+    def __init__(self) -> None:
+        self._copies: dict[tuple[torch.device, Hashable], tuple[Tensor, float]] = {}
+
+    def on(self, device: torch.device, name: Hashable, number: float, dtype: torch.dtype) -> Tensor:
+        """Return the tensor [] of a name, with this number."""
+        copy, value = self._copies.get((device, name)) or (torch.empty((), dtype=dtype, device=device), None)
+        if value != number:
+            copy.fill_(number)
+            self._copies[device, name] = copy, number
+        return copy
+
+
+def _step_seed(group: dict[str, Any], device: torch.device) -> Tensor | None:
+    """Return the seed of the step, an int64 tensor [] on a device; None without stochastic rounding."""
+    if not group["stochastic_rounding"]:
+        return None
+    seed = group["step_seed"]  # a number if it is from a state dict
+    if seed is None:
+        seed = signed64(int(np.random.SeedSequence(group["seed"]).generate_state(1, np.uint64)[0]))
+    if not isinstance(seed, Tensor):
+        seed = torch.full((), seed, dtype=torch.int64, device=device)
+    group["step_seed"] = seed.to(device)  # the weights may have been moved
+    return group["step_seed"]
+
+
+# ---- checks ----------------------------------------------------------------------------------------------------------
 
 
 def world_size() -> int:
@@ -339,43 +384,13 @@ def _refuse_several_processes() -> None:
         )
 
 
-def _is_consumed(weight: Tensor) -> bool:
-    return weight.grad is None or isinstance(weight.grad, _ConsumedGradient)
-
-
-def _refuse_use(use: str) -> NoReturn:
-    raise RuntimeError(
-        f"FusedSGD: {use} needs gradients that updates in backward have consumed. GradScaler, clip_grad_norm_ and "
-        "several backward passes before step() need all gradients of a step. Use in_backward=False."
-    )
-
-
-def _refuse_second_optimizer() -> NoReturn:
-    raise RuntimeError(
-        "FusedSGD: the gradient of a weight was consumed before this optimizer could use it: another one updates it in "
-        "backward too. Call close() on that one."
-    )
-
-
-def _step_seed(group: dict[str, Any], device: torch.device) -> Tensor | None:
-    """Return the seed of the step, an int64 tensor [] on a device; None without stochastic rounding."""
-    if not group["stochastic_rounding"]:
-        return None
-    seed = group["step_seed"]  # a number if it is from a state dict
-    if seed is None:
-        seed = signed64(int(np.random.SeedSequence(group["seed"]).generate_state(1, np.uint64)[0]))
-    if not isinstance(seed, Tensor):
-        seed = torch.full((), seed, dtype=torch.int64, device=device)
-    group["step_seed"] = seed.to(device)  # the weights may have been moved
-    return group["step_seed"]
-
-
-def _check(group: dict[str, Any]) -> None:
+def _check_group(group: dict[str, Any]) -> None:
+    """Raise for weights or options of a group that cannot be trained with."""
+    dtypes, remedy = list(FEATURE_DTYPES), "Only floating-point weights can be trained."
+    if group["stochastic_rounding"]:
+        dtypes, remedy = [torch.bfloat16], "Set stochastic_rounding to False, or put other weights into another group."
     for weight in group["params"]:
-        if group["stochastic_rounding"]:
-            remedy = "Set stochastic_rounding to False, or put other weights into another group."
-            check_dtype("FusedSGD", "params", weight, [torch.bfloat16], remedy)
-        check_dtype("FusedSGD", "params", weight, FEATURE_DTYPES, "Only floating-point weights can be trained.")
+        check_dtype("FusedSGD", "params", weight, dtypes, remedy)
     if len(set(group["params"])) < len(group["params"]):
         raise ValueError("FusedSGD: params must be different weights; got one twice in a group. Remove the duplicate.")
     for option in ("lr", "momentum", "weight_decay", "seed"):
@@ -386,8 +401,3 @@ def _check(group: dict[str, Any]) -> None:
     for option in ("dampening", "nesterov", "maximize", "differentiable"):
         if group.get(option):
             raise ValueError(f"FusedSGD: {option} is not supported; got {group[option]}. Use torch.optim.SGD.")
-
-
-def _remove(hooks: list[RemovableHandle]) -> None:
-    for hook in hooks:
-        hook.remove()
