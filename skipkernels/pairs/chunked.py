@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..dtypes import without_autocast
+from ..dtypes import autocast_dtype, without_autocast
 
 
 class Part(NamedTuple):
@@ -42,13 +42,15 @@ def encoded_loss(
     """
     if chunk is None:
         return loss_of(*(part.encode(part.batch) for part in parts))
+    # 1. Embeddings of all chunks, without a graph
     encoders, embeddings = [], []
     for part in parts:
         encoders.append(encoder := _Encoder(part.encode, chunk, part.batch.device))
         embeddings.append(encoder.first_pass(part.batch))
     if not torch.is_grad_enabled():
         return loss_of(*embeddings)
-    # The gradients of fp16 embeddings are fp32: they have no factor of a GradScaler yet, and could underflow.
+    # 2. The loss, and its gradients with respect to embeddings and numbers. Those of fp16 embeddings are fp32: they
+    #    have no factor of a GradScaler yet, and could underflow.
     widens = any(x.dtype == torch.float16 for x in embeddings)
     leaves = [(x.float() if widens else x).detach().requires_grad_() for x in embeddings]
     with without_autocast(leaves[0].device) if widens else contextlib.nullcontext():
@@ -56,6 +58,7 @@ def encoded_loss(
     trained_numbers = [x for x in numbers if isinstance(x, Tensor) and x.requires_grad]
     trained = [x for x in parameters if x.requires_grad and not any(x is number for number in trained_numbers)]
     gradients = torch.autograd.grad(loss, [*leaves, *trained_numbers], materialize_grads=True)
+    # 3. A node of the graph that encodes the chunks again in backward
     batches = [part.batch for part in parts]
     return _Chunked.apply(encoders, trained, loss.detach(), batches, gradients, *trained_numbers, *trained)
 
@@ -65,7 +68,7 @@ class _Encoder:
 
     def __init__(self, encode: Callable[[Tensor], Tensor], chunk: int, device: torch.device):
         self.encode, self.chunk, self.device = encode, chunk, device
-        self.dtype, self.casts = torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type)
+        self.autocast_dtype = autocast_dtype(device)
         self.cpu_state = torch.get_rng_state()
         # Of the device, if it has a generator of its own. torch.utils.checkpoint saves it too, but not on MPS.
         self.devices = [] if device.type == "cpu" else [device]
@@ -95,7 +98,8 @@ class _Encoder:
 
     def _autocast(self) -> torch.autocast:
         # Casts are not cached, since those made without a graph must not be used by later calls.
-        return torch.autocast(self.device.type, self.dtype, self.casts, cache_enabled=False)
+        dtype = self.autocast_dtype
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None, cache_enabled=False)
 
 
 class _Chunked(torch.autograd.Function):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import functools
 
 import pytest
 import torch
@@ -46,36 +45,42 @@ def test_peak_of_chunks_does_not_grow_with_the_batch():
     assert whole > 4 * small and chunked < 2 * small
 
 
-def test_both_passes_have_the_same_autocast_and_random_numbers(monkeypatch):
+HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+
+
+@HALF
+def test_chunks_under_autocast_are_close_to_the_whole_batch(dtype):
     clip = sk.SkipCLIP(tiny_clip(torch.float32), tiny_tokens(13), skip_layers=1)
     images, ids = pair_batch(torch.float32)
-    for dtype in (torch.bfloat16, torch.float16):
-        with torch.autocast("cpu", dtype):
-            whole = sk.pairs.pair_loss(clip, images, ids)
-        expected = gradients(clip, whole)
-        passes, encode = [], clip.images.encode
+    with torch.autocast("cpu", dtype):
+        whole, loss = (sk.pairs.pair_loss(clip, images, ids, chunk=chunk) for chunk in (None, 2))
+    torch.testing.assert_close(loss, whole, rtol=1e-3, atol=1e-3)
+    expected = gradients(clip, whole)
+    assert max(relative_error(g, expected[name]) for name, g in gradients(clip, loss).items()) < 0.1
 
-        def recorded(x, rate, encode=encode, passes=passes):
-            embedding = F.dropout(encode(x), rate)
-            passes.append(embedding.detach())
-            return embedding
 
-        for dropped in (0.0, 0.5):
-            monkeypatch.setattr(clip.images, "encode", functools.partial(recorded, rate=dropped))
-            passes.clear()
-            with torch.autocast("cpu", dtype):
-                loss = sk.pairs.pair_loss(clip, images, ids, chunk=2)
-                assert not dropped or clip(images, ids).loss.requires_grad, "no cast without a graph is left"
-            torch.rand(3)
-            state = torch.get_rng_state()
-            found = gradients(clip, loss)
-            assert torch.get_rng_state().equal(state)
-            first, second = [passes[:3], passes[-3:]]
-            assert all(a.equal(b) and a.dtype == dtype for a, b in zip(first, second, strict=True))
-            if not dropped:
-                torch.testing.assert_close(loss, whole, rtol=1e-3, atol=1e-3)
-                assert max(relative_error(g, expected[name]) for name, g in found.items()) < 0.1
-        monkeypatch.undo()
+@HALF
+def test_both_passes_have_the_same_autocast_and_random_numbers(dtype, monkeypatch):
+    clip = sk.SkipCLIP(tiny_clip(torch.float32), tiny_tokens(13), skip_layers=1)
+    images, ids = pair_batch(torch.float32)
+    passes, encode = [], clip.images.encode
+
+    def recorded(x):
+        embedding = F.dropout(encode(x), 0.5)
+        passes.append(embedding.detach())
+        return embedding
+
+    monkeypatch.setattr(clip.images, "encode", recorded)
+    with torch.autocast("cpu", dtype):
+        loss = sk.pairs.pair_loss(clip, images, ids, chunk=2)
+        found = gradients(clip, clip(images, ids).loss)
+    assert len(found) == len(clip.trainable_parameters()), "no cast without a graph is left"
+    torch.rand(3)
+    state = torch.get_rng_state()
+    loss.backward()
+    assert torch.get_rng_state().equal(state)
+    first, second = passes[:3], passes[-3:]
+    assert all(a.equal(b) and a.dtype == dtype for a, b in zip(first, second, strict=True))
 
 
 def test_hooks_of_parameters_are_called_once_and_a_second_backward_is_equal():
@@ -122,16 +127,20 @@ def test_chunks_of_a_tower_that_does_not_train_and_without_gradients():
     assert not loss.requires_grad
 
 
-def test_chunks_refuse_changed_weights_and_what_they_would_change():
-    clip, (images, ids) = sk.SkipCLIP(tiny_clip(), tiny_tokens(13), skip_layers=1), pair_batch()
-    features = clip.encode_lower(images)
-    with pytest.raises(ValueError, match=r"pair_loss: with chunk, pixel_values get no gradient"):
-        sk.pairs.pair_loss(clip, features.requires_grad_(), ids, chunk=2)
-    loss = sk.pairs.pair_loss(clip, images, ids, chunk=2)
+def test_backward_after_a_change_of_the_weights_is_refused():
+    clip = sk.SkipCLIP(tiny_clip(), tiny_tokens(13), skip_layers=1)
+    loss = sk.pairs.pair_loss(clip, *pair_batch(), chunk=2)
     with torch.no_grad():
         clip.model.ln_final.weight.mul_(2)
     with pytest.raises(RuntimeError, match="pair_loss: weights changed between the loss"):
         loss.backward()
+
+
+def test_chunks_refuse_what_they_would_change():
+    clip, (images, ids) = sk.SkipCLIP(tiny_clip(), tiny_tokens(13), skip_layers=1), pair_batch()
+    features = clip.encode_lower(images)
+    with pytest.raises(ValueError, match=r"pair_loss: with chunk, pixel_values get no gradient"):
+        sk.pairs.pair_loss(clip, features.requires_grad_(), ids, chunk=2)
     clip.model.visual.ln_post = torch.nn.Sequential(clip.model.visual.ln_post, torch.nn.BatchNorm1d(1))
     with pytest.raises(ValueError, match="chunk must be None, since batch norms above the cut are in training mode"):
         sk.pairs.pair_loss(clip, images, ids, chunk=2)
