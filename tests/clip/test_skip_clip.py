@@ -14,8 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import skipkernels as sk
 from skipkernels import testing
 from skipkernels.boundary import LostGradient
-from skipkernels.clip import builder
-from skipkernels.towers.base import Cut, Tower
+from skipkernels.towers.base import Cut
 from tests.clip.clips import IMAGES, LABELS, C, assert_same_bits, make_clip, mixup, three_templates
 from tests.models import tiny_batch, tiny_clip, tiny_tokens
 
@@ -46,51 +45,6 @@ def test_cut_of_both_towers():
         clip.refresh()
     clip.set_classes(tiny_tokens(C))
     assert clip.texts.tower.cut == Cut(skip=1, runs=1, **options)
-
-
-def test_construction_under_autocast():
-    with torch.autocast("cpu", torch.bfloat16):
-        clip = sk.SkipCLIP(tiny_clip(torch.float32), tiny_tokens(9), skip_layers=1)
-        half = clip.class_embeddings()
-    torch.testing.assert_close(clip.prototypes, clip.class_embeddings())
-    assert not half.equal(clip.class_embeddings()), "embeddings from autocast are not reused in fp32"
-
-
-def test_refresh_brings_the_lower_parts_to_the_device_of_the_model(monkeypatch):
-    """The comparison with the model itself then runs on one device."""
-    clip, moves = sk.SkipCLIP(tiny_clip(), tiny_tokens(9), skip_layers=1, lower_device="cpu"), []
-    move, read = Tower.move_lower, builder.build
-    monkeypatch.setattr(Tower, "move_lower", lambda self, device=None: moves.append(device) or move(self, device))
-    monkeypatch.setattr(builder, "build", lambda *given, **options: moves.append("read") or read(*given, **options))
-    clip.refresh()
-    assert moves == [torch.device("cpu")] * 2 + ["read"] + [None] * 2
-
-
-@pytest.mark.parametrize("tail", ["resample", "fixed"])
-def test_tensors_are_not_made_on_the_default_device(tail, tmp_path):
-    """On the meta device a tensor has no values, so that reading one raises an error."""
-    images, labels = tiny_batch(4, C, torch.float32)
-    expected = make_clip(torch.float32, keep_ratio=0.4, tail=tail)(images, labels)
-    model, tokens = tiny_clip(torch.float32), tiny_tokens(C)
-    with torch.device("meta"):
-        clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=0.4, decay=3.0, tail=tail, text_cache=tmp_path)
-        out = clip(images, labels)
-        out.loss.backward()
-        sk.FusedSGD(clip.parameter_groups(text_lr=0.0, image_lr=0.0)).step()
-        assert clip.eval()(images, labels).logits.device == clip.predict(images).device == images.device
-        sk.pairs.pair_loss(clip.train(), images, labels)
-        clip.load_state_dict(clip.state_dict())
-        clip.refresh()
-    assert out.class_ids.equal(expected.class_ids) and out.loss.equal(expected.loss)
-
-
-@pytest.mark.parametrize("alone", [True, False], ids=["the model alone", "SkipCLIP"])
-def test_another_dtype_computes_the_text_features_again(alone):
-    images, labels = tiny_batch(4, C)
-    expected = make_clip()(images, labels).loss
-    clip = make_clip(torch.float32)
-    (clip.model.double() if alone else clip.type(torch.float64))
-    torch.testing.assert_close(clip(images, labels).loss, expected, rtol=1e-6, atol=0)  # weights rounded to fp32
 
 
 @pytest.mark.parametrize(

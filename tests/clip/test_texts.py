@@ -199,19 +199,6 @@ def test_tokens_are_a_copy(tokens):
     assert clip.get_extra_state().equal(state)
 
 
-def test_class_weight_is_a_copy_that_moves():
-    given = class_weights()
-    clip = sk.SkipCLIP(tiny_clip(torch.float32), tiny_tokens(C), skip_layers=1, class_weight=given)
-    given.zero_()
-    wide, batch = copy.deepcopy(clip).double(), tiny_batch(3, C)
-    assert wide(*batch, return_logits=True).logits.dtype == wide.eval()(*batch).logits.dtype == torch.float64
-    assert clip.bfloat16().class_weight.equal(class_weights()) and "class_weight" not in clip.state_dict()
-    assert copy.deepcopy(clip).class_weight.equal(class_weights())
-    with torch.autocast("cpu", torch.bfloat16):
-        assert clip(*tiny_batch(3, C, torch.bfloat16)).loss.isfinite()
-    assert clip.to("meta").class_weight.device.type == "meta"
-
-
 # ---- constant texts --------------------------------------------------------------------------------------------------
 
 

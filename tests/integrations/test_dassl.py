@@ -168,34 +168,63 @@ def test_prompts(dassl, problem):
     assert dassl.SkipKernels.prompts(trainer, NAMES)[1] == "a photo of a class 1."
 
 
-def unloadable(name: str, device: str) -> None:
-    raise ImportError("no ftfy")
+# ---- load_clip -------------------------------------------------------------------------------------------------------
 
 
-def test_loads_clip(dassl, problem, monkeypatch):
-    """The project's own `clip` where it knows the name, open_clip otherwise."""
+def loaded(dassl: Any, problem: Problem, name: str = "ViT-B/16", weights: str = "") -> Any:
+    """Result of `load_clip` for a name and weights of the configuration."""
     cfg = stand_in.config(problem)
-    monkeypatch.setitem(sys.modules, "clip.clip", None)
-    monkeypatch.delitem(sys.modules, "clip", raising=False)
-    with pytest.warns(UserWarning, match=r"clip cannot be imported \(.*clip\.clip.*\), so open_clip loads the model"):
-        model, tokenize = dassl.SkipKernels.load_clip(SimpleNamespace(cfg=cfg))
-    assert isinstance(model, open_clip.CLIP)
-    assert tokenize("a").shape == (1, problem.tokens.shape[1])
+    cfg.MODEL.BACKBONE.NAME, cfg.MODEL.INIT_WEIGHTS = name, weights
+    return dassl.SkipKernels.load_clip(SimpleNamespace(cfg=cfg))
+
+
+@pytest.fixture
+def own_clip(monkeypatch) -> Any:
+    """The project's own package `clip`."""
     clip: Any = ModuleType("clip")
     clip.available_models, clip.tokenize = lambda: ["ViT-B/16"], "tokenize"
     clip.load = lambda name, device: (f"{name} on {device}", "transform")
     monkeypatch.setitem(sys.modules, "clip", clip)
-    cfg.MODEL.BACKBONE.NAME = "ViT-B/16"
-    assert dassl.SkipKernels.load_clip(SimpleNamespace(cfg=cfg)) == ("ViT-B/16 on cpu", "tokenize")
-    with monkeypatch.context() as patch, pytest.raises(ImportError, match="no ftfy"):
-        patch.setattr(clip, "load", unloadable)
-        dassl.SkipKernels.load_clip(SimpleNamespace(cfg=cfg))
-    monkeypatch.setitem(sys.modules, "clip", ModuleType("clip"))  # of another project
-    found = {}
+    return clip
+
+
+@pytest.fixture
+def created(monkeypatch) -> dict[str, str]:
+    """Weights of the models that open_clip creates, by name; none is created."""
+    found: dict[str, str] = {}
     monkeypatch.setattr(open_clip, "create_model", lambda name, pretrained: found.update({name: pretrained}))
-    dassl.SkipKernels.load_clip(SimpleNamespace(cfg=cfg))
-    assert found == {"ViT-B-16-quickgelu": "openai"}
-    monkeypatch.setitem(sys.modules, "clip", clip)
-    cfg.MODEL.INIT_WEIGHTS = "weights.pt"  # which the package would ignore
-    dassl.SkipKernels.load_clip(SimpleNamespace(cfg=cfg))
-    assert found == {"ViT-B-16-quickgelu": "weights.pt"}
+    return found
+
+
+def test_open_clip_loads_if_the_own_package_cannot_be_imported(dassl, problem, monkeypatch):
+    monkeypatch.setitem(sys.modules, "clip.clip", None)
+    monkeypatch.delitem(sys.modules, "clip", raising=False)
+    with pytest.warns(UserWarning, match=r"clip cannot be imported \(.*clip\.clip.*\), so open_clip loads the model"):
+        model, tokenize = loaded(dassl, problem, "pictogram-tiny")
+    assert isinstance(model, open_clip.CLIP)
+    assert tokenize("a").shape == (1, problem.tokens.shape[1])
+
+
+def test_own_package_loads_the_names_that_it_knows(dassl, problem, own_clip):
+    assert loaded(dassl, problem) == ("ViT-B/16 on cpu", "tokenize")
+
+
+def test_error_of_the_own_package_is_raised(dassl, problem, own_clip):
+    def unloadable(name: str, device: str) -> None:
+        raise ImportError("no ftfy")
+
+    own_clip.load = unloadable
+    with pytest.raises(ImportError, match="no ftfy"):
+        loaded(dassl, problem)
+
+
+def test_open_clip_loads_if_the_package_is_of_another_project(dassl, problem, monkeypatch, created):
+    monkeypatch.setitem(sys.modules, "clip", ModuleType("clip"))
+    loaded(dassl, problem)
+    assert created == {"ViT-B-16-quickgelu": "openai"}
+
+
+def test_open_clip_loads_other_weights(dassl, problem, own_clip, created):
+    """The package would ignore them."""
+    loaded(dassl, problem, weights="weights.pt")
+    assert created == {"ViT-B-16-quickgelu": "weights.pt"}
