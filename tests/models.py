@@ -15,6 +15,7 @@ import torch
 
 verify = importlib.import_module("skipkernels.clip.verify")  # the package has the function of this name
 
+
 VISION = {"image_size": 16, "patch_size": 8, "width": 24, "layers": 3, "head_width": 8}
 TEXT = {"context_length": 77, "vocab_size": 60, "width": 16, "heads": 2, "layers": 3}
 
@@ -46,12 +47,37 @@ def half_precision_clip(dtype: torch.dtype) -> torch.nn.Module:
     return model
 
 
-@contextmanager
-def uncompared() -> Iterator[None]:
-    """Make SkipCLIPs without the comparison with their model, which has tests of its own and takes half of the time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verify, "_check", lambda *arguments: None)
-        yield
+def tiny_coca(correct: bool = False, **vision) -> torch.nn.Module:
+    """Open_clip `CoCa` of the same size, in fp64; `correct` selects the mask that does not exclude the class token."""
+    pooler = {"attentional_pool": True, "attn_pooler_heads": 4, "attn_pooler_queries": 5, "output_tokens": True}
+    text = {**TEXT, "embed_cls": True, "output_tokens": True, "context_length": 76}
+    decoder = {"context_length": 76, "width": 16, "heads": 2, "layers": 1, "vocab_size": 60}
+    torch.manual_seed(0)
+    width = VISION["width"] if vision else 12  # poolers named in a config take the width of the tower
+    model = open_clip.CoCa(width, decoder, text, {**VISION, **pooler, **vision})
+    model.text.correct_cls_mask = correct  # no config has it
+    return random_weights(model)
+
+
+def openai_clip(size: int = 16, layers: int | tuple[int, ...] = 3, width: int = 64) -> torch.nn.Module:
+    """OpenAI's model in fp32, the dtype that its norms compute in; several numbers of layers are those of a ResNet."""
+    torch.manual_seed(0)
+    patch = 8 if isinstance(layers, int) else None
+    return random_weights(openai_models().CLIP(12, size, layers, width, patch, 77, 60, 16, 2, 3)).float()
+
+
+def openai_models() -> ModuleType:
+    """The module `clip.model`, loaded from its file: its package needs a module that setuptools no longer has."""
+    if "clip.model" not in sys.modules:
+        package = importlib.util.find_spec("clip")
+        assert package is not None and package.submodule_search_locations, "pip install clip-anytorch"
+        file = Path(package.submodule_search_locations[0]) / "model.py"
+        spec = importlib.util.spec_from_file_location("clip.model", file)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        sys.modules["clip.model"] = module
+    return sys.modules["clip.model"]
 
 
 def random_weights(model: torch.nn.Module) -> torch.nn.Module:
@@ -64,18 +90,6 @@ def random_weights(model: torch.nn.Module) -> torch.nn.Module:
             else:
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     return model.double()
-
-
-def tiny_coca(correct: bool = False, **vision) -> torch.nn.Module:
-    """Open_clip `CoCa` of the same size, in fp64; `correct` selects the mask that does not exclude the class token."""
-    pooler = {"attentional_pool": True, "attn_pooler_heads": 4, "attn_pooler_queries": 5, "output_tokens": True}
-    text = {**TEXT, "embed_cls": True, "output_tokens": True, "context_length": 76}
-    decoder = {"context_length": 76, "width": 16, "heads": 2, "layers": 1, "vocab_size": 60}
-    torch.manual_seed(0)
-    width = VISION["width"] if vision else 12  # poolers named in a config take the width of the tower
-    model = open_clip.CoCa(width, decoder, text, {**VISION, **pooler, **vision})
-    model.text.correct_cls_mask = correct  # no config has it
-    return random_weights(model)
 
 
 def tiny_tokens(classes: int, *, context: int = 77, seed: int = 0) -> torch.Tensor:
@@ -97,22 +111,9 @@ def tiny_batch(batch: int, classes: int, dtype: torch.dtype = torch.float64, *, 
     return images, torch.randint(classes, (batch,), generator=generator)
 
 
-def openai_models() -> ModuleType:
-    """The module `clip.model`, loaded from its file: its package needs a module that setuptools no longer has."""
-    if "clip.model" not in sys.modules:
-        package = importlib.util.find_spec("clip")
-        assert package is not None and package.submodule_search_locations, "pip install clip-anytorch"
-        file = Path(package.submodule_search_locations[0]) / "model.py"
-        spec = importlib.util.spec_from_file_location("clip.model", file)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        sys.modules["clip.model"] = module
-    return sys.modules["clip.model"]
-
-
-def openai_clip(size: int = 16, layers: int | tuple[int, ...] = 3, width: int = 64) -> torch.nn.Module:
-    """OpenAI's model in fp32, the dtype that its norms compute in; several numbers of layers are those of a ResNet."""
-    torch.manual_seed(0)
-    patch = 8 if isinstance(layers, int) else None
-    return random_weights(openai_models().CLIP(12, size, layers, width, patch, 77, 60, 16, 2, 3)).float()
+@contextmanager
+def uncompared() -> Iterator[None]:
+    """Make SkipCLIPs without the comparison with their model, which has tests of its own and takes half of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verify, "_check", lambda *arguments: None)
+        yield

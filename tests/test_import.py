@@ -1,9 +1,8 @@
-"""Cost of importing the package, and the direction of imports between its modules."""
+"""Cost of importing the package, its public names, and what is missing: packages, and files of a wheel."""
 
 from __future__ import annotations
 
 import ast
-import graphlib
 import importlib
 import inspect
 import json
@@ -18,20 +17,6 @@ import pytest
 import skipkernels
 
 PACKAGE = Path(skipkernels.__file__).parent
-CONTRIBUTING = Path(__file__).parents[1] / "CONTRIBUTING.md"
-
-
-def places() -> dict[str, int]:
-    """Places of the parts of the package in the layout of CONTRIBUTING.md: a part may import those above it."""
-    layout = re.search(r"^skipkernels/.*?^bench/", CONTRIBUTING.read_text("utf-8"), re.MULTILINE | re.DOTALL)[0]
-    found, prefix = {"__main__": len(layout)}, ""
-    for place, line in enumerate(layout.splitlines()):
-        if line.startswith("skipkernels/app/"):
-            prefix = "app."
-        elif re.match("  [a-z_]", line):
-            names = line.split("   ")[0].replace(".py", "")
-            found |= {prefix + name: place for name in re.findall(r"\w+", names)}
-    return found
 
 
 LIGHT = ("triton", "open_clip", "torchvision", "matplotlib", "xformers", "transformers", "skipkernels.ops")
@@ -66,75 +51,18 @@ def test_lazy_names_are_no_modules(package):
     assert not [name for name in found.__all__ if inspect.ismodule(getattr(found, name))]
 
 
-def modules() -> list[Path]:
-    roots = PACKAGE / "__init__.py", PACKAGE / "app" / "__init__.py"
-    return sorted(path for path in PACKAGE.rglob("*.py") if path not in roots)
-
-
-def part_of(module: str) -> str:
-    """Part of the house that `skipkernels.a.b.c` is in: `a`, in the application `app.b`."""
-    parts = module.split(".")[1:]
-    return ".".join(parts[:2] if parts[0] == "app" else parts[:1])
-
-
-def imports(path: Path) -> list[str]:
-    """Modules of the package that a file imports, in functions too, except for types only."""
-    folder = path.relative_to(PACKAGE.parent).parent.parts
-    names: list[str] = []
-
-    def visit(node: ast.AST) -> None:
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            return
-        if isinstance(node, ast.Import):
-            names.extend(alias.name for alias in node.names)
-        if isinstance(node, ast.ImportFrom):
-            start = folder[: len(folder) - node.level + 1] if node.level else ()
-            module = ".".join((*start, *filter(None, [node.module])))
-            names.extend(module_of(f"{module}.{alias.name}", module) for alias in node.names)
-        for child in ast.iter_child_nodes(node):
-            visit(child)
-
-    visit(ast.parse(path.read_text()))
-    return [name for name in names if name.startswith("skipkernels.")]
-
-
-def module_of(name: str, parent: str) -> str:
-    """A name imported from a module: itself if it is a module or a name of the root package, else the module."""
-    path = PACKAGE.parent.joinpath(*name.split("."))
-    return name if path.is_dir() or path.with_suffix(".py").exists() or parent == "skipkernels" else parent
-
-
-def test_imports_flow_downwards():
-    upward, place_of = set(), places()
-    for path in modules():
-        file = path.relative_to(PACKAGE)
-        for name in imports(path):
-            if name.split(".")[1] in skipkernels.__all__ and part_of(name) not in place_of:
-                continue
-            if place_of[part_of(name)] > place_of[part_of(".".join(("skipkernels", *file.with_suffix("").parts)))]:
-                upward.add((file.as_posix(), name))
-    assert not upward
-
-
-def test_imports_form_no_circle():
-    graph = {}
-    for path in modules():
-        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
-        name = ".".join(parts[:-1] if path.stem == "__init__" else parts)
-        graph[name] = set(imports(path)) - {name}
-    graphlib.TopologicalSorter(graph).prepare()  # raises a CycleError that names the modules
-
-
 # One process for both tests, since it imports torch. Packages of the command line are blocked after the first import.
 CORE = """
 import json, sys, time, torch
 start = time.process_time(); import skipkernels as sk; seconds = time.process_time() - start
 print(json.dumps([seconds, torch.cuda.is_initialized(), sorted(sys.modules)]))
 
+
 class Blocked:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in BLOCKED:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
 
 BLOCKED = {"rich", "tyro", "pydantic", "triton", "torchmetrics", "ninja"}
 sys.meta_path.insert(0, Blocked())
@@ -145,6 +73,7 @@ x = torch.ones(2, 3)
 print(torch.equal(torch.ops.skipkernels.mlp_activation(x, None, 0), sk.functional.mlp_activation(x)))
 print(sk.functional.class_scores(torch.ones(1, 2), torch.eye(2), torch.tensor([0])).tolist())
 print(torch.cuda.is_initialized(), sk.backends()["class_scores"]["cuda"].reason)
+
 
 import open_clip
 model = open_clip.CLIP(32, open_clip.CLIPVisionCfg(layers=3, width=64, head_width=32, patch_size=8, image_size=16),
