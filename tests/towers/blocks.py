@@ -101,8 +101,8 @@ def gradients(block: nn.Module, hidden: Tensor | None = None, call: Callable = r
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(out.dtype)
     plain = {f"{id(m)}.{name}": x for m in block.modules() for name, x in vars(m).items() if isinstance(x, Tensor)}
     named = {"hidden": hidden, **arguments, **dict(block.named_parameters()), **plain}
-    named = {name: x for name, x in named.items() if isinstance(x, Tensor) and x.requires_grad}
-    return {"out": out} | dict(zip(named, torch.autograd.grad(out, list(named.values()), upstream), strict=True))
+    trained = {name: x for name, x in named.items() if x.requires_grad}
+    return {"out": out} | dict(zip(trained, torch.autograd.grad(out, list(trained.values()), upstream), strict=True))
 
 
 def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

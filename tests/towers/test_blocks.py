@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -100,6 +101,15 @@ def test_fused_block_backward_twice(name, memory):
     assert all(a.equal(b) for a, b in zip(first, second, strict=True))
 
 
+def test_fused_block_with_saved_tensor_hooks():
+    """Saved tensors may be returned as copies, such as after an offload to the host."""
+    block = fused("open_clip")
+    expected = gradients(block)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.clone(), lambda x: x.clone()):
+        found = gradients(block)
+    assert all(value.equal(expected[name]) for name, value in found.items())
+
+
 def test_rotation_saves_nothing():
     block, hidden = fused("perception"), hidden_states()
     saved = [saved_bytes(lambda rope=rope: block(hidden, rope=rope)) for rope in (None, rotary(block))]
@@ -112,14 +122,10 @@ def test_rotation_saves_nothing():
     ids=["first", "third", "any"],
 )
 def test_pooled_queries_are_rotated_by_their_positions(query_rows):
-    block, hidden = fused("perception"), hidden_states()
+    block = fused("perception")
     options = RowsOptions(SingleQuery(query_rows), rotary=rotary_of_tokens(rotary(block), block.attn))
-    pooled = block(Hidden(hidden.flatten(0, 1)), options).sum()
-    expected = run(block, hidden).flatten(0, 1)[query_rows]
-    found, truth = (
-        {"out": out, "d_hidden": torch.autograd.grad(out.square().sum(), hidden)[0]} for out in (pooled, expected)
-    )
-    assert_equal(found, truth)
+    found = gradients(block, call=lambda block, hidden: block(Hidden(hidden.flatten(0, 1)), options).sum())
+    assert_equal(found, gradients(block, call=partial(own_rows, query_rows=query_rows)))
 
 
 def test_learned_positions_run_own_forward():
@@ -132,42 +138,45 @@ def test_learned_positions_run_own_forward():
 # ---- rows of a tower -------------------------------------------------------------------------------------------------
 
 FIRST = slice(None, None, TOKENS)
-ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-8}
-# Dtypes of weights and residual stream, and of autocast: the same, or another one. Autocast leaves fp64 as it is.
-DTYPES = [
-    (torch.float64, torch.bfloat16),
-    *((dtype, dtype) for dtype in ROUNDING),
-    (torch.float32, torch.bfloat16),
-    (torch.bfloat16, torch.float16),
-]
+each_query_rows = pytest.mark.parametrize("query_rows", [None, FIRST], ids=["all", "pooled"])
 
 
-def run_rows(block, hidden, query_rows=None, memory="fast", backend=SDPA):
+def run_rows(block, hidden, *, query_rows=None, memory="fast", backend=SDPA):
     attention = Sequences(N, backend=backend) if query_rows is None else SingleQuery(query_rows)
     return block(Hidden(hidden.flatten(0, 1)), RowsOptions(attention, memory)).sum()
 
 
-def own_rows(block, hidden, query_rows=None, memory=None):
+def own_rows(block, hidden, *, query_rows=None):
     return run(block, hidden).flatten(0, 1)[slice(None) if query_rows is None else query_rows]
+
+
+# Dtypes of weights and residual stream, and of the products, by autocast if another one, which leaves fp64 as it is;
+# rounding.
+DTYPES = [
+    (torch.float64, torch.float64, 1e-12),
+    (torch.float64, torch.bfloat16, 1e-12),
+    (torch.float32, torch.float32, 1e-5),
+    (torch.float32, torch.bfloat16, 2**-8),
+    (torch.bfloat16, torch.bfloat16, 2**-8),
+    (torch.bfloat16, torch.float16, 2**-8),
+]
 
 
 @pytest.mark.parametrize("memory", ["fast", "min"])
 @pytest.mark.parametrize("constant", [False, True], ids=["inner", "first"])
-@pytest.mark.parametrize("query_rows", [None, FIRST], ids=["all", "pooled"])
-@pytest.mark.parametrize(("dtype", "product_dtype"), DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-def test_rows_no_worse_than_own_forward(dtype, product_dtype, query_rows, constant, memory):
+@each_query_rows
+@pytest.mark.parametrize(("dtype", "product_dtype", "rounding"), DTYPES, ids=lambda x: str(x).removeprefix("torch."))
+def test_rows_no_worse_than_own_forward(dtype, product_dtype, rounding, query_rows, constant, memory):
     """Against fp64, each result is at most three times as wrong as the block's own, or a rounding."""
     own, hidden = make_block("open_clip", dtype)[0], hidden_states(dtype, constant=constant)
-    block, arguments = sk.fuse(nn.Sequential(copy.deepcopy(own)))[0], {"query_rows": query_rows, "memory": memory}
-    exact = gradients(
-        copy.deepcopy(own).double(), hidden.detach().double().requires_grad_(not constant), own_rows, **arguments
-    )
+    block, wide = sk.fuse(nn.Sequential(copy.deepcopy(own)))[0], copy.deepcopy(own).double()
+    own_forward = partial(own_rows, query_rows=query_rows)
+    exact = gradients(wide, hidden.detach().double().requires_grad_(not constant), own_forward)
     with torch.autocast("cpu", product_dtype, enabled=product_dtype != dtype):
-        found = gradients(block, hidden, run_rows, **arguments)
+        found = gradients(block, hidden, partial(run_rows, query_rows=query_rows, memory=memory))
     # PyTorch's norm on a CPU takes no fp16 hidden states with bf16 weights: the block's own runs in bf16
     with torch.autocast("cpu", product_dtype, enabled=product_dtype != dtype != torch.bfloat16):
-        expected = gradients(own, hidden, own_rows, **arguments)
-    rounding = ROUNDING[dtype if dtype in (product_dtype, torch.float64) else torch.bfloat16]
+        expected = gradients(own, hidden, own_forward)
     assert found.keys() == exact.keys()
     for name, value in found.items():
         assert value.dtype == dtype
@@ -187,15 +196,13 @@ def test_backward_repeats_no_product_that_it_does_not_read():
     assert flops["min"] - flops["fast"] == flops["forward"] - 2 * N * TOKENS * block.mlp.c_proj.weight.numel()
 
 
-@pytest.mark.parametrize("query_rows", [None, FIRST], ids=["all", "pooled"])
+@each_query_rows
 def test_rows_of_a_constant_train_one_weight(query_rows):
-    block, hidden = fused("open_clip"), hidden_states(constant=True)
-    everything = gradients(block, hidden, run_rows, query_rows=query_rows)
+    block, hidden, call = fused("open_clip"), hidden_states(constant=True), partial(run_rows, query_rows=query_rows)
+    everything = gradients(block, hidden, call)
     for name, parameter in block.requires_grad_(False).named_parameters():
         parameter.requires_grad_(True)
-        assert_equal(
-            gradients(block, hidden, run_rows, query_rows=query_rows), {key: everything[key] for key in ("out", name)}
-        )
+        assert_equal(gradients(block, hidden, call), {key: everything[key] for key in ("out", name)})
         parameter.requires_grad_(False)
 
 
@@ -220,17 +227,8 @@ def test_rows_run_attention_no_more_than_needed(memory, frozen, expected):
     block, hidden = fused("open_clip"), hidden_states(constant=bool(frozen))
     for name, parameter in block.named_parameters():
         parameter.requires_grad_(not name.startswith(frozen or "none"))
-    run_rows(block, hidden, None, memory, SDPA._replace(full=full)).square().mean().backward()
+    run_rows(block, hidden, memory=memory, backend=SDPA._replace(full=full)).square().mean().backward()
     assert calls == expected
-
-
-def test_fused_block_with_saved_tensor_hooks():
-    """Saved tensors may be returned as copies, such as after an offload to the host."""
-    block = fused("open_clip")
-    expected = gradients(block)
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.clone(), lambda x: x.clone()):
-        found = gradients(block)
-    assert all(value.equal(expected[name]) for name, value in found.items())
 
 
 @pytest.mark.parametrize("backend", [INTERPRETED], indirect=True)
@@ -244,9 +242,9 @@ def test_block_completes_its_sums_by_one_call(backend, name, query_rows, monkeyp
         return row_sums.column_sums(*arguments)
 
     monkeypatch.setattr(gradients_module, "column_sums", column_sums)
-    hidden = hidden_states(torch.float32)
-    expected = gradients(block, hidden, run_rows, query_rows=query_rows)
+    call = partial(run_rows, query_rows=query_rows)
+    expected = gradients(block, call=call)
     assert not calls
     monkeypatch.setattr(node, "launches_on", lambda device: True)
-    assert_equal(gradients(block, hidden, run_rows, query_rows=query_rows), expected)
+    assert_equal(gradients(block, call=call), expected)
     assert len(calls) == 1
