@@ -118,11 +118,15 @@ class Images:
             batches = [batch for batch in batches if missing[batch.start : batch.stop].any()]
         if existing := len(self) - sum(map(len, batches)):
             advance(existing)
-        # A generator, so that DataLoader draws no seed from the global one.
-        options: dict[str, Any] = {"batch_size": None, "collate_fn": _unchanged, "generator": torch.Generator()}
-        workers = self.workers if batches else 0
         loading = iter(
-            DataLoader(_Batches(self.dataset, self.seed, epoch), sampler=batches, num_workers=workers, **options)
+            DataLoader(
+                _Batches(self.dataset, self.seed, epoch),
+                sampler=batches,
+                batch_size=None,
+                collate_fn=_unchanged,
+                num_workers=self.workers if batches else 0,
+                generator=torch.Generator(),  # else DataLoader draws a seed from the global one
+            )
         )
         try:
             for batch in loading:

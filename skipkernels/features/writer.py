@@ -72,7 +72,7 @@ class TableWriter:
         self._held = contextlib.ExitStack()
 
     def __enter__(self) -> TableWriter:
-        with disk_errors(self.folder), contextlib.ExitStack() as held:
+        with _disk_errors(self.folder), contextlib.ExitStack() as held:
             if self._check_folder() and self._is_whole():
                 return self
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -114,7 +114,7 @@ class TableWriter:
                 )
         numbers = range(first, first + len(features))
         row_checksums = np.stack([checksums_of(part, numbers, self.layout.seed) for part in parts], axis=1)
-        with disk_errors(self.folder):
+        with _disk_errors(self.folder):
             for name, part in zip(self.layout.arrays, parts, strict=True):
                 _write(self._files[name], first, part)
         self._written.append((first, row_checksums))
@@ -126,7 +126,7 @@ class TableWriter:
         """Flush the rows to the disk, then mark them as finished."""
         if not self._written:
             return
-        with disk_errors(self.folder):
+        with _disk_errors(self.folder):
             for name in self.layout.arrays:
                 os.fsync(self._files[name].fileno())
             for first, row_checksums in self._written:
@@ -190,7 +190,7 @@ class TableWriter:
 
 
 @contextlib.contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
+def _disk_errors(folder: Path) -> Iterator[None]:
     """Convert an OSError to a CacheError with the file, the fault and the remedy."""
     try:
         yield
