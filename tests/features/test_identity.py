@@ -109,6 +109,7 @@ def named(root: Path, version: int) -> Images:
 
 
 LABELS, ORDERS, CROPS = ([0, 1, 2, 3], [0, 1, 2, 2]), ([0, 1], [1, 0]), (v1.Resize(6), v1.CenterCrop(4))
+NORMALIZED = transformed(v2.Normalize([0.5], [0.2]), v2.Normalize([0.4], [0.2]))
 VERSIONS: dict[str, tuple[Make, set[str]]] = {
     "file renamed": (after(lambda root: (root / "cat/b.png").rename(root / "cat/c.png")), {"images"}),
     "file grown": (after(lambda root: rewrite(root / "dog/b.png", lambda data: data + b"more")), {"images"}),
@@ -133,7 +134,8 @@ VERSIONS: dict[str, tuple[Make, set[str]]] = {
         lambda root, v: ConcatDataset([TensorDataset(pictures(2), torch.tensor(LABELS[v][i : i + 2])) for i in (0, 2)]),
         {"labels"},
     ),
-    "mean of a transform": (transformed(v2.Normalize([0.5], [0.2]), v2.Normalize([0.4], [0.2])), {"image transform"}),
+    "mean of a transform": (NORMALIZED, {"image transform"}),
+    "mean in a part": (lambda root, v: ConcatDataset([NORMALIZED(root, v), images()]), {"image transform"}),
     "order of transforms": (transformed(v1.Compose(CROPS), v1.Compose(CROPS[::-1])), {"image transform"}),
     "function": (transformed(darker, images), {"image transform"}),  # by its name: the repr has an address
     "function of images": (transformed(darker, images, "Images.of_files"), {"image transform"}),
