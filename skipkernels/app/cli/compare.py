@@ -50,7 +50,8 @@ class CompareCommand(Settings):
         from skipkernels.app.report.study_page import explained, headline, tables
         from skipkernels.app.studies.compare import compare, write_study
 
-        methods, command = self.methods or tuple(METHODS), self.command("compare")
+        methods = tuple(METHODS) if self.methods is None else self.methods
+        command = self.command("compare")
         try:
             study = compare(config, methods, range(self.seeds), folder, err, overwrite=self.overwrite, command=command)
             paths = write_study(study, folder)

@@ -113,7 +113,7 @@ class Run:
                 if trainer is not None:
                     self._resume(trainer)  # from the checkpoint, if there is one
                 self.memory.reset()
-                fit_seconds = self._fit(images.train)  # in closed form
+                fit_seconds = 0.0 if self.config.has_steps else self._fit(images.train)  # in closed form
                 if trainer is not None:
                     self._train(trainer, images)  # by epochs
                 trained = self._complete(images, l2, before)  # blend, head, calibration
@@ -179,9 +179,7 @@ class Run:
             trainer.load_state_dict(self.folder.checkpoint.training)
 
     def _fit(self, train: FeatureCache) -> float:
-        """Train a method without steps; return the seconds. Others are trained by epochs, or only get a head."""
-        if self.config.has_steps:
-            return 0.0
+        """Train a method without steps; return the seconds."""
         batches = list(train.loader(BATCH, "sequential", device=self.setup.device))
         inputs, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
         started = time.perf_counter()

@@ -42,6 +42,7 @@ COMMANDS = {
     f"{SMALL} --out /proc/x": "/proc is not a writable folder",
     "check pictograms:food --out a.txt": "--out must end in .csv; got",
     "compare --methods skip skip": "--methods must be distinct names of skip, zero-shot, full",
+    "compare --methods": "lora, auto; got none.",
     "compare --seeds 0": "--seeds must be a number of runs from 1 to 1000",
     "compare --methods skip zero-shot --skip-layers 9": "or a tuple (image, text) of either; got 9. (run: skip)",
 }  # fmt: skip
