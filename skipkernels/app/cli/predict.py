@@ -136,7 +136,6 @@ class PredictCommand:
     def _print_summary(self, classifier: Classifier, results: _Results, err: Terminal) -> None:
         from skipkernels.app.report.formats import plural
         from skipkernels.app.serve.output import NONE
-        from skipkernels.app.train.description import CALIBRATED, NOT_CALIBRATED
 
         parts = [f"{plural(len(results.rows), 'image')} classified"]
         if self.threshold is not None:
@@ -145,16 +144,19 @@ class PredictCommand:
             parts.append(f"{results.unreadable:,} skipped")
         if self.out is not None:
             parts.append(f"in {self.out}")
-        changed = [f"--{name}" for name in ("classes", "template") if getattr(self, name) is not None]
+        probabilities = f"; probabilities are {self._calibration(classifier)}" if results.rows else ""
+        err.print(", ".join(parts) + probabilities, soft_wrap=True)
+
+    def _calibration(self, classifier: Classifier) -> str:
+        """Words on the calibration of probabilities."""
+        from skipkernels.app.serve.output import NONE
+        from skipkernels.app.train.description import CALIBRATED, NOT_CALIBRATED
+
         if classifier.calibrated:
             one_more = self.threshold is not None and classifier.none_logit is not None
-            calibration = CALIBRATED + (f", with {NONE} as one more class" if one_more else "")
-        elif changed:
-            calibration = f"not calibrated: {' and '.join(changed)} replace those of the run"
-        else:
-            calibration = NOT_CALIBRATED
-        probabilities = f"; probabilities are {calibration}" if results.rows else ""
-        err.print(", ".join(parts) + probabilities, soft_wrap=True)
+            return CALIBRATED + (f", with {NONE} as one more class" if one_more else "")
+        changed = [f"--{name}" for name in ("classes", "template") if getattr(self, name) is not None]
+        return f"not calibrated: {' and '.join(changed)} replace those of the run" if changed else NOT_CALIBRATED
 
 
 def _names(text: str) -> list[str]:

@@ -17,9 +17,9 @@ from ..results.files import existing_run, read_metrics
 from ..results.notes import result_notes
 from ..train import weights
 from ..train.description import write_open_clip_config
-from ..train.evaluation import Evaluator
+from ..train.evaluation import Evaluator, Trained
 from ..train.interpolation import Interpolation
-from ..train.metrics import Trained, metrics_of
+from ..train.metrics import metrics_of
 from ..train.reading import read_model
 from ..train.setup import build_run
 from ..train.writing import RunFolder

@@ -1,8 +1,8 @@
-"""Evaluation of a method on the tests of its task."""
+"""Evaluation of a method on the tests of its task, and the results of a run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from ..results.class_metrics import balanced_accuracy, metrics_of_test
 from ..results.predictions import TestPredictions, TopClasses, top_classes
 from ..results.thumbnails import predictions_with_thumbnails
 from .calibration import calibrate
+from .candidates import Choice
 from .setup import BATCH, RunSetup
 from .trainer import REMEDY
 
@@ -100,3 +101,33 @@ class Evaluator:
         if len(known) == len(task.tests):
             return dict(summarise(task.protocol, known))
         return {name: known.get(name) for name in summarise(task.protocol, {test.name: 0.0 for test in task.tests})}
+
+
+class Trained(NamedTuple):
+    """A trained model with its results."""
+
+    setup: RunSetup  # its method has the trained weights, and the head
+    choice: Choice | None  # between candidates
+    rows: list[dict[str, Any]]  # of metrics.jsonl
+    evaluator: Evaluator
+    zero_shot: Evaluation
+    tuned: Evaluation
+    l2: float  # penalty of the head; 0 without one
+    calibration: dict[str, Any]  # fields of a `Description`
+    thresholds: list[dict[str, Any]]  # by accuracy on the validation images
+
+    @classmethod
+    def measured(
+        cls,
+        setup: RunSetup,
+        evaluator: Evaluator,
+        zero_shot: Evaluation,
+        *,
+        l2: float,
+        choice: Choice | None = None,
+        rows: Sequence[dict[str, Any]] = (),
+    ) -> Trained:
+        """Test the method of a setup, and calibrate its probabilities; after a choice they are that of the choice."""
+        calibration, thresholds = evaluator.calibrate(setup.method) if choice is None else (choice.calibration, [])
+        tuned = evaluator.evaluate(setup.method)
+        return cls(setup, choice, [*rows], evaluator, zero_shot, tuned, l2, calibration, thresholds)

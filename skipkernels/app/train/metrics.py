@@ -7,8 +7,8 @@ import datetime
 import importlib.metadata
 import os
 import platform
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,42 +18,11 @@ import skipkernels
 from ..data.tasks import VALIDATION
 from ..report.words import name_of_run
 from ..results.files import MODEL
-from .candidates import Choice
 from .checkpoint import best_epoch
-from .evaluation import Evaluation, Evaluator
+from .evaluation import Trained
 from .setup import RunSetup
 
 _PACKAGES = ("torch", "open_clip_torch", "torchvision", "triton", "numpy")
-
-
-class Trained(NamedTuple):
-    """A trained model with its results."""
-
-    setup: RunSetup  # its method has the trained weights, and the head
-    choice: Choice | None  # between candidates
-    rows: list[dict[str, Any]]  # of metrics.jsonl
-    evaluator: Evaluator
-    zero_shot: Evaluation
-    tuned: Evaluation
-    l2: float  # penalty of the head; 0 without one
-    calibration: dict[str, Any]  # fields of a `Description`
-    thresholds: list[dict[str, Any]]  # by accuracy on the validation images
-
-    @classmethod
-    def measured(
-        cls,
-        setup: RunSetup,
-        evaluator: Evaluator,
-        zero_shot: Evaluation,
-        *,
-        l2: float,
-        choice: Choice | None = None,
-        rows: Sequence[dict[str, Any]] = (),
-    ) -> Trained:
-        """Test the method of a setup, and calibrate its probabilities; after a choice they are that of the choice."""
-        calibration, thresholds = evaluator.calibrate(setup.method) if choice is None else (choice.calibration, [])
-        tuned = evaluator.evaluate(setup.method)
-        return cls(setup, choice, [*rows], evaluator, zero_shot, tuned, l2, calibration, thresholds)
 
 
 def metrics_of(trained: Trained, command: str, cost: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,7 +56,7 @@ def metrics_of(trained: Trained, command: str, cost: Mapping[str, Any]) -> dict[
         "batch_size": config.batch_size,
         "kept_classes": rows[-1]["kept_classes"] if rows else None,
         "parameters": _parameters(trained.setup),
-        "checkpoint": weights_size(trained.setup.method.state_dict()),
+        "checkpoint": _weights_file(trained.setup.method.state_dict()),
         "cost": cost,
     }
 
@@ -112,7 +81,7 @@ def _versions() -> dict[str, str]:
     return versions_by_name
 
 
-def weights_size(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+def _weights_file(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """Name of the weights file, and the size of its weights."""
     return {"file": MODEL, "mib": _mib(sum(weight.nbytes for weight in weights.values()))}
 

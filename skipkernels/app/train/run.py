@@ -27,9 +27,9 @@ from ..results.files import CANDIDATES
 from . import checkpoint, weights
 from .checkpoint import best_epoch
 from .description import describe, write_open_clip_config
-from .evaluation import Evaluation, Evaluator
+from .evaluation import Evaluation, Evaluator, Trained
 from .interpolation import Interpolation
-from .metrics import Trained, cost_of, metrics_of
+from .metrics import cost_of, metrics_of
 from .progress import Logger, ProgressDisplay
 from .reading import how_to_resume
 from .search import Search

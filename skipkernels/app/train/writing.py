@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..heads import Head
-    from .metrics import Trained
+    from .evaluation import Trained
 
 _BEFORE_EPOCHS = {CONFIG, OPEN_CLIP, CANDIDATES}  # files of a run without results, which is replaced
 
