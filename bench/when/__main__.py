@@ -35,8 +35,8 @@ from pathlib import Path
 from ..inputs import positive
 from ..rows import command, latest_rows
 from . import own, trials
-from .plan import CANDIDATES, searched
-from .rows import reported, run_missing
+from .plan import SEARCHES, reported, searched
+from .pool import run_missing
 from .runs import curve, execute, first_steps
 from .tasks import SHIFTS, Shift
 
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--tasks", nargs="+", choices=names, metavar="TASK", help="default: all for which the files are given"
     )
-    parser.add_argument("--methods", nargs="+", default=list(CANDIDATES), choices=list(CANDIDATES), metavar="METHOD")
+    parser.add_argument("--methods", nargs="+", default=list(SEARCHES), choices=list(SEARCHES), metavar="METHOD")
     parser.add_argument("--seeds", type=positive, default=5)
     parser.add_argument("--workers", type=positive, default=2, help="runs beside each other")
     parser.add_argument("--without-words", type=Path, metavar="FILE")

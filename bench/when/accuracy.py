@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from skipkernels import FeatureCache
 from skipkernels.app import heads
@@ -26,32 +27,32 @@ def accuracies(
     base, new = setup.task.tests
     method.train(False)
     whole = head and head.with_new_classes(method.class_embeddings(new.name))
-
-    def logits(inputs: torch.Tensor) -> torch.Tensor:
-        """Logits over the base and the new classes, or over the base classes alone."""
-        image = method.embed(inputs)
-        if whole is not None:
-            return whole.logits(image)
-        found = (method.logits_of(test.name, image) for test in (base, new))
-        return torch.cat([each for each in found if each is not None], dim=1)
-
-    def of_test(features: FeatureCache) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits and labels of the images of a test."""
-        found, labels = zip(*((logits(x), of) for x, of in features.loader(BATCH, "sequential")), strict=True)
-        return torch.cat(found), torch.cat(labels)
-
-    def checked(found: torch.Tensor, labels: torch.Tensor) -> float:
-        if not found.isfinite().all():
-            raise FloatingPointError(f"{method.name}: logits are not finite")
-        return accuracy(labels, found.argmax(dim=1))
-
+    names = base.name, new.name
+    (of_base, base_labels), (of_new, new_labels) = (_logits(method, names, tests[name], whole) for name in names)
     classes = len(base.classes)
-    (of_base, base_labels), (of_new, new_labels) = (of_test(tests[test.name]) for test in (base, new))
     if of_base.shape[1] == classes:
-        return dict.fromkeys(ACCURACIES) | {"base": checked(of_base, base_labels)}
-    split = {"base": checked(of_base[:, :classes], base_labels), "new": checked(of_new[:, classes:], new_labels)}
-    joint = checked(torch.cat([of_base, of_new]), torch.cat([base_labels, new_labels + classes]))
+        return dict.fromkeys(ACCURACIES) | {"base": accuracy(base_labels, of_base.argmax(dim=1))}
+    split = {
+        "base": accuracy(base_labels, of_base[:, :classes].argmax(dim=1)),
+        "new": accuracy(new_labels, of_new[:, classes:].argmax(dim=1)),
+    }
+    joint = accuracy(torch.cat([base_labels, new_labels + classes]), torch.cat([of_base, of_new]).argmax(dim=1))
     return dict(summarise(setup.task.protocol, split)) | {"joint": joint}
+
+
+def _logits(
+    method: Method, names: Sequence[str], features: FeatureCache, head: heads.Head | None
+) -> tuple[Tensor, Tensor]:
+    """Logits of images over the classes of all tests in `names` that the method has logits for, and their labels."""
+    logits, labels = [], []
+    for inputs, of in features.loader(BATCH, "sequential"):
+        image = method.embed(inputs)
+        found = [head.logits(image)] if head is not None else [method.logits_of(name, image) for name in names]
+        logits.append(torch.cat([each for each in found if each is not None], dim=1))
+        labels.append(of)
+    if not all(each.isfinite().all() for each in logits):
+        raise FloatingPointError(f"{method.name}: logits are not finite")
+    return torch.cat(logits), torch.cat(labels)
 
 
 def rounded(accuracies: dict[str, Any]) -> dict[str, Any]:

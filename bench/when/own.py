@@ -36,33 +36,11 @@ PHOTOS = {
     "tissue": "ihc.png",
 }  # fmt: skip
 
-_SKIP = {"method": "skip", "validation": "none"}
-_ALL: dict[str, dict[str, Any]] = {
-    "zero-shot": {"method": "zero-shot", "validation": "none"},
-    "the default": {},
-    "Skip Tuning": _SKIP,
-}
-_COMPARED = _ALL | {"linear probe": {"method": "linear-probe", "validation": "none"}}
-METHODS: dict[str, dict[str, dict[str, Any]]] = {
-    "long tail": {
-        **_ALL,
-        "the default, --prior balanced": {"prior": "balanced"},
-        "the default, --class-weight 0.5": {"class_weight": 0.5},
-        "the default, --class-weight balanced": {"class_weight": "balanced"},
-        "Skip Tuning, --class-weight 0.5": _SKIP | {"class_weight": 0.5},
-        "Skip Tuning, --class-weight balanced": _SKIP | {"class_weight": "balanced"},
-    },
-    "flags": _COMPARED,
-    more.FLAGPACK: _COMPARED,
-    "tiles": _COMPARED,
-}
-"""Settings of `tune` by set and by the name in the table."""
-
 Images = list[tuple[Image.Image, int]]
 
 
 class OwnRun(NamedTuple):
-    """A run: a set and a method of `METHODS`, and a seed; `drawings` is the file of `recipes.pictograms.more`."""
+    """A run: a set of `SETS`, one of its methods, and a seed; `drawings` is the file of `recipes.pictograms.more`."""
 
     task: str
     method: str
@@ -73,12 +51,6 @@ class OwnRun(NamedTuple):
     def columns(self) -> dict[str, Any]:
         """Columns that identify the run among rows."""
         return {"task": self.task, "method": self.method, "phase": "report", "seed": str(self.seed), "setting": ""}
-
-
-def planned(drawings: Path | None, seeds: int) -> list[OwnRun]:
-    """All runs; without `drawings` none of flags."""
-    tasks = [task for task in METHODS if drawings or SETS[task] is not flags]
-    return [OwnRun(task, method, s, drawings) for task in tasks for s in range(seeds) for method in METHODS[task]]
 
 
 def names_by_class() -> dict[str, list[str]]:
@@ -124,17 +96,56 @@ def tiles(run: OwnRun) -> tuple[list[str], Images, Images]:
     return list(PHOTOS), train, test
 
 
-SETS: dict[str, Callable[[OwnRun], tuple[list[str], Images, Images]]]
-SETS = {"long tail": long_tail, "flags": flags, more.FLAGPACK: flags, "tiles": tiles}
+class OwnSet(NamedTuple):
+    """A set: a function of a run that returns the names of the classes and images with their labels, to train on and to
+    test on; and settings of `tune` by the name in the table."""
+
+    read: Callable[[OwnRun], tuple[list[str], Images, Images]]
+    methods: dict[str, dict[str, Any]]
+    needs_drawings: bool = False
+
+
+_ALL: dict[str, dict[str, Any]] = {
+    "zero-shot": {"method": "zero-shot", "validation": "none"},
+    "the default": {},
+    "Skip Tuning": {"method": "skip", "validation": "none"},
+}
+_WITH_PROBE = _ALL | {"linear probe": {"method": "linear-probe", "validation": "none"}}
+_WEIGHTED: dict[str, dict[str, Any]] = {
+    **_ALL,
+    "the default, --prior balanced": {"prior": "balanced"},
+    "the default, --class-weight 0.5": {"class_weight": 0.5},
+    "the default, --class-weight balanced": {"class_weight": "balanced"},
+    "Skip Tuning, --class-weight 0.5": _ALL["Skip Tuning"] | {"class_weight": 0.5},
+    "Skip Tuning, --class-weight balanced": _ALL["Skip Tuning"] | {"class_weight": "balanced"},
+}
+SETS = {
+    "long tail": OwnSet(long_tail, _WEIGHTED),
+    "flags": OwnSet(flags, _WITH_PROBE, needs_drawings=True),
+    more.FLAGPACK: OwnSet(flags, _WITH_PROBE, needs_drawings=True),
+    "tiles": OwnSet(tiles, _WITH_PROBE),
+}
+
+
+def planned(drawings: Path | None, seeds: int) -> list[OwnRun]:
+    """All runs; without `drawings` none of flags."""
+    return [
+        OwnRun(task, method, seed, drawings)
+        for task, own in SETS.items()
+        if drawings or not own.needs_drawings
+        for seed in range(seeds)
+        for method in own.methods
+    ]
 
 
 def execute(run: OwnRun) -> list[dict[str, Any]]:
     """Tune as `skipkernels tune --shots all` does with own data. Returns a row."""
-    classes, train, test = SETS[run.task](run)
+    own = SETS[run.task]
+    classes, train, test = own.read(run)
     settings: dict[str, Any] = {"model": pictogram_tiny.NAME, "template": (TEMPLATE,), "shots": "all", "device": "cpu"}
     with tempfile.TemporaryDirectory() as folder:
         settings |= {"seed": run.seed, "precision": "fp32", "out": Path(folder, "run")}
-        metrics = tune(dataset=train, test=test, classes=classes, **settings, **METHODS[run.task][run.method])
+        metrics = tune(dataset=train, test=test, classes=classes, **settings, **own.methods[run.method])
     by_class = metrics["by_class"]["all"]
     first, *others = (each["recall"] for each in by_class["classes"])
     found = {"accuracy": metrics["tuned"]["all"], "balanced": by_class["balanced_accuracy"]}

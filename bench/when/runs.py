@@ -7,7 +7,7 @@ import itertools
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -79,34 +79,42 @@ def execute(run: Run) -> list[dict[str, Any]]:
     if run.name == "auto":
         return chosen(run)
     setup = setup_of(run)
-    method, train, tests = setup.method, setup.train_features(), setup.test_features()
-    zero_shot = accuracies(setup, setup.zero_shot, tests)
+    train, tests = setup.train_features(), setup.test_features()
+    zero_shot = of_zero_shot(setup, tests)
     l2 = choose_l2("anchored", setup.examples(train)) if run.name in HEADED else None
-    blended_weights = weights_of_a_blend(method)
+    blended_weights = weights_of_a_blend(setup.method)
     between = Interpolation(blended_weights.values())
-    diverged = False
+    columns = run.columns | {"blended": 0, "head": "", "l2": None}
     try:
         *_, (steps, seconds) = epochs_of(setup, train)
-    except FloatingPointError:
-        diverged, steps, seconds = True, 0, 0.0
+    except FloatingPointError:  # training diverged
+        return [columns | dict.fromkeys(ACCURACIES, 0.0) | zero_shot | {"steps": 0, "train_s": 0.0}]
     cost = {"steps": steps, "train_s": round(seconds, 2)}
-    of_zero_shot = rounded({f"zero_shot_{name}": zero_shot[name] for name in ACCURACIES})
-
-    def rows(blended: bool) -> Iterator[dict[str, Any]]:
-        found = {"": dict.fromkeys(ACCURACIES, 0.0) if diverged else accuracies(setup, method, tests)}
-        if l2 is not None and not diverged:
-            embedded = setup.examples(train)
-            found |= {name: accuracies(setup, method, tests, fit_head(name, embedded, l2)) for name in HEADS}
-        for head, accuracy in found.items():
-            columns = run.columns | {"blended": int(blended), "head": head, "l2": l2 if head == "anchored" else None}
-            yield columns | rounded(accuracy) | of_zero_shot | cost
-
-    found = [*rows(blended=False)]
-    if blended_weights and not diverged:
+    rows = [columns | found | zero_shot | cost for found in tested(setup, train, tests, l2)]
+    if blended_weights:
         between.end()
         between.set(BLENDS[1])
-        found += rows(blended=True)
-    return found
+        blended = columns | {"blended": 1}
+        rows += [blended | found | zero_shot | cost for found in tested(setup, train, tests, l2)]
+    return rows
+
+
+def of_zero_shot(setup: RunSetup, tests: Mapping[str, FeatureCache]) -> dict[str, Any]:
+    """Columns of the accuracies before tuning."""
+    found = accuracies(setup, setup.zero_shot, tests)
+    return rounded({f"zero_shot_{name}": found[name] for name in ACCURACIES})
+
+
+def tested(
+    setup: RunSetup, train: FeatureCache, tests: Mapping[str, FeatureCache], l2: float | None
+) -> Iterator[dict[str, Any]]:
+    """Columns of the accuracies of the method, and of each head on its embeddings if a penalty is given."""
+    yield rounded(accuracies(setup, setup.method, tests))
+    if l2 is not None:
+        examples = setup.examples(train)
+        for name in HEADS:
+            found = rounded(accuracies(setup, setup.method, tests, fit_head(name, examples, l2)))
+            yield {"head": name, "l2": l2 if name == "anchored" else None} | found
 
 
 def chosen(run: Run) -> list[dict[str, Any]]:
@@ -117,12 +125,12 @@ def chosen(run: Run) -> list[dict[str, Any]]:
         quiet: dict[str, Any] = {"command": "", "console": Console(quiet=True), "loggers": []}
         tuning = TuneRun(config, RunFolder(config), open_data(run), **quiet)
         setup, tests = tuning.setup, tuning.setup.test_features()
-        zero_shot = accuracies(setup, setup.zero_shot, tests)
+        zero_shot = of_zero_shot(setup, tests)
         metrics = tuning.execute()
-    found = accuracies(setup, setup.method, tests, setup.method.fitted)
+    found = rounded(accuracies(setup, setup.method, tests, setup.method.fitted))
     cost = {"steps": metrics["steps"], "train_s": round(metrics["cost"]["seconds_tuning"], 2)}
     columns = run.columns | {"blended": 0, "head": "", "l2": metrics["l2"], "chosen": metrics["classifier"]}
-    return [columns | rounded(found) | rounded({f"zero_shot_{name}": zero_shot[name] for name in ACCURACIES}) | cost]
+    return [columns | found | zero_shot | cost]
 
 
 def curve(run: Run) -> list[dict[str, Any]]:

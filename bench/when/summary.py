@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-from ..rows import Row
+from ..rows import Row, grouped
 from .accuracy import ACCURACIES
 from .lines import (
     DEFAULT,
@@ -50,11 +51,14 @@ _TOGETHER = "five categories"
 _CATEGORIES = ("animals", "food", "objects", "travel", "activities")
 _CLEAR = 0.05  # probability of a difference at least as large if there were none, after correction
 REFERENCE_SECONDS = (10, 30, 100)
-# Columns of the table of the long tail, by their title.
-_OF_TAIL = {"accuracy": "accuracy", "balanced accuracy": "balanced", "of the large class": "large"}
-_OF_TAIL |= {"of the fourteen": "rare"}
-
-_OWN = ("flags", "flagpack", "tiles")
+# Columns of the tables of own sets: the set and the column of its rows, by title.
+_OF_TAIL = {
+    "accuracy": ("long tail", "accuracy"),
+    "balanced accuracy": ("long tail", "balanced"),
+    "of the large class": ("long tail", "large"),
+    "of the fourteen": ("long tail", "rare"),
+}
+_OF_OTHERS = {task: (task, "accuracy") for task in ("flags", "flagpack", "tiles")}
 
 Table = tuple[list[str], list[list[str]]]
 """Header and lines of cells."""
@@ -127,20 +131,23 @@ def settings_table(rows: Sequence[Row]) -> Table:
 
 def cost_table(cost: Sequence[Row]) -> Table:
     """Time and harmonic mean at the end, and the time to reach the best of full fine-tuning within some seconds."""
-    lines = []
-    for task in (shift.name for shift in SHIFTS):
-        by_method = {name: [row for row in cost if (row["task"], row["method"]) == (task, name)] for name in METHODS}
-        reference = [(float(row["train_s"]), float(row["harmonic"])) for row in by_method["full"]]
-        goals = [max((best for s, best in reference if s <= seconds), default=None) for seconds in REFERENCE_SECONDS]
-        for method, of in by_method.items():
-            if not of or method == "linear-probe":
-                continue
-            curve = [(float(row["train_s"]), float(row["harmonic"])) for row in of]
-            reached = [next((s for s, value in curve if goal and value >= goal), None) for goal in goals]
-            end = [of[-1]["steps"], f"{curve[-1][0]:.1f} s", f"{curve[-1][1]:.1f}"]
-            lines.append([task, Line(method).name, *end, *(f"{s:.1f} s" if s is not None else "" for s in reached)])
+    curves, lines = grouped(cost, "task method"), []
+    for task, method in itertools.product((shift.name for shift in SHIFTS), METHODS):
+        if curve := curves.get((task, method)):
+            goals = [_best_within(curves.get((task, "full"), []), seconds) for seconds in REFERENCE_SECONDS]
+            end = [curve[-1]["steps"], f"{float(curve[-1]['train_s']):.1f} s", f"{float(curve[-1]['harmonic']):.1f}"]
+            lines.append([task, Line(method).name, *end, *(_reached(curve, goal) for goal in goals)])
     header = ["", "", "steps", "training", "harmonic mean"]
     return header + [f"as full within {seconds} s" for seconds in REFERENCE_SECONDS], lines
+
+
+def _best_within(curve: Sequence[Row], seconds: float) -> float | None:
+    return max((float(row["harmonic"]) for row in curve if float(row["train_s"]) <= seconds), default=None)
+
+
+def _reached(curve: Sequence[Row], goal: float | None) -> str:
+    """Time until a curve is at a harmonic mean; empty if it never is, or without one."""
+    return next((f"{float(row['train_s']):.1f} s" for row in curve if goal and float(row["harmonic"]) >= goal), "")
 
 
 def steps_table(steps: Sequence[Row]) -> Table:
@@ -162,19 +169,18 @@ def steps_table(steps: Sequence[Row]) -> Table:
     return header, lines
 
 
-def own_table(rows: Sequence[Row], tasks: Sequence[str], columns: Mapping[str, str]) -> Table:
-    """Accuracies in per cent on own sets, and how often the default chose which candidate; columns by their title."""
-    lines = []
-    for method in dict.fromkeys(row["method"] for row in rows if row["task"] in tasks):
-        cells, chosen = [], Counter[str]()
-        for task in tasks:
-            of = [row for row in rows if (row["task"], row["method"]) == (task, method)]
-            cells += [interval([float(row[column]) for row in of]) for column in columns.values()]
-            chosen.update(row["chosen"] for row in of if method.startswith("the default"))
+def own_table(rows: Sequence[Row], columns: Mapping[str, tuple[str, str]]) -> Table:
+    """Accuracies in per cent on own sets, and how often the default chose which candidate.
+
+    `columns` has the set and the column of its rows by the title in the table.
+    """
+    tasks, lines = {task for task, _ in columns.values()}, []
+    for (method,), of in grouped((row for row in rows if row["task"] in tasks), "method").items():
+        chosen = Counter(row["chosen"] for row in of if method.startswith("the default"))
         names = ", ".join(f"{name} ({count})" for name, count in sorted(chosen.items()))
-        lines.append([method, *cells, names])
-    titles = list(columns) if len(tasks) == 1 else tasks
-    return ["", *titles, "chosen (runs)"], lines
+        samples = [[float(row[column]) for row in of if row["task"] == task] for task, column in columns.values()]
+        lines.append([method, *map(interval, samples), names])
+    return ["", *columns, "chosen (runs)"], lines
 
 
 def trials_table(rows: Sequence[Row]) -> Table:
@@ -201,7 +207,7 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Row]], Table]]] = {
     "settings": ("when", settings_table),
     "cost": ("when_cost", cost_table),
     "steps": ("when_steps", steps_table),
-    "tail": ("when_own", partial(own_table, tasks=["long tail"], columns=_OF_TAIL)),
-    "own": ("when_own", partial(own_table, tasks=_OWN, columns={"accuracy": "accuracy"})),
+    "tail": ("when_own", partial(own_table, columns=_OF_TAIL)),
+    "own": ("when_own", partial(own_table, columns=_OF_OTHERS)),
     "trials": ("when_trials", trials_table),
 }

@@ -27,7 +27,6 @@ from skipkernels.app.train.setup import RunSetup
 from ..rows import Row
 from . import plan
 from .accuracy import accuracies, rounded
-from .rows import best
 from .runs import epochs_of, setup_of
 from .tasks import Shift
 
@@ -45,7 +44,7 @@ def planned(rows: Sequence[Row]) -> Iterator[plan.Run]:
     for name in (NAME, IMAGE_ONLY):
         variant = plan.VARIANTS[name]
         for seed in SEEDS:
-            yield plan.Run(Shift("all"), name, variant, best(rows, variant.method), "search", seed)
+            yield plan.Run(Shift("all"), name, variant, plan.best(rows, variant.search), "search", seed)
 
 
 def execute(run: plan.Run) -> list[dict[str, Any]]:
@@ -106,7 +105,7 @@ def lp_ft(setup: RunSetup) -> Iterator[Trial]:
 
 def with_views(run: plan.Run, frozen: Examples) -> Examples:
     """Examples with random crops of their images."""
-    setup = setup_of(replace(run, variant=plan.Variant("skip", (*run.variant.changes, ("refresh", "epoch")))))
+    setup = setup_of(replace(run, variant=plan.Variant("skip", run.variant.settings | {"refresh": "epoch"})))
     crops = setup.train_features()
     views = [setup.examples(FeatureCache(crops.load_epoch(epoch), crops.labels)) for epoch in range(VIEWS)]
     image, labels = torch.cat([frozen.image, *(each.image for each in views)]), frozen.labels.repeat(1 + VIEWS)

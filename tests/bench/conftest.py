@@ -29,4 +29,4 @@ def machine(monkeypatch) -> None:
 @pytest.fixture
 def threads_for_workers(monkeypatch) -> None:
     """Runs of `bench.when` in threads: a process imports PyTorch. A thread has its own number of threads as well."""
-    monkeypatch.setattr("bench.when.rows.ProcessPoolExecutor", lambda n, _, *start: ThreadPoolExecutor(n, "", *start))
+    monkeypatch.setattr("bench.when.pool.ProcessPoolExecutor", lambda n, _, *start: ThreadPoolExecutor(n, "", *start))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from types import SimpleNamespace
 
@@ -12,7 +13,8 @@ from PIL import Image
 
 from bench.rows import latest_rows
 from bench.when import accuracy, own, plan, runs, summary, tasks, trials
-from bench.when.rows import best, reported, run_missing
+from bench.when.plan import best, reported
+from bench.when.pool import run_missing
 from bench.when.tasks import Shift
 from recipes.pictograms import more
 from skipkernels.app import heads
@@ -22,6 +24,8 @@ from skipkernels.app.train.evaluation import Evaluator
 BY_NAME = {shift.name: shift for shift in tasks.SHIFTS}
 PACKAGED = [shift for shift in tasks.SHIFTS if shift.tasks]
 SMALL = Shift("small", ("activities",))
+SHORT = plan.Candidate("adamw", 1e-3, 1e-3, epochs=1, batch_size=64)
+FITTED = plan.Candidate("fit", 0.0, 0.0)
 
 
 # ---- names: zero-shot accuracies of docs/when.md are of names that no search has seen --------------------------------
@@ -77,8 +81,14 @@ def row(method, seed, value, phase="search", setting="adamw 0.001 0.001", **othe
     return {name: str(value) for name, value in (named | {"base": value, "new": value}).items()}
 
 
+def rows_of_searches():
+    """A row of each candidate."""
+    of_each = [(name, candidate) for name, search in plan.SEARCHES.items() for candidate in search.candidates]
+    return [row(name, 10, 1.0, setting=candidate.name) for name, candidate in of_each]
+
+
 def test_best_setting_is_that_of_the_search():
-    names = [candidate.name for candidate in plan.CANDIDATES["full"]]
+    names = [candidate.name for candidate in plan.SEARCHES["full"].candidates]
     found = [
         row("full", seed, 10.0 * n + seed, setting=name) for n, name in enumerate(names) for seed in plan.SEARCH_SEEDS
     ]
@@ -88,8 +98,7 @@ def test_best_setting_is_that_of_the_search():
 
 
 def test_reported_runs_have_every_omega():
-    found = [row(m, 10, 1.0, setting=c.name) for m, of in plan.CANDIDATES.items() for c in of]
-    planned = list(reported(BY_NAME["all"], 0, found, plan.CANDIDATES))
+    planned = list(reported(BY_NAME["all"], 0, rows_of_searches(), plan.SEARCHES))
     assert sorted(run.name for run in planned) == sorted(summary.METHODS)
     assert [run.config().skip_layers for run in planned[1:4]] == [0.25, 0.5, 0.75]
     configs = {run.name: run.config() for run in planned}
@@ -98,11 +107,11 @@ def test_reported_runs_have_every_omega():
 
 
 def test_many_classes_leave_out_methods_that_take_hours():
-    found = [row(m, 10, 1.0, setting=c.name) for m, of in plan.CANDIDATES.items() for c in of]
-    shift, methods = BY_NAME["many classes"], plan.CANDIDATES
-    trained, measured = ({run.name for run in reported(shift, 0, found, methods, skip_slow=s)} for s in (True, False))
+    many = functools.partial(reported, BY_NAME["many classes"], 0, rows_of_searches())
+    trained, measured = ({run.name for run in many(plan.SEARCHES, skip_slow=slow)} for slow in (True, False))
     assert measured - trained == {"full", "lora", "coop"} and "skip, K/C = 1" in trained
-    assert {run.config().epochs for run in reported(shift, 0, found, ["skip"])} == {plan.MANY_EPOCHS}
+    epochs = {run.name: run.config().epochs for run in many(plan.SEARCHES)}
+    assert epochs.pop("zero-shot") == epochs.pop("linear-probe") == 0 and {*epochs.values()} == {plan.MANY_EPOCHS}
 
 
 def run_of(name, candidate, shift=SMALL):
@@ -111,8 +120,8 @@ def run_of(name, candidate, shift=SMALL):
 
 def test_runs_without_a_row_are_executed_and_recorded_where_they_run(threads_for_workers, monkeypatch):
     torch.set_num_threads(3)
-    old, new = (run_of(name, plan.Candidate("fit", 0.0, 0.0)) for name in ("zero-shot", "linear-probe"))
-    monkeypatch.setattr("bench.when.rows.latest_rows", lambda kind: [{**old.columns}])
+    old, new = (run_of(name, FITTED) for name in ("zero-shot", "linear-probe"))
+    monkeypatch.setattr("bench.when.pool.latest_rows", lambda kind: [{**old.columns}])
     found = run_missing([old, new], "when", lambda run: [run.columns], save=False)
     assert [(row["method"], row["threads"]) for row in found[1:]] == [("linear-probe", "1")]
 
@@ -120,22 +129,18 @@ def test_runs_without_a_row_are_executed_and_recorded_where_they_run(threads_for
 # ---- rows: accuracies of docs/when-tables.md, costs, steps and trials of docs/when-details.md ------------------------
 
 
-SHORT, FITTED = plan.Candidate("adamw", 1e-3, 1e-3), plan.CANDIDATES["linear-probe"][0]
-
-
 @pytest.mark.parametrize(
     ("measure", "name", "setting", "expected"),
     [
         (runs.execute, "lora", SHORT, [{"blended": 0, "steps": 2}, {"blended": 1, "steps": 2}]),
         (runs.execute, "linear-probe", FITTED, [{"blended": 0, "new": None, "joint": None}]),
-        (runs.execute, "auto", plan.CANDIDATES["auto"][0], [{"chosen": "Skip Tuning ×3, blended + Gaussian head"}]),
+        (runs.execute, "auto", plan.SEARCHES["auto"].candidates[0], [{"chosen": "Skip Tuning ×3, blended + Gaussian head"}]),
         (runs.curve, "skip, image only", SHORT, [{"epoch": 1}]),
         (runs.first_steps, "skip, label smoothing", SHORT, [{"batch_size": 64}]),
     ],
     ids=["blended", "probe", "chosen", "curve", "steps"],
 )
 def test_run_has_rows(measure, name, setting, expected, monkeypatch):
-    monkeypatch.setitem(plan.SCHEDULES, "adamw", (1, 64, "random"))
     monkeypatch.setitem(RECIPES, "skip", RECIPES["skip"] | {"epochs": 1})
     for found, columns in zip(measure(run_of(name, setting)), expected, strict=True):
         assert found.items() >= columns.items()
@@ -143,13 +148,13 @@ def test_run_has_rows(measure, name, setting, expected, monkeypatch):
 
 def test_blend_of_lora_has_half_of_its_update():
     """B is zero before tuning; half of A and B would be a quarter."""
-    method = runs.setup_of(run_of("lora", plan.CANDIDATES["lora"][0])).method
+    method = runs.setup_of(run_of("lora", plan.SEARCHES["lora"].candidates[0])).method
     found = runs.weights_of_a_blend(method)
     assert found and all(name.endswith(".lora_B") and not weight.any() for name, weight in found.items())
 
 
 def test_heads_are_fitted():
-    run = run_of("zero-shot", *plan.CANDIDATES["zero-shot"])
+    run = run_of("zero-shot", FITTED)
     by_head = {row["head"]: row for row in runs.execute(run)}
     plain = by_head.pop("")
     assert all(plain[name] == plain[f"zero_shot_{name}"] for name in accuracy.ACCURACIES)
@@ -177,9 +182,7 @@ def test_joint_accuracy_is_among_all_classes():
     assert accuracy.accuracies(setup, method, caches) == expected
 
 
-def test_trials_are_those_of_the_rows(monkeypatch):
-    for optimizer in ("adamw", "sgd"):
-        monkeypatch.setitem(plan.SCHEDULES, optimizer, (1, 64, "random"))
+def test_trials_are_those_of_the_rows():
     found = [row["trial"] for name in (trials.NAME, trials.IMAGE_ONLY) for row in trials.execute(run_of(name, SHORT))]
     assert sorted(found) == sorted({row["trial"] for row in latest_rows("when_trials")})
 
