@@ -29,7 +29,7 @@ from skipkernels.ops import OPERATORS, launching, registration
 
 from . import tables
 from .launches import ARCHITECTURES, CALLS, PUBLIC_OPERATOR, WIDTHS, launches_of
-from .machine_code import Job, Row, compile_all, job_of, kernel_paths, once
+from .machine_code import Job, Label, Row, compile_all, job_of, kernel_paths, once
 from .measure import DTYPES
 from .rows import RESULTS, command
 
@@ -106,7 +106,7 @@ def not_reached(jobs: Sequence[Job]) -> Iterator[str]:
     for name in registration.definitions:
         if name not in CALLS:
             yield f"{name} has Triton kernels but no calls in a record of bench/operators"
-    reached = {job.kernel.name for job in jobs}
+    reached = {job.label.kernel for job in jobs}
     for path, name in kernel_paths().items():
         if name not in reached:
             yield f"{path} is reached by no call in a record of bench/operators"
@@ -118,11 +118,11 @@ def not_reached(jobs: Sequence[Job]) -> Iterator[str]:
 def selected(jobs: Sequence[Job], quick: bool) -> list[Row]:
     """Rows of the table of the operators and targets of some jobs; if `quick`, of their calls alone."""
 
-    def part(of: Job | Row) -> tuple[str, ...]:
-        return of.op, of.target, *((of.shape, of.dtype) if quick else ())
+    def part(label: Label) -> tuple[str, ...]:
+        return (label.op, label.target, label.shape, label.dtype) if quick else (label.op, label.target)
 
-    parts = {part(job) for job in jobs}
-    return [row for row in tables.read(TABLE, Row) if part(row) in parts]
+    parts = {part(job.label) for job in jobs}
+    return [row for row in tables.read(TABLE, Row) if part(row.key) in parts]
 
 
 def worse_than(committed: Row, row: Row) -> Iterator[str]:

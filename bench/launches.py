@@ -50,7 +50,7 @@ ARCHITECTURES = {
 }
 
 
-class Launch(NamedTuple):
+class TritonLaunch(NamedTuple):
     """The arguments of one call of `launching.launch`."""
 
     kernel: Any
@@ -60,19 +60,19 @@ class Launch(NamedTuple):
 
 
 @contextlib.contextmanager
-def recording(architecture: Architecture) -> Iterator[list[Launch]]:
+def triton_launches(architecture: Architecture) -> Iterator[list[TritonLaunch]]:
     """Record launches on the meta device in a list, as they would be made for this architecture."""
-    launches: list[Launch] = []
+    launches: list[TritonLaunch] = []
     target = launching.Target(architecture.backend, architecture.arch)
     with (
-        mock.patch.object(launching, "_run", lambda *launch: launches.append(Launch(*launch))),
+        mock.patch.object(launching, "_run", lambda *launch: launches.append(TritonLaunch(*launch))),
         mock.patch.object(launching, "_target_of_gpu", lambda index: target),
     ):
         yield launches
 
 
-def launches_of(op: str, arguments: Sequence[Any], architecture: Architecture) -> list[Launch]:
+def launches_of(op: str, arguments: Sequence[Any], architecture: Architecture) -> list[TritonLaunch]:
     """The kernels that one call of an operator with meta tensors launches."""
-    with recording(architecture) as launches:
+    with triton_launches(architecture) as launches:
         registration.definitions[op].launch(*arguments)
     return launches

@@ -25,7 +25,7 @@ import rich.progress
 
 from skipkernels.ops import launching
 
-from .launches import ARCHITECTURES, Architecture, Launch
+from .launches import ARCHITECTURES, Architecture, TritonLaunch
 
 LARGEST_GRID = (2**31 - 1, 65535, 65535)
 _MATRIX_INSTRUCTIONS = {
@@ -47,10 +47,6 @@ class Kernel(NamedTuple):
     options: dict[str, Any]
 
     @property
-    def name(self) -> str:
-        return self.function.fn.__name__
-
-    @property
     def named_constants(self) -> str:
         """The constants by name, including integer arguments that Triton specialises because they are 1.
 
@@ -61,32 +57,42 @@ class Kernel(NamedTuple):
         return " ".join(f"{'.'.join([names[place], *map(str, inner)])}={value}" for (place, *inner), value in constants)
 
 
-class Job(NamedTuple):
-    """A kernel to compile, and the call of an operator that launches it."""
+class Label(NamedTuple):
+    """Columns that identify a kernel in the table."""
 
     op: str
     shape: str
     dtype: str
-    number: int
-    """Index of the launch within the call."""
+    launch: int
+    """Index within the call."""
+    kernel: str
     target: str
+
+    def __str__(self) -> str:
+        return f"{self.kernel} ({self.op}, {self.shape}, {self.dtype}, {self.target})"
+
+
+class Job(NamedTuple):
+    """A kernel to compile, and its grid."""
+
+    label: Label
     grid: tuple[int, ...]
     kernel: Kernel
 
     @property
     def key(self) -> tuple[str, ...]:
         """Equal for jobs of which one is enough."""
-        kernel = self.kernel
-        return (self.op, self.dtype, self.target, kernel.function.fn.__qualname__, *map(repr, kernel[1:]))
+        label, (function, *inputs) = self.label, self.kernel
+        return (label.op, label.dtype, label.target, function.fn.__qualname__, *map(repr, inputs))
 
 
-def job_of(launch: Launch, op: str, shape: str, dtype: str, number: int, target: str) -> Job:
+def job_of(launch: TritonLaunch, op: str, shape: str, dtype: str, number: int, target: str) -> Job:
     """The job of a launch, with the input that `JITFunction.run` would pass to the compiler."""
     backend = _backend(ARCHITECTURES[target])
     function, given = launch.kernel, {**launch.arguments, **launch.options}
     options, *of_arguments = function._pack_args(backend, given, *_binder(function, backend)(**given))
     kernel = Kernel(function, *of_arguments, dict(options.__dict__))
-    return Job(op, shape, dtype, number, target, launch.grid, kernel)
+    return Job(Label(op, shape, dtype, number, function.fn.__name__, target), launch.grid, kernel)
 
 
 @functools.cache
@@ -138,12 +144,12 @@ class Row(NamedTuple):
     triton: str
 
     @property
-    def key(self) -> tuple[str, str, str, int, str, str]:
-        return self[:6]
+    def key(self) -> Label:
+        return Label(*self[:6])
 
     @property
     def name(self) -> str:
-        return f"{self.kernel} ({self.op}, {self.shape}, {self.dtype}, {self.target})"
+        return str(self.key)
 
 
 class Compiled(NamedTuple):
@@ -172,8 +178,7 @@ def _compiled(number: int) -> Compiled:
         row, has_dot = compile_job(job)
     except Exception as error:  # the other kernels are compiled all the same
         reason = str(error).strip().splitlines() or [""]
-        called = f"{job.kernel.name} ({job.op}, {job.shape}, {job.dtype}, {job.target})"
-        return Compiled(None, [f"{called} does not compile: {type(error).__name__}: {reason[-1]}"])
+        return Compiled(None, [f"{job.label} does not compile: {type(error).__name__}: {reason[-1]}"])
     return Compiled(row, list(problems_of(row, job.grid, has_dot)))
 
 
@@ -181,19 +186,14 @@ def compile_job(job: Job) -> tuple[Row, bool]:
     """Compile a kernel, or load it from Triton's cache, and read its machine code; True if it has a `tl.dot`."""
     function, signature, constants, attributes, options = job.kernel
     source = launching.triton.compiler.ASTSource(function, signature, constants, attributes)
-    compiled = launching.triton.compile(source, target=_gpu_target(ARCHITECTURES[job.target]), options=options)
+    compiled = launching.triton.compile(source, target=_gpu_target(ARCHITECTURES[job.label.target]), options=options)
     if "cubin" in compiled.asm:
         assembly, (registers, spilled) = "ptx", _resources_of_cubin(compiled.asm["cubin"])
     else:
         assembly, (registers, spilled) = "amdgcn", _resources_of_amdgcn(compiled.asm["amdgcn"])
     instructions = {match[0] for match in _MATRIX_INSTRUCTIONS[assembly].finditer(compiled.asm[assembly])}
     row = Row(
-        op=job.op,
-        shape=job.shape,
-        dtype=job.dtype,
-        launch=job.number,
-        kernel=job.kernel.name,
-        target=job.target,
+        *job.label,
         constants=job.kernel.named_constants,
         programs=math.prod(job.grid),
         num_warps=compiled.metadata.num_warps,

@@ -20,7 +20,7 @@ from skipkernels.selection import RankSampler
 
 from .flops import formulas
 from .inputs import random_inputs
-from .launches import ARCHITECTURES, recording
+from .launches import ARCHITECTURES, triton_launches
 from .measure import CPU
 from .meta_device import PRODUCTS, WithoutProducts, meta_as_gpu
 
@@ -77,7 +77,7 @@ class Recording(TorchDispatchMode):
         out = operator(*args, **kwargs)
         if any(isinstance(x, Tensor) and x.device.type == self._device for x in tree_leaves((args, kwargs, out))):
             if operator.namespace == registration.NAMESPACE:
-                self.launches += self._ours(operator, args, out)
+                self.launches += launches_of_ours(operator, args, out)
                 self.calls += 1
             else:
                 self.waits += waits(operator, args)
@@ -87,9 +87,11 @@ class Recording(TorchDispatchMode):
         return out
 
     def _of_torch(self, operator: Any, args: Any, kwargs: Any, out: Any) -> Launch:
-        packet, moved = operator.overloadpacket, self._nbytes((args, kwargs, out))
+        packet = operator.overloadpacket
         if packet in _READS_SOME_ROWS:
-            moved = 2 * self._nbytes(out)
+            moved = 2 * bytes_of(out, self._device)
+        else:
+            moved = bytes_of((args, kwargs, out), self._device)
         flops, shape, dtype = 0, None, torch.float32
         if packet in flop_registry:  # products and attention
             flops, dtype = flop_registry[packet](*args, **kwargs, out_val=out), args[0].dtype
@@ -99,36 +101,40 @@ class Recording(TorchDispatchMode):
             shape, dtype = (math.prod(batch), rows, right.shape[-1], inner), left.dtype
         return Launch(packet.__name__, False, moved, flops, dtype, shape)
 
-    def _ours(self, operator: Any, args: Any, out: Any) -> Iterator[Launch]:
-        """The kernels of one of our operators, and those of PyTorch in its launcher."""
-        formula = formulas().get(operator.overloadpacket)
-        shapes = tree_map_only(Tensor, lambda x: x.shape, (args, out))
-        flops = formula(*shapes[0], out_shape=shapes[1]) if formula else 0
-        args = tree_map_only(Tensor, lambda x: x if x.is_meta else x.detach().to("meta"), args)
-        within = Recording()
-        with recording(ARCHITECTURES["sm_90"]) as launches, within:
-            registration.definitions[operator._opname].launch(*args)
-        dtype = next((x.dtype for x in tree_leaves(args) if isinstance(x, Tensor) and x.is_floating_point()), None)
-        for launch in launches:
-            name = launch.kernel.fn.__name__
-            moved = within._nbytes(launch.arguments)
-            if name == "_sgd_momentum_kernel":  # its tensors are in a table of addresses; some are read and written
-                weights, grads, buffers, copies = *args[:3], args[-1]
-                moved = 2 * within._nbytes((weights, buffers)) + within._nbytes((grads, copies))
-            warps = math.prod(launch.grid) * launch.options["num_warps"]
-            yield Launch(name, True, moved, flops // len(launches), dtype or torch.float32, None, warps)
-        yield from within.launches
 
-    def _nbytes(self, values: Any) -> int:
-        """Bytes of the tensors among some values: each view once, and of each memory at most its bytes."""
-        tensors = [x for x in tree_leaves(values) if isinstance(x, Tensor) and x.device.type == self._device]
-        views: dict[int, dict[Any, int]] = {}  # bytes by memory, then by place
-        limits: dict[int, int] = {}
-        for x in tensors:
+def launches_of_ours(operator: Any, args: Any, out: Any) -> Iterator[Launch]:
+    """The kernels of one of our operators, and those of PyTorch in its launcher."""
+    formula = formulas().get(operator.overloadpacket)
+    shapes, out_shape = tree_map_only(Tensor, lambda x: x.shape, (args, out))
+    flops = formula(*shapes, out_shape=out_shape) if formula else 0
+    args = tree_map_only(Tensor, lambda x: x if x.is_meta else x.detach().to("meta"), args)
+    of_torch = Recording()
+    with triton_launches(ARCHITECTURES["sm_90"]) as launches, of_torch:
+        registration.definitions[operator._opname].launch(*args)
+    dtypes = [x.dtype for x in tree_leaves(args) if isinstance(x, Tensor) and x.is_floating_point()]
+    dtype = dtypes[0] if dtypes else torch.float32
+    for launch in launches:
+        name, warps = launch.kernel.fn.__name__, math.prod(launch.grid) * launch.options["num_warps"]
+        moved = bytes_of_update(*args) if name == "_sgd_momentum_kernel" else bytes_of(launch.arguments)
+        yield Launch(name, True, moved, flops // len(launches), dtype, None, warps)
+    yield from of_torch.launches
+
+
+def bytes_of_update(weights: Any, grads: Any, buffers: Any, *options: Any) -> int:
+    """Bytes of the kernel of `sgd_momentum_`: it takes tables of addresses. The last of `options` are casts."""
+    return 2 * bytes_of((weights, buffers)) + bytes_of((grads, options[-1]))  # the first two are read and written
+
+
+def bytes_of(values: Any, device: str = "meta") -> int:
+    """Bytes of the tensors on a device among some values: each view once, and of each memory at most its bytes."""
+    views: dict[int, dict[Any, int]] = {}  # bytes by memory, then by place
+    limits: dict[int, int] = {}
+    for x in tree_leaves(values):
+        if isinstance(x, Tensor) and x.device.type == device:
             memory = id(x if x._base is None else x._base)
             views.setdefault(memory, {})[x.storage_offset(), x.shape, x.stride()] = x.numel() * x.element_size()
             limits[memory] = x.untyped_storage().nbytes()
-        return sum(min(sum(sizes.values()), limits[memory]) for memory, sizes in views.items())
+    return sum(min(sum(sizes.values()), limits[memory]) for memory, sizes in views.items())
 
 
 def waits(operator: torch._ops.OpOverload, args: Sequence[Any]) -> bool:
