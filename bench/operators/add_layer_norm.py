@@ -70,6 +70,7 @@ def mixed_rows(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor, Tensor
 def launches(dtype: torch.dtype) -> Iterator[Call]:
     for shape, x, weight in layer_norm_rows(dtype):
         yield Call(shape, (x, x, weight, weight, EPS, None))
+    *_, (shape, x, weight) = layer_norm_rows(dtype)
     yield Call(f"{shape}-plain", (x, None, weight, weight, EPS, None))
     yield Call(f"{shape}-rms", (x, x, weight, None, 1e-6, None, True))
     for shape, x, low, weight in mixed_rows(dtype):
@@ -97,6 +98,7 @@ def launches_backward(dtype: torch.dtype) -> Iterator[Call]:
     for shape, x, weight in layer_norm_rows(dtype):
         yield Call(shape, backward_of(x, weight))
         yield Call(f"{shape}-block", backward_of(x, weight, bias=weight, **IN_A_BLOCK))
+    *_, (shape, x, weight) = layer_norm_rows(dtype)
     yield Call(f"{shape}-sums", backward_of(x, weight, need_sums=True))
     yield Call(f"{shape}-frozen", backward_of(x, weight, need_weight=False, need_bias=False))
     yield Call(f"{shape}-first", backward_of(x, weight, d_hidden=None, need_x=False))

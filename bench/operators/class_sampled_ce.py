@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -44,28 +44,8 @@ def cases(dtype: torch.dtype, device: torch.device = CPU) -> Iterator[Case]:
     yield of_pairs(*PAIRS, dtype, device)
 
 
-def over_sample(cross_entropy: Loss) -> Loss:
-    """A cross-entropy over the kept rows and the positions of the labels among them, in plain PyTorch."""
-
-    def loss(image: Tensor, text: Tensor, labels: Tensor, scale: Tensor, class_ids: Tensor | None) -> Tensor:
-        if class_ids is not None:
-            text, labels = text[class_ids], (labels[:, None] == class_ids).int().argmax(dim=1)
-        image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
-        return cross_entropy(image, text, labels, scale.to(image.dtype)).float()
-
-    return loss
-
-
-@over_sample
-def eager(image: Tensor, text: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
-    return F.cross_entropy(image @ text.T * scale, labels)
-
-
-def of_peer(cross_entropy: Loss) -> Loss:
-    return over_sample(lambda image, text, labels, scale: cross_entropy(scale * image, text, labels))
-
-
 def of_classes(B: int, C: int, K: int, D: int, dtype: torch.dtype, device: torch.device) -> Case:
+    """The case of K of C classes."""
     random = Random(dtype, device)
     class_ids = random.sample(C, K)
     labels = random.integers(K, B)
@@ -87,39 +67,27 @@ def of_classes(B: int, C: int, K: int, D: int, dtype: torch.dtype, device: torch
             dtype.itemsize * (3 * B + 2 * K + C) * D + 16 * (B + K) + 24 * B + 8 * K,
             flops=3 * 2 * B * K * D,
         ),
-        peers.adapted(peers.cross_entropies(device, dtype), of_peer),
+        peers.adapted(peers.cross_entropies(device, dtype), peer),
         not_compiled(B * K * D, device),
     )
 
 
 def of_pairs(B: int, D: int, dtype: torch.dtype, device: torch.device) -> Case:
-    """Cases of pairs: image b belongs to text b. The scale has no gradient, since not every peer has one for it."""
+    """The case of pairs: image b belongs to text b. The scale has no gradient, since not every peer has one for it."""
     random = Random(dtype, device)
     bank = random(B, D, dtype=torch.float32)
     # Cosines of pairs are about 0.3, as CLIP's are.
     image = 0.3 * bank + random(B, D, dtype=torch.float32)
-    labels, scale = torch.arange(B, device=device), torch.tensor(SCALE, device=device)
-
-    def both_directions(cross_entropy: Loss) -> Loss:
-        def loss(image: Tensor, text: Tensor) -> Tensor:
-            return (cross_entropy(image, text, labels, scale) + cross_entropy(text, image, labels, scale)) / 2
-
-        return loss
-
-    def eager(image: Tensor, text: Tensor) -> Tensor:
-        logits = F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T * SCALE
-        return ((F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2).float()
-
+    labels = torch.arange(B, device=device)
+    both = partial(both_directions, labels=labels, scale=torch.tensor(SCALE, device=device))
     return case(
         f"B{B}-D{D}-pairs",
-        {OURS: both_directions(functional.class_sampled_ce), "eager": eager},
-        both_directions(reference.class_sampled_ce),
+        {OURS: both(functional.class_sampled_ce), "eager": partial(eager_pairs, labels=labels)},
+        both(reference.class_sampled_ce),
         Arguments([image.to(dtype), bank.to(dtype)], [torch.ones((), device=device)]),
         # Forward and backward read both and backward writes their gradients; both directions have the same logits.
         Work(dtype.itemsize * 6 * B * D, flops=3 * 2 * B * B * D),
-        peers.adapted(
-            peers.cross_entropies(device, dtype), lambda peer: both_directions(partial(of_peer(peer), class_ids=None))
-        ),
+        peers.adapted(peers.cross_entropies(device, dtype), lambda of: both(peer(of))),
         not_compiled(B * B * D, device),
     )
 
@@ -129,19 +97,69 @@ def not_compiled(work: int, device: torch.device) -> str:
     return "not timed here: its matrix products are eager's" if is_slow else ""
 
 
+# ---- implementations -------------------------------------------------------------------------------------------------
+
+
+def kept(image: Tensor, text: Tensor, labels: Tensor, class_ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Unit-norm images, unit-norm rows of the kept classes, and the positions of the labels among them."""
+    if class_ids is not None:
+        text, labels = text[class_ids], (labels[:, None] == class_ids).int().argmax(dim=1)
+    return F.normalize(image, dim=-1), F.normalize(text, dim=-1), labels
+
+
+def eager(image: Tensor, text: Tensor, labels: Tensor, scale: Tensor, class_ids: Tensor | None = None) -> Tensor:
+    image, text, targets = kept(image, text, labels, class_ids)
+    return F.cross_entropy(image @ text.T * scale.to(image.dtype), targets).float()
+
+
+def peer(cross_entropy: Loss) -> Loss:
+    """The operator by a peer's cross-entropy of `image @ text.T`."""
+
+    def loss(image: Tensor, text: Tensor, labels: Tensor, scale: Tensor, class_ids: Tensor | None = None) -> Tensor:
+        image, text, targets = kept(image, text, labels, class_ids)
+        return cross_entropy(scale.to(image.dtype) * image, text, targets).float()
+
+    return loss
+
+
+def both_directions(cross_entropy: Loss, labels: Tensor, scale: Tensor) -> Loss:
+    """The contrastive loss of pairs by two calls."""
+
+    def loss(image: Tensor, text: Tensor) -> Tensor:
+        return (cross_entropy(image, text, labels, scale) + cross_entropy(text, image, labels, scale)) / 2
+
+    return loss
+
+
+def eager_pairs(image: Tensor, text: Tensor, labels: Tensor) -> Tensor:
+    logits = F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T * SCALE
+    return ((F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2).float()
+
+
 # ---- record ----------------------------------------------------------------------------------------------------------
 
-# B, C, K, D, class weights and smoothing, reduction.
+
+class Launched(NamedTuple):
+    """Sizes of a call to compile and count; `weighted` with class weights and label smoothing."""
+
+    B: int
+    C: int
+    K: int
+    D: int
+    weighted: bool = False
+    reduction: str = "mean"
+
+
 LAUNCHED = (
-    (4, 100, 50, 512, False, "mean"),
-    (4096, 21841, 21841, 512, False, "mean"),
-    (33, 101, 51, 640, True, "none"),
+    Launched(4, 100, 50, 512),
+    Launched(4096, 21841, 21841, 512),
+    Launched(33, 101, 51, 640, weighted=True, reduction="none"),
 )
 
 
-def calls(dtype: torch.dtype, shapes: Sequence[tuple[Any, ...]] = LAUNCHED) -> Iterator[tuple[str, Forward]]:
+def calls(dtype: torch.dtype, shapes: Sequence[Launched] = LAUNCHED) -> Iterator[tuple[str, Forward]]:
     """Shapes in the form of test ids, and arguments of the operator."""
-    for B, C, K, D, all_options, reduction in shapes:
+    for B, C, K, D, weighted, reduction in shapes:
         yield (
             f"B{B}-C{C}-K{K}-D{D}",
             Forward(
@@ -150,8 +168,8 @@ def calls(dtype: torch.dtype, shapes: Sequence[tuple[Any, ...]] = LAUNCHED) -> I
                 labels=ids(B),
                 logit_scale=on_meta(dtype=torch.float32),
                 class_ids=ids(K) if K < C else None,
-                class_weight=on_meta(C, dtype=torch.float32) if all_options else None,
-                label_smoothing=0.1 if all_options else 0.0,
+                class_weight=on_meta(C, dtype=torch.float32) if weighted else None,
+                label_smoothing=0.1 if weighted else 0.0,
                 ignore_index=-100,
                 reduction=REDUCTIONS.index(reduction),
             ),

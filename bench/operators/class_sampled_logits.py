@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +14,7 @@ from skipkernels.ops.class_sampled_logits import class_sampled_logits
 
 from ..measure import CPU, OURS
 from . import Arguments, Case, Random, Work, case
-from .class_sampled_ce import LAUNCHED, SHAPES, calls
+from .class_sampled_ce import LAUNCHED, SHAPES, Launched, calls
 from .record import Call, Record
 
 
@@ -43,19 +42,19 @@ def cases(dtype: torch.dtype, device: torch.device = CPU) -> Iterator[Case]:
         )
 
 
-def launches(dtype: torch.dtype, shapes: Sequence[tuple[Any, ...]] = LAUNCHED) -> Iterator[Call]:
+def launches(dtype: torch.dtype, shapes: Sequence[Launched] = LAUNCHED) -> Iterator[Call]:
     """Calls at evaluation sizes first."""
     for shape, call in reversed(list(calls(dtype, shapes))):
         yield Call(shape, (call.image, call.text, call.logit_scale, call.class_ids))
 
 
-def launches_backward(dtype: torch.dtype, shapes: Sequence[tuple[Any, ...]] = LAUNCHED) -> Iterator[Call]:
+def launches_backward(dtype: torch.dtype, shapes: Sequence[Launched] = LAUNCHED) -> Iterator[Call]:
     for shape, (*tensors, class_ids) in launches(dtype, shapes):
         d_logits, *norms = class_sampled_logits(*tensors, class_ids)
         yield Call(shape, (d_logits, *tensors, *norms, class_ids, True, True, False))
 
 
-NARROW = ((4, 100, 50, 256, False, "mean"),)
+NARROW = (Launched(4, 100, 50, 256),)
 RECORD = Record(
     cases=cases,
     launches={"class_sampled_logits": launches, "class_sampled_logits_backward": launches_backward},

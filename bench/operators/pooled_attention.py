@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,15 @@ def eager(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None)
     return F.scaled_dot_product_attention(*parts, scale=scale)[:, :, 0]
 
 
+def of_one_query(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The operator by a peer's attention."""
+
+    def function(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return attention(query[:, None], key, value, causal=False)[:, 0]
+
+    return function
+
+
 def cases(dtype: torch.dtype, device: torch.device = CPU) -> Iterator[Case]:
     random = Random(dtype, device)
     for B, N, H, E in SHAPES:
@@ -36,10 +45,7 @@ def cases(dtype: torch.dtype, device: torch.device = CPU) -> Iterator[Case]:
             Arguments([random(B, H, E), *random(B, N, 2, H, E).unbind(2)], [random(B, H, E)]),
             # Keys and values are read twice and their gradients written; query and result have one row each.
             Work((6 * B * N + 6 * B) * H * E * dtype.itemsize, flops=12 * B * N * H * E),
-            peers.adapted(
-                peers.attentions(device),
-                lambda of: lambda query, key, value: of(query[:, None], key, value, causal=False)[:, 0],
-            ),
+            peers.adapted(peers.attentions(device), of_one_query),
         )
 
 

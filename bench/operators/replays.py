@@ -26,25 +26,31 @@ Times = dict[str, list[float] | str]
 def time_replays(case: Case, names: Sequence[str], device: torch.device) -> Times:
     """Seconds of a call of each implementation in each round, or the reason why it cannot be captured."""
     cache = torch.empty(2 * l2_bytes(device), dtype=torch.uint8, device=device)
-    inputs = min(CALLS, -(-len(cache) // case.work.moved))
-    copies = [case.copy() for _ in range(inputs - 1)] if case.copy else []
-    runs = {name: [case.runs[name], *(copy[name] for copy in copies)] for name in names}
-    for of_name in runs.values():
-        of_name[0]()  # an in-place operator copies its inputs in the first call
-    slowest = max((measure.seconds_of(of_name[0], device) for of_name in runs.values()), default=GRAPH_SECONDS)
+    runs = runs_of(case, names, least_bytes=len(cache))
+    slowest = max((measure.seconds_of(run, device) for run, *_ in runs.values()), default=GRAPH_SECONDS)
     calls = min(CALLS, max(1, int(GRAPH_SECONDS / slowest)))
     rounds = min(ROUNDS, max(FEWEST, int(CASE_SECONDS / (calls * slowest))))
     replays: dict[str, Callable[[], None]] = {}
     failed: dict[str, str] = {}
-    for name in names:
+    for name, of in runs.items():
         try:
-            replays[name] = captured(runs[name], calls, device)
+            replays[name] = captured(of, calls, device)
         except torch.AcceleratorError:
             raise
         except RuntimeError as error:
             failed[name] = f"no CUDA graph: {first_line(error)}"
     times = measure.time_alternately(replays, rounds, device, before=cache.zero_)
     return {**failed, **{name: [each / calls for each in seconds] for name, seconds in times.items()}}
+
+
+def runs_of(case: Case, names: Sequence[str], least_bytes: int) -> dict[str, list[Run]]:
+    """The runs of each implementation, with inputs of their own: CALLS, or as many as have `least_bytes`."""
+    count = min(CALLS, -(-least_bytes // case.work.moved))
+    copies = [case.copy() for _ in range(count - 1)] if case.copy else []
+    runs = {name: [case.runs[name], *(copy[name] for copy in copies)] for name in names}
+    for first, *_ in runs.values():
+        first()  # an in-place operator copies its inputs in the first call
+    return runs
 
 
 def l2_bytes(device: torch.device) -> int:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,14 +15,24 @@ from ..measure import CPU, OURS
 from . import Arguments, Case, Random, Work, case
 from .record import Call, Record, on_meta
 
-# Images, tokens, heads and their width; pairs are neighbours.
-SHAPES = ((4, 197, 12, 64, True), (4, 577, 16, 64, True), (4, 577, 16, 64, False))
+
+class Shape(NamedTuple):
+    """Images, tokens, heads and their width; pairs are neighbours, or of both halves of a head."""
+
+    N: int
+    T: int
+    H: int
+    E: int
+    interleaved: bool = True
+
+
+SHAPES = (Shape(4, 197, 12, 64), Shape(4, 577, 16, 64), Shape(4, 577, 16, 64, interleaved=False))
 
 
 def eager(x: Tensor, cos: Tensor, sin: Tensor, heads: int, interleaved: bool) -> Tensor:
     """Rotate as timm does, with the cosine and sine of each column."""
     T, E = cos.shape[0], 2 * cos.shape[1]
-    cos, sin = (x.repeat_interleave(2, 1) if interleaved else x.repeat(1, 2) for x in (cos, sin))  # [T, E]
+    cos, sin = (half.repeat_interleave(2, 1) if interleaved else half.repeat(1, 2) for half in (cos, sin))  # [T, E]
     rotated, copied = x.split([heads * E, x.shape[1] - heads * E], dim=1)
     rotated = rotated.view(-1, T, heads, E)
     if interleaved:
@@ -52,10 +62,10 @@ def cases(dtype: torch.dtype, device: torch.device = CPU) -> Iterator[Case]:
         )
 
 
-LAUNCHED = ((4, 577, 16, 64, True), (3, 5, 6, 80, True), (4, 577, 16, 64, False))
+LAUNCHED = (Shape(4, 577, 16, 64), Shape(3, 5, 6, 80), Shape(4, 577, 16, 64, interleaved=False))
 
 
-def launches(dtype: torch.dtype, shapes: Iterable[tuple[Any, ...]] = LAUNCHED) -> Iterator[Call]:
+def launches(dtype: torch.dtype, shapes: Sequence[Shape] = LAUNCHED) -> Iterator[Call]:
     """Query, key and value of PE-Core's L/14; heads that are no power of two; the gradient, with pairs of halves."""
     for N, T, H, E, interleaved in shapes:
         x, angles = on_meta(N * T, 3 * H * E, dtype=dtype), on_meta(T, E // 2, dtype=torch.float32)
@@ -63,9 +73,9 @@ def launches(dtype: torch.dtype, shapes: Iterable[tuple[Any, ...]] = LAUNCHED) -
         yield Call(f"N{N}-T{T}-H{H}-E{E}{form}", (x, angles, angles, 2 * H, interleaved, not interleaved))
 
 
-WIDTHS = [(4, 50, 4, E, interleaved) for E in (16, 32, 48, 64, 80, 96, 128, 256, 512) for interleaved in (True, False)]
-
-
+WIDTHS = [
+    Shape(4, 50, 4, E, interleaved) for E in (16, 32, 48, 64, 80, 96, 128, 256, 512) for interleaved in (True, False)
+]
 RECORD = Record(
     cases=cases,
     launches={"rotary_embedding": launches},

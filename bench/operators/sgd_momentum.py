@@ -24,6 +24,8 @@ from . import COMPILED, Case, Random, Work, compiled
 from .record import Call, Record, ids, on_meta
 
 LR, MOMENTUM, WEIGHT_DECAY, SEED = 2e-5, 0.9, 5e-4, 1
+Start = Callable[[], list[list[Tensor]]]
+"""Returns the initial weights, gradients and momentum buffers."""
 
 
 def cases(dtype: torch.dtype, device: torch.device = CPU) -> Iterator[Case]:
@@ -34,24 +36,8 @@ def cases(dtype: torch.dtype, device: torch.device = CPU) -> Iterator[Case]:
 
 def case(shape: str, sizes: list[tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> Case:
     start = functools.cache(functools.partial(random_lists, sizes, dtype, device))
-    seed = SEED if dtype == torch.bfloat16 else None
     alone = len(sizes) == 1
-
-    def updates() -> dict[str, Update]:
-        found = {
-            OURS: Update(start, dtype, functional.sgd_momentum_, seed=seed),
-            "eager": Update(start, torch.float32, torch_sgd, fused=True),
-            "foreach": Update(start, torch.float32, torch_sgd, foreach=True),
-        }
-        if dtype != torch.float32:
-            found[f"fused {str(dtype)[6:]}"] = Update(start, dtype, torch_sgd, fused=True)
-        if alone:
-            found[COMPILED] = Update(start, dtype, compiled(reference.sgd_momentum_), seed=seed)
-        return found
-
-    absent = {} if alone else {COMPILED: f"not timed here: {len(sizes)} tensors take minutes to compile"}
-    truth = Update(start, torch.float64, reference.sgd_momentum_)
-    checked = updates()
+    checked, truth = updates(start, dtype, alone), Update(start, torch.float64, reference.sgd_momentum_)
 
     def restart() -> None:
         for update in (truth, *checked.values()):
@@ -60,20 +46,33 @@ def case(shape: str, sizes: list[tuple[int, ...]], dtype: torch.dtype, device: t
     return Case(
         shape=shape,
         runs={**checked},
-        copy=lambda: {**updates()},
+        copy=lambda: {**updates(start, dtype, alone)},
         truth=truth,
         work=Work(5 * sum(map(math.prod, sizes)) * dtype.itemsize),
-        absent=absent,
+        absent={} if alone else {COMPILED: f"not timed here: {len(sizes)} tensors take minutes to compile"},
         prepare=restart,
     )
+
+
+def updates(start: Start, dtype: torch.dtype, compiles: bool) -> dict[str, Update]:
+    """The implementations with tensors of their own, by name."""
+    seed = SEED if dtype == torch.bfloat16 else None
+    found = {
+        OURS: Update(start, dtype, functional.sgd_momentum_, seed=seed),
+        "eager": Update(start, torch.float32, torch_sgd, fused=True),
+        "foreach": Update(start, torch.float32, torch_sgd, foreach=True),
+    }
+    if dtype != torch.float32:
+        found[f"fused {str(dtype).removeprefix('torch.')}"] = Update(start, dtype, torch_sgd, fused=True)
+    if compiles:
+        found[COMPILED] = Update(start, dtype, compiled(reference.sgd_momentum_), seed=seed)
+    return found
 
 
 class Update:
     """Makes one update per call; the first result after `restart` is that of the initial weights."""
 
-    def __init__(
-        self, start: Callable[[], list[list[Tensor]]], dtype: torch.dtype, function: Callable[..., None], **options: Any
-    ):
+    def __init__(self, start: Start, dtype: torch.dtype, function: Callable[..., None], **options: Any):
         self.start, self.dtype, self.function, self.options = start, dtype, function, options
         self.lists: list[list[Tensor]] = []
 
@@ -108,16 +107,18 @@ def upper_half() -> list[tuple[int, ...]]:
 
 
 def launches(dtype: torch.dtype) -> Iterator[Call]:
-    """The two largest weights of a block and a bias, with both roundings; momentum buffers in fp32; copies in bf16."""
+    """The two largest weights of a block and two vectors: both roundings; momentum buffers in fp32; casts to bf16."""
+    sizes = ((3072, 768), (768, 3072), (768,), (67,))
+    casts = [on_meta(*size, dtype=torch.bfloat16) for size in (*sizes[:2], (0,), (0,))]  # not of the vectors
     options = [on_meta(dtype=torch.float64) for _ in range(3)]
-    for buffer in (dtype, torch.float32):
-        for seed in (None, ids()) if dtype == torch.bfloat16 else (None,):
-            sizes = ((3072, 768), (768, 3072), (768,), (67,))
-            lists = [[on_meta(*size, dtype=x) for size in sizes] for x in (dtype, dtype, buffer)]
-            how = ("" if seed is None else "-random") + ("" if buffer == dtype else "-fp32-buffer")
-            casts = [on_meta(*size, dtype=torch.bfloat16) for size in (*sizes[:2], (0,), (0,))]  # not of the biases
-            for given in ([], casts) if dtype == torch.float32 else ([],):
-                yield Call(f"block{how}" + ("-casts" if given else ""), (*lists, *options, seed, None, given))
+    for buffer in dict.fromkeys((dtype, torch.float32)):
+        lists = [[on_meta(*size, dtype=each) for size in sizes] for each in (dtype, dtype, buffer)]
+        form = "" if buffer == dtype else "-fp32-buffer"
+        yield Call(f"block{form}", (*lists, *options, None, None, []))
+        if dtype == torch.bfloat16:
+            yield Call(f"block-random{form}", (*lists, *options, ids(), None, []))
+        if dtype == torch.float32:
+            yield Call(f"block{form}-casts", (*lists, *options, None, None, casts))
 
 
 def small_call(randn: Random) -> tuple[dict[str, Any], dict[str, Any]]:
