@@ -71,16 +71,17 @@ def parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
 
 
 def random_inputs(model: str, images: int, classes: int, device: torch.device) -> Inputs:
-    """Random inputs, the same on each call."""
-    torch.manual_seed(0)
-    try:
-        clip, _, tokenizer = load_model(model, RANDOM, device)
-    except InputError as error:
-        raise SystemExit(str(error)) from None
-    tokens = tokenizer([f"a photo of a {name}." for name in class_names(classes)]).to(device)
-    torch.manual_seed(0)
-    pixels = torch.randn(images, 3, *clip.visual.image_size, device=device)
-    return Inputs(clip, tokens, pixels, torch.randint(classes, (1,), device=device).repeat(images))
+    """Random inputs, the same on each call, which leave the random generators as they are."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        try:
+            clip, _, tokenizer = load_model(model, RANDOM, device)
+        except InputError as error:
+            raise SystemExit(str(error)) from None
+        tokens = tokenizer([f"a photo of a {name}." for name in class_names(classes)]).to(device)
+        torch.manual_seed(0)
+        pixels = torch.randn(images, 3, *clip.visual.image_size, device=device)
+        return Inputs(clip, tokens, pixels, torch.randint(classes, (1,), device=device).repeat(images))
 
 
 def class_names(count: int) -> list[str]:

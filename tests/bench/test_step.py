@@ -74,6 +74,12 @@ def test_step_that_does_not_fit_is_skipped(monkeypatch, table):
     assert "compared at 12 classes" in rows["skipkernels", "fp32", 1000]["note"]
 
 
+def test_random_inputs_are_the_same_and_leave_the_generator():
+    state = torch.get_rng_state()
+    first, second = (inputs.random_inputs("vit-tiny", 2, 3, measure.CPU) for _ in range(2))
+    assert torch.equal(first.images, second.images) and torch.equal(torch.get_rng_state(), state)
+
+
 def test_class_names_are_different():
     assert len(set(inputs.class_names(30_000))) == 30_000
 
