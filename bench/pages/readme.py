@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import itertools
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -30,29 +32,57 @@ def of_same_run(row: Row, **changes: str) -> Row:
     return found
 
 
+class Steps(NamedTuple):
+    """The steps of a precision that the table compares."""
+
+    published: Row
+    ours: Row
+    published_large: Row
+    few: Row
+    many: Row
+
+    @property
+    def saved(self) -> str:
+        """Bytes saved by the published step, and by ours."""
+        return " → ".join(figure(number(row, "saved_mib"), " MiB") for row in (self.published, self.ours))
+
+    @property
+    def growth(self) -> str:
+        """Time and memory of our step with many classes, over those with few."""
+        time, memory = (times(float(self.many[c]) / float(self.few[c])) for c in ("p50_ms", "peak_mib"))
+        return f"{time} times the time, {memory} times the memory"
+
+
+def steps_of(precision: str) -> Steps:
+    """The rows of the table in a precision."""
+    published, many = row_of(HEADLINE, step.PUBLISHED, precision), row_of(MANY, step.OURS, precision)
+    return Steps(
+        published=published,
+        ours=of_same_run(published, implementation=step.OURS),
+        published_large=row_of(HEADLINE, step.PUBLISHED, precision, B=LARGE_BATCH),
+        few=of_same_run(many, C=FEW),
+        many=many,
+    )
+
+
 def headline() -> str:
-    faster, large, saved, grown, used = [], [], [], [], []
-    for precision in PRECISIONS:
-        published = row_of(HEADLINE, step.PUBLISHED, precision)
-        ours = of_same_run(published, implementation=step.OURS)
-        published_large = row_of(HEADLINE, step.PUBLISHED, precision, B=LARGE_BATCH)
-        many = row_of(MANY, step.OURS, precision)
-        few = of_same_run(many, C=FEW)
-        faster.append(f"{times(number(published, 'faster'))} times as fast")
-        large.append(f"{times(number(published_large, 'faster'))} times as fast")
-        saved.append(" → ".join(figure(number(row, "saved_mib"), " MiB") for row in (published, ours)))
-        time, memory = (times(float(many[column]) / float(few[column])) for column in ("p50_ms", "peak_mib"))
-        grown.append(f"{time} times the time, {memory} times the memory")
-        used += [published, ours, published_large, few, many]
-    command = "`python -m bench.step --classes {} --implementation {}`"
-    both = command.format(HEADLINE, "skipkernels published")
+    """The table of README.md."""
+    of = [steps_of(precision) for precision in PRECISIONS]
+
+    def speed_ups(rows: Iterable[Row]) -> list[str]:
+        return [f"{times(number(row, 'faster'))} times as fast" for row in rows]
+
+    both = f"python -m bench.step --classes {HEADLINE} --implementation skipkernels published"
+    ours = f"python -m bench.step --classes {FEW} {MANY} --implementation skipkernels"
+    size, large = f"step at {int(HEADLINE):,} classes, against the published step", f"{both} --batch {LARGE_BATCH}"
     lines = [
-        [f"step at {int(HEADLINE):,} classes, against the published step", *faster, both],
-        [f"the same with batches of {LARGE_BATCH}", *large, f"{both[:-1]} --batch {LARGE_BATCH}`"],
-        ["saved for backward, the published step → ours", *saved, both],
-        [f"our step at {int(MANY):,} classes, against {FEW}", *grown, command.format(f"{FEW} {MANY}", "skipkernels")],
+        [size, *speed_ups(steps.published for steps in of), f"`{both}`"],
+        [f"the same with batches of {LARGE_BATCH}", *speed_ups(steps.published_large for steps in of), f"`{large}`"],
+        ["saved for backward, the published step → ours", *(steps.saved for steps in of), f"`{both}`"],
+        [f"our step at {int(MANY):,} classes, against {FEW}", *(steps.growth for steps in of), f"`{ours}`"],
     ]
-    return table(["", *PRECISIONS, "command"], lines) + origin("step", used)
+    used = itertools.chain.from_iterable(of)
+    return table(["", *PRECISIONS, "command"], lines) + origin("step", list(used))
 
 
 def step_bars() -> str:
