@@ -25,7 +25,7 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -40,23 +40,13 @@ from . import fuse, measure, peers
 from .gpu_step import GRAPHED, differences, graphed_step, rows_of
 from .inputs import Case, parser
 from .operators.record import small_call
-from .rows import machine_columns, save
+from .rows import machine_columns, save, shown
 
 _LISTED = 40  # kernels
 _PROFILED = 2  # blocks of each tower in the step for Nsight Compute
 _SHAPES = ((4, 1000), (32, 1000), (4, 100), (32, 100), (4, 10000), (32, 10000))  # images and classes
 # An H100 with eight cores has the limits of bench/gpu.sh; a slower machine up to four times these.
 _BYTES_PER_SECOND, _CORES, _MOST_SCALE = 2.5e12, 8, 4
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    options = parser(__doc__, model="ViT-B-16", batch=4, classes=1000, skip_layers=6, precision="bf16", rounds=20)
-    options.add_argument("stage", choices=[function.__name__ for function in STAGES])
-    options.add_argument("--all-shapes", action="store_true", help="B = 4 and 32, C = 100, 1,000 and 10,000")
-    options.add_argument("--seconds", type=float, default=math.inf, help="begin no other shape after this time")
-    options.add_argument("--out", type=Path, metavar="FOLDER", help="of the rows; default: bench/results")
-    args = options.parse_args(arguments)
-    {function.__name__: function for function in STAGES}[args.stage](args)
 
 
 def case_of(args: argparse.Namespace) -> Case:
@@ -74,12 +64,11 @@ def machine(args: argparse.Namespace) -> None:
     """Print device and versions, the peers, by how much limits of time are scaled, and all packages."""
     found = machine_columns(args.device)
     triton = launching.triton.__version__ if launching.installed else "not installed"
-    absent, dtype = [], torch.bfloat16  # which all peers support
-    of_each = peers.cross_entropies(args.device, dtype), peers.layer_norms(args.device), peers.attentions(args.device)
-    for name, peer in (each for of in of_each for each in of.items()):
+    of_losses = peers.cross_entropies(args.device, torch.bfloat16)  # which all of them support
+    every = of_losses | peers.layer_norms(args.device) | peers.attentions(args.device)
+    for name, peer in every.items():
         print(f"peer {name}: {peer.note or 'part of torch'}", flush=True)
-        if peer.function is None:
-            absent.append(name)
+    absent = [name for name, peer in every.items() if peer.function is None]
     tell(f"{found['device']}, torch {found['torch']}, Triton {triton}, commit {found['commit']}")
     tell(f"peers that cannot run: {', '.join(absent) or 'none'}")
     scale = scale_of(measure.bandwidth(args.device), len(os.sched_getaffinity(0)))
@@ -99,11 +88,13 @@ def scale_of(bandwidth: float, cores: int) -> float:
 
 def step(args: argparse.Namespace) -> None:
     """Time steps with their updates, in turn; first of all shapes without torch.compile."""
-    shapes, begin = _SHAPES if args.all_shapes else ((args.batch, args.classes),), time.monotonic()
+    shapes = _SHAPES if args.all_shapes else ((args.batch, args.classes),)
     # The goal is one of bf16, and compilation takes half a minute.
     passes = (False, True) if args.device.type == "cuda" and args.precision == "bf16" else (False,)
+    begin = time.monotonic()
     for compiles, (B, C) in itertools.product(passes, shapes):
         case = case_of(args)._replace(batch=B, classes=C)
+        compares = not compiles and (B, C) == shapes[0]
         name = f"{args.precision}, {B} images, {C} classes" + (", compiled" if compiles else "")
         if time.monotonic() - begin > args.seconds:
             tell(f"{name}: no time left")
@@ -111,7 +102,7 @@ def step(args: argparse.Namespace) -> None:
         try:
             rows = rows_of(args, case, compiles)
             for row in rows:
-                if row["implementation"] == GRAPHED and not compiles and (B, C) == shapes[0]:
+                if compares and row["implementation"] == GRAPHED:
                     row |= differences(case, args.precision)
         except torch.AcceleratorError:  # the device is lost: no other shape would run
             raise
@@ -119,7 +110,7 @@ def step(args: argparse.Namespace) -> None:
             tell(f"{name}: {first_line(error)}")
         else:
             for row in rows:
-                tell(f"{name}: {row['implementation']} {measure.shown(row)}")
+                tell(f"{name}: {row['implementation']} {shown(row)}")
             save(args, rows, "gpu_step", args.out)
         gc.collect()
 
@@ -172,7 +163,26 @@ def run_small(op: str, device: torch.device) -> float:
     return total.item()
 
 
-STAGES = (check, machine, step, full, profile_step, one_step, smoke)
+STAGES: dict[str, Callable[[argparse.Namespace], None]] = {
+    "check": check,
+    "machine": machine,
+    "step": step,
+    "full": full,
+    "profile_step": profile_step,
+    "one_step": one_step,
+    "smoke": smoke,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parser(__doc__, model="ViT-B-16", batch=4, classes=1000, skip_layers=6, precision="bf16", rounds=20)
+    options.add_argument("stage", choices=STAGES)
+    options.add_argument("--all-shapes", action="store_true", help="B = 4 and 32, C = 100, 1,000 and 10,000")
+    options.add_argument("--seconds", type=float, default=math.inf, help="begin no other shape after this time")
+    options.add_argument("--out", type=Path, metavar="FOLDER", help="of the rows; default: bench/results")
+    args = options.parse_args(arguments)
+    STAGES[args.stage](args)
+
 
 if __name__ == "__main__":
     main()

@@ -32,7 +32,7 @@ from . import measure
 from .flops import flops_of
 from .inputs import Inputs, parser, random_inputs
 from .measure import OURS
-from .rows import save
+from .rows import save, shown
 
 # Relative error of the logits against the published evaluation in fp32. It may exceed that of the published evaluation
 # in the same precision by this. ViT-S-32-alt: 2e-6 in fp32; in bf16 2.5e-2, published 3e-2.
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             row = {"implementation": name, "model": model, "images": args.images, "B": batch, "C": classes}
             row |= {"skip_layers": args.skip_layers, "precision": precision} | times
             rows.append(row | {"floor_ms": round(floor, 3), "above_floor": round(times["p50_ms"] / floor, 3)})
-            print(f"{name:20} {precision}  C = {classes:5}  {measure.shown(rows[-1])}")
+            print(f"{name:20} {precision}  C = {classes:5}  {shown(rows[-1])}")
         save(args, rows, "infer")
 
 

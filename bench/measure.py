@@ -17,17 +17,6 @@ OURS = "skipkernels"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _COPIED = 1 << 28  # bytes: larger than any cache
 Key = TypeVar("Key")
-_SHOWN = {
-    "saved_mib": "{} MiB saved",
-    "peak_mib": "{} MiB at the peak",
-    "above_floor": "{:.2f} times the floor",
-    "faster": "skipkernels is {:.2f} times as fast",
-    "kernels": "{} kernels",
-    "copies": "{} copies or fills",
-    "eager_difference": "weights differ by {} between eager runs",
-    "replay_difference": "by {} after replays",
-    "note": "{}",
-}
 
 
 def default_device() -> torch.device:
@@ -150,14 +139,6 @@ def quantile(values: list[float], q: float) -> float:
 def milliseconds(seconds: list[float], digits: int = 1) -> dict[str, float]:
     """Columns p20_ms, p50_ms and p80_ms of times in seconds."""
     return {f"p{q}_ms": round(1000 * quantile(seconds, q / 100), digits) for q in (20, 50, 80)}
-
-
-def shown(row: dict[str, Any]) -> str:
-    """The measurements of a row as text, or the reason why there are none."""
-    if row["p50_ms"] == "":
-        return str(row["note"])
-    parts = [form.format(row[column]) for column, form in _SHOWN.items() if row.get(column, "") != ""]
-    return ", ".join([f"{row['p50_ms']:9} ms (p20 {row['p20_ms']}, p80 {row['p80_ms']})", *parts])
 
 
 def median_ratio(numerators: list[float], denominators: list[float]) -> float:

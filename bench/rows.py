@@ -49,6 +49,18 @@ KINDS = {
     "when_trials": Kind("bench.when --trials", "seed trial", "base"),
 }
 
+_SHOWN = {
+    "saved_mib": "{} MiB saved",
+    "peak_mib": "{} MiB at the peak",
+    "above_floor": "{:.2f} times the floor",
+    "faster": "skipkernels is {:.2f} times as fast",
+    "kernels": "{} kernels",
+    "copies": "{} copies or fills",
+    "eager_difference": "weights differ by {} between eager runs",
+    "replay_difference": "by {} after replays",
+    "note": "{}",
+}
+
 
 # ---- storing ---------------------------------------------------------------------------------------------------------
 
@@ -122,6 +134,14 @@ def append_rows(rows: list[dict[str, Any]], name: str, results: Path | None = No
         writer.writeheader()
         writer.writerows([*before, *rows])
     return path
+
+
+def shown(row: dict[str, Any]) -> str:
+    """The measurements of a row as text, or the reason why there are none."""
+    if row["p50_ms"] == "":
+        return str(row["note"])
+    parts = [form.format(row[column]) for column, form in _SHOWN.items() if row.get(column, "") != ""]
+    return ", ".join([f"{row['p50_ms']:9} ms (p20 {row['p20_ms']}, p80 {row['p80_ms']})", *parts])
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------

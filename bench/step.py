@@ -38,7 +38,7 @@ from skipkernels.selection import RankSampler
 from . import measure
 from .inputs import Case, parser, random_inputs
 from .measure import OURS
-from .rows import PRECISIONS, save
+from .rows import PRECISIONS, save, shown
 from .training import Published, Step, full_fine_tuning, prompt_tuning, skip_step
 
 CLASSES = (10, 50, 100, 500, 1000, 5000, 21841)
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for classes in args.classes:
             rows = rows_of(args, case_of(classes), variants, probes)
             for row in rows:
-                print(f"{row['implementation']:24} {row['precision']}  C = {classes:5}  {measure.shown(row)}")
+                print(f"{row['implementation']:24} {row['precision']}  C = {classes:5}  {shown(row)}")
             save(args, rows, "step")
 
 

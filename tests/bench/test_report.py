@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import csv
 
-from bench import report
+from bench import measure, report
 from bench.pages.cells import MACHINE_SHOWN
-from bench.rows import KINDS, all_rows, latest
+from bench.rows import KINDS, all_rows, latest, machine_columns
 
 
 def step(implementation: str, C: int, ms: object = "", **values: object) -> dict[str, str]:
@@ -19,6 +19,11 @@ def step(implementation: str, C: int, ms: object = "", **values: object) -> dict
 def test_committed_pages_match_the_rows(capsys):
     """Every table: with ratios of one run, losses, reasons why nothing was measured, and intervals of the study."""
     assert report.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_rows_without_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert machine_columns(measure.CPU)["commit"] == "unknown"
 
 
 def test_latest_keeps_the_last_row_but_no_skipped_one():
