@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
@@ -33,22 +33,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
     clip = sk.SkipCLIP(model, tokens, skip_layers=args.skip_layers)
     dataset = TensorDataset(images.cpu(), labels.cpu())
     truth = clip.encode_lower(images).cpu()
-    rows: list[dict[str, Any]] = []
+    rows = []
     for dtype in STORED_DTYPES:
-        with tempfile.TemporaryDirectory() as folder:
-            cache = FeatureCache.build(folder, clip, dataset, dtype=dtype, batch_size=args.batch, progress=False)
-            (kept, _), *_ = cache.loader(args.batch, "sequential")
-            size = cache.table.layout.row_bytes
-        token = ((kept - truth).norm(dim=-1) / truth.norm(dim=-1)).max().item()
-        with torch.no_grad():  # the same classes: all of them
-            expected, got = (clip.predict(x.to(args.device)).double() for x in (truth, kept))
-        change = abs(cross_entropy(got, labels) - cross_entropy(expected, labels)).item()
-        errors = {"error": relative_error(kept, truth), "error_of_worst_token": token}
-        errors |= {"error_of_logits": relative_error(got, expected), "loss_differs_by": change}
+        features, size = stored(clip, dataset, dtype)
+        errors = {name: f"{error:.2e}" for name, error in errors_of(clip, features, truth, labels).items()}
         row = {"model": args.model, "images": args.batch, "skip_layers": args.skip_layers, "dtype": dtype}
-        rows.append(row | {"kb_an_image": round(size / 1000, 1)} | {name: f"{e:.2e}" for name, e in errors.items()})
+        rows.append(row | {"kb_an_image": round(size / 1000, 1)} | errors)
     tables.show(list(rows[0]), [row.values() for row in rows])
     save(args, rows, "cache_features")
+
+
+def stored(clip: sk.SkipCLIP, dataset: TensorDataset, dtype: str) -> tuple[Tensor, int]:
+    """Features of a dataset from a cache, and the bytes of an image in it."""
+    with tempfile.TemporaryDirectory() as folder:
+        cache = FeatureCache.build(folder, clip, dataset, dtype=dtype, batch_size=len(dataset), progress=False)
+        ((features, _),) = cache.loader(len(dataset), "sequential")
+        return features, cache.table.layout.row_bytes
+
+
+@torch.no_grad()
+def errors_of(clip: sk.SkipCLIP, features: Tensor, truth: Tensor, labels: Tensor) -> dict[str, float]:
+    """Errors of features at the cut, and of what follows from them, over all classes."""
+    token = ((features - truth).norm(dim=-1) / truth.norm(dim=-1)).max().item()
+    expected, got = (clip.predict(x.to(labels.device)).double() for x in (truth, features))
+    return {
+        "error": relative_error(features, truth),
+        "error_of_worst_token": token,
+        "error_of_logits": relative_error(got, expected),
+        "loss_differs_by": abs(cross_entropy(got, labels) - cross_entropy(expected, labels)).item(),
+    }
 
 
 if __name__ == "__main__":

@@ -48,17 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(options: Sequence[str]) -> tuple[float, float]:
     """Run `skipkernels tune` on the CPU in a process, and return its seconds and its peak in MiB."""
     with tempfile.TemporaryDirectory() as folder:
-        line = [
-            sys.executable,
-            "-m",
-            "skipkernels",
-            "tune",
-            *options,
-            "--device",
-            str(CPU),
-            "--out",
-            str(Path(folder, "run")),
-        ]
+        options = [*options, "--device", str(CPU), "--out", str(Path(folder, "run"))]
+        line = [sys.executable, "-m", "skipkernels", "tune", *options]
         begin = time.perf_counter()
         process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)  # resources of this child alone

@@ -59,22 +59,6 @@ IMPLEMENTATIONS = {
 }
 
 
-def loss_of(model: Any, inputs: Inputs, part: str, precision: str) -> Tensor:
-    """Contrastive loss of pairs, or the sum of the image embeddings."""
-    with autocast(precision, inputs.images.device):
-        image = model.encode_image(inputs.images, normalize=True)
-        if part == "image":
-            return image.float().sum()
-        logits = model.logit_scale.exp() * image @ model.encode_text(inputs.tokens, normalize=True).T
-        labels = torch.arange(len(logits), device=logits.device)
-        return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
-
-
-def gradients_of(model: Any, loss: Loss) -> Tensor:
-    """Gradient of all weights in one vector."""
-    return torch.cat([gradient.flatten() for gradient in gradients(model, loss()).values()])
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parser(__doc__ or "", model=["ViT-B-32"], batch=[8], precision=["fp32"], rounds=7)
     options.add_argument(
@@ -121,6 +105,22 @@ def rows_of_part(names: Sequence[str], inputs: Inputs, part: str, precision: str
         size, time = saved[name] / saved[EAGER], measure.median_ratio(seconds[name], seconds[EAGER])
         print(f"{part:6} {name:14} {row['saved_mib']:8} MiB, {size:.2f} of the bytes, {time:.2f} of the time of eager")
     return rows
+
+
+def loss_of(model: Any, inputs: Inputs, part: str, precision: str) -> Tensor:
+    """Contrastive loss of pairs, or the sum of the image embeddings."""
+    with autocast(precision, inputs.images.device):
+        image = model.encode_image(inputs.images, normalize=True)
+        if part == "image":
+            return image.float().sum()
+        logits = model.logit_scale.exp() * image @ model.encode_text(inputs.tokens, normalize=True).T
+        labels = torch.arange(len(logits), device=logits.device)
+        return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+
+def gradients_of(model: Any, loss: Loss) -> Tensor:
+    """Gradient of all weights in one vector."""
+    return torch.cat([gradient.flatten() for gradient in gradients(model, loss()).values()])
 
 
 def refuse_if_wrong(name: str, found: Tensor, expected: Tensor, precision: str) -> None:

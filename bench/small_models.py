@@ -60,27 +60,48 @@ def of_open_clip(name: str) -> tuple[Any, torch.Tensor]:
     config = get_model_config(name)
     for key, path in WITHOUT_PAIR.items():
         if key in config:
-            module, _, kind = path.partition(".")
-            empty = getattr(importlib.import_module(f"open_clip.{module}"), kind)
-            nn.Module.__init__(model := empty.__new__(empty))
-            return model, prompts({})
+            return not_initialized(path), prompts({})
+    make_small(config)
+    kind, text = class_of(config), config["text_cfg"]
+    config.pop("custom_text", None)  # no argument of a class
+    with few_blocks_of_timm(), tempfile.TemporaryDirectory() as folder:
+        if "hf_model_name" not in text:
+            return kind(**config), prompts(text)
+        encoder = ENCODERS[text["hf_model_name"]]()
+        encoder.save_pretrained(folder)  # a folder in place of a name: nothing is downloaded
+        text |= {"hf_model_name": folder, "hf_model_pretrained": False}
+        return kind(**config), encoder_prompts(encoder.pad_token_id)
+
+
+def not_initialized(path: str) -> nn.Module:
+    """An object of a class of open_clip without its weights."""
+    module, _, name = path.partition(".")
+    kind = getattr(importlib.import_module(f"open_clip.{module}"), name)
+    nn.Module.__init__(model := kind.__new__(kind))
+    return model
+
+
+def make_small(config: dict[str, Any]) -> None:
+    """Change a config to few blocks and a small vocabulary."""
     vision, text = config["vision_cfg"], config["text_cfg"]
     for part in (vision, text):
         layers = part.get("layers", 12)
         part["layers"] = [1] * len(layers) if isinstance(layers, list) else min(layers, BLOCKS)
     text["vocab_size"] = VOCABULARY
     if text.get("text_arch") == "modern":  # its special tokens are the last ones
-        text |= {name: VOCABULARY - 1 - number for number, name in enumerate(("eos_id", "bos_id", "pad_id"))}
-    custom = config.pop("custom_text", False) or {"timm_model_name", "hf_model_name", "text_arch"} & {*vision, *text}
-    kind = open_clip.CoCa if "multimodal_cfg" in config else open_clip.CustomTextCLIP if custom else open_clip.CLIP
-    tokens = prompts(text)
-    with few_blocks_of_timm(), tempfile.TemporaryDirectory() as folder:
-        if "hf_model_name" in text:
-            encoder = ENCODERS[text["hf_model_name"]]()
-            encoder.save_pretrained(folder)  # a folder in place of a name: nothing is downloaded
-            text |= {"hf_model_name": folder, "hf_model_pretrained": False}
-            tokens = encoder_prompts(encoder.pad_token_id)
-        return kind(**config), tokens
+        text |= {"eos_id": VOCABULARY - 1, "bos_id": VOCABULARY - 2, "pad_id": VOCABULARY - 3}
+
+
+def class_of(config: dict[str, Any]) -> type[nn.Module]:
+    """The class that open_clip makes of a config."""
+    if "multimodal_cfg" in config:
+        return open_clip.CoCa
+    if config.get("custom_text") or {"timm_model_name", "hf_model_name", "text_arch"} & {
+        *config["vision_cfg"],
+        *config["text_cfg"],
+    }:
+        return open_clip.CustomTextCLIP
+    return open_clip.CLIP
 
 
 @contextlib.contextmanager
