@@ -134,7 +134,7 @@ def test_runs_without_a_row_are_executed_and_recorded_where_they_run(threads_for
     [
         (runs.execute, "lora", SHORT, [{"blended": 0, "steps": 2}, {"blended": 1, "steps": 2}]),
         (runs.execute, "linear-probe", FITTED, [{"blended": 0, "new": None, "joint": None}]),
-        (runs.execute, "auto", plan.SEARCHES["auto"].candidates[0], [{"chosen": "Skip Tuning ×3, blended + Gaussian head"}]),
+        (runs.execute, "auto", SHORT, [{"chosen": "Skip Tuning ×3, blended + Gaussian head"}]),
         (runs.curve, "skip, image only", SHORT, [{"epoch": 1}]),
         (runs.first_steps, "skip, label smoothing", SHORT, [{"batch_size": 64}]),
     ],
