@@ -1,4 +1,4 @@
-"""recipes.pictograms: cleaned names, what is held out, more tasks, and a pre-training run that is interrupted."""
+"""recipes.pictograms: what is held out of pre-training, and which images a task has."""
 
 import numpy as np
 

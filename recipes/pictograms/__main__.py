@@ -2,13 +2,12 @@ import argparse
 from pathlib import Path
 
 from . import draw, pool
+from .table import FOLDER
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Download the icons, draw them, and choose those to pre-train on.")
-    parser.add_argument(
-        "--folder", type=Path, default=Path.home() / ".cache/skipkernels/pictograms", help="for all files"
-    )
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="for all files")
     parser.add_argument("--jobs", type=int, default=2, help="processes that draw")
     parser.add_argument("--all-words", action="store_true", help="do not hold out the 175 words")
     args = parser.parse_args()

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from . import names, pool, sets
-from .table import BLANK, Icon, read_rows
+from .table import BLANK, FOLDER, Icon, read_rows
 
 ROOT = Path(__file__).parents[2]
 DOCS, LICENCES = ROOT / "docs" / "pictograms.md", ROOT / "LICENSES-pictograms"
@@ -89,7 +89,7 @@ def licences(title: str, rows: Iterable[Icon], information: dict[str, dict]) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--folder", type=Path, default=Path.home() / ".cache/skipkernels/pictograms")
+    parser.add_argument("--folder", type=Path, default=FOLDER)
     folder = parser.parse_args().folder
     rows, digests = read_rows(folder), np.load(folder / "digests.npy")
     text = DOCS.read_text("utf-8")

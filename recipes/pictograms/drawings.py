@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from . import count, draw, pool, sets
-from .table import Icon, read_rows
+from .table import FOLDER, Icon, read_rows
 
 SETS = [prefix for prefix in pool.TEST_SETS if prefix not in sets.TEST_ONLY]
 SIZE, COLORS = 64, 64  # side of a drawing in pixels, and its colors
@@ -57,7 +57,7 @@ def write(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--folder", type=Path, default=Path.home() / ".cache/skipkernels/pictograms")
+    parser.add_argument("--folder", type=Path, default=FOLDER)
     folder = parser.parse_args().folder
     data = draw.read_sets(draw.download(folder))
     rows = read_rows(folder)

@@ -37,7 +37,7 @@ from PIL import Image, ImageOps
 
 from . import count, draw, names, pool, sets
 from .drawings import SIZE, on_white
-from .table import Icon, read_rows
+from .table import FOLDER, Icon, read_rows
 
 FILE = "more.npz"
 TASKS = ("flags", "game icons", "photos", "many classes")
@@ -226,7 +226,7 @@ def build(folder: Path) -> dict[str, np.ndarray]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--folder", type=Path, default=Path.home() / ".cache/skipkernels/pictograms")
+    parser.add_argument("--folder", type=Path, default=FOLDER)
     path = parser.parse_args().folder / FILE
     found = build(path.parent)
     partial = path.with_suffix(".partial.npz")

@@ -17,7 +17,7 @@ import argparse
 import copy
 import csv
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -37,53 +37,35 @@ from skipkernels.folders import replace_tensors, replaced_file
 
 from . import pool as pools
 from .augment import augment, normalize, on_white
+from .batches import Captions, Images
+from .table import FOLDER
 
 COLUMNS = ("step", "phase", "pairs", "loss", "narrow", "wide", "unknown", "seconds")
-DIRECTIONS = set("left right undo redo next previous forward back backward e letter number".split())  # not mirrored
 
 
 @dataclass
 class Options:
-    """Options of a run.
+    """Options of a run."""
 
-    Attributes:
-        pool: Pool file.
-        out: Folder of the checkpoint, the rows and the weights.
-        names_steps, pairs_steps, wide_steps: Steps of the phases.
-        batch: Images of a step, each with another name.
-        texts: Names of a contrastive step.
-        lr, weight_decay: AdamW.
-        table_lr: Learning rate of the class table: a row is in few batches.
-        decay: Steps of the final decay of the learning rate.
-        average: Factor of the running average of the weights.
-        every: Steps between two measurements.
-        save_seconds: Least time between two checkpoints.
-        threads: Threads.
-        device: Device.
-        dtype: Type of the products; "float32" is faster on a CPU without bf16 instructions.
-        init: Checkpoint of a run with other words. This run starts from its step and model.
-        model: Name of a configuration of open_clip.
-    """
-
-    pool: Path = Path.home() / ".cache/skipkernels/pictograms/pool.npz"
-    out: Path = Path("runs") / NAME
-    names_steps: int = 3500
+    pool: Path = FOLDER / "pool.npz"
+    out: Path = Path("runs") / NAME  # of the checkpoint, the rows and the weights
+    names_steps: int = 3500  # of the phases
     pairs_steps: int = 2500
     wide_steps: int = 2500
-    batch: int = 256
-    texts: int = 512
-    lr: float = 1.5e-3
-    table_lr: float = 1.5e-2
-    decay: int = 1000
+    batch: int = 256  # images of a step, each with another name
+    texts: int = 512  # names of a contrastive step
+    lr: float = 1.5e-3  # of AdamW
+    table_lr: float = 1.5e-2  # of the class table: a row is in few batches
+    decay: int = 1000  # steps of the final decay of the learning rate
     weight_decay: float = 0.05
-    average: float = 0.998
-    every: int = 500
-    save_seconds: float = 120
+    average: float = 0.998  # factor of the running average of the weights
+    every: int = 500  # steps between two measurements
+    save_seconds: float = 120  # least time between two checkpoints
     threads: int = 1
     device: str = "cpu"
-    dtype: str = "bfloat16"
-    init: Path | None = None
-    model: str = NAME
+    dtype: str = "bfloat16"  # of the products; "float32" is faster on a CPU without bf16 instructions
+    init: Path | None = None  # checkpoint of a run with other words, of which this run takes the step and the model
+    model: str = NAME  # a configuration of open_clip
 
     @property
     def steps(self) -> int:
@@ -99,32 +81,6 @@ class Options:
         return "wide", self.names_steps + self.pairs_steps
 
 
-class Captions:
-    """Tokens of captions: a name, a sentence with it, or half of the time a sentence with the style.
-
-    Words have their own tokens, so that the tokens of a sentence and of a name can be joined.
-    """
-
-    def __init__(self, model: str, names: Sequence[str], styles: Iterable[str]):
-        self.tokenizer = open_clip.get_tokenizer(model)
-        sentences = {
-            style: f"{'an' if style[0] in 'aeiou' else 'a'} {style} icon of a " for style in set(styles) - {""}
-        }
-        self.openings = {style: self.tokenizer.encode(text) for style, text in sentences.items()}
-        self.openings[""] = self.tokenizer.encode(TEMPLATE.format(""))
-        self.names = [self.tokenizer.encode(str(name)) for name in names]
-
-    def draw(self, classes: np.ndarray, styles: Iterable[str], rng: np.random.Generator) -> torch.Tensor:
-        """Tokens of a caption for each class, [texts, L]."""
-        length = self.tokenizer.context_length
-        tokens = np.zeros((len(classes), length), np.int64)
-        for row, index, style, draw in zip(tokens, classes, styles, rng.random(len(classes)), strict=True):
-            opening = [] if draw < 0.25 else self.openings["" if draw < 0.5 else str(style)]
-            text = [*opening, *self.names[index]][: length - 2]
-            row[: len(text) + 2] = [self.tokenizer.sot_token_id, *text, self.tokenizer.eot_token_id]
-        return torch.from_numpy(tokens)
-
-
 def encode_text(model: open_clip.CLIP, tokens: torch.Tensor) -> torch.Tensor:
     """Encode texts without the padding after the longest, which the causal mask hides from all pooled tokens."""
     ends = tokens.argmax(dim=-1)
@@ -138,36 +94,6 @@ def encode_text(model: open_clip.CLIP, tokens: torch.Tensor) -> torch.Tensor:
 def encode_image(model: open_clip.CLIP, images: torch.Tensor) -> torch.Tensor:
     """Encode images, [B, D], of unit norm."""
     return F.normalize(model.encode_image(images).float(), dim=-1)
-
-
-class Images:
-    """Access to the images of a pool by name."""
-
-    def __init__(self, pool: pools.Pool, device: torch.device):
-        self.alpha, self.color = (torch.from_numpy(each).to(device) for each in (pool.alpha, pool.color))
-        self.by_name = np.argsort(pool.label, kind="stable")
-        self.first = np.searchsorted(pool.label[self.by_name], np.arange(len(pool.names) + 1))
-        self.mirrored = np.array([DIRECTIONS.isdisjoint(name.split()) for name in pool.names])
-
-    def draw_classes(self, among: int, count: int, rng: np.random.Generator) -> np.ndarray:
-        """Distinct classes, a name with four times the images twice as often."""
-        keys = rng.exponential(size=among) / np.sqrt(np.diff(self.first[: among + 1]))
-        return np.argsort(keys)[:count]
-
-    def draw(self, classes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """One image of each class, as indices."""
-        first, last = self.first[classes], self.first[classes + 1]
-        return self.by_name[first + (rng.random(len(classes)) * (last - first)).astype(np.int64)]
-
-    def read(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Premultiplied RGBA in [0, 1], [B, 4, S, S], and which images are monochrome."""
-        index = torch.from_numpy(indices).to(self.alpha.device)
-        monochrome = len(self.alpha)
-        mono = index < monochrome
-        rgba = self.alpha.new_zeros(len(index), *self.color.shape[1:])
-        rgba[mono, :, :, 3] = self.alpha[index[mono]]
-        rgba[~mono] = self.color[index[~mono] - monochrome]
-        return rgba.permute(0, 3, 1, 2).float() / 255, mono
 
 
 class NameTable(nn.Module):
@@ -222,19 +148,7 @@ class Run:
         self.table = NameTable(pool.names[: pool.narrow], self.model.text_projection.shape[1]).to(self.device)
         with torch.no_grad():
             self.model.logit_scale.fill_(np.log(16.0))
-        named = list(self.model.named_parameters())
-        undecayed = {"positional_embedding", "visual.trunk.pos_embed", "visual.trunk.cls_token"}
-        decayed = [p for name, p in named if p.ndim > 1 and name not in undecayed]
-        others = [p for name, p in named if p.ndim <= 1 or name in undecayed]
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": decayed, "weight_decay": options.weight_decay, "rate": options.lr},
-                {"params": others, "weight_decay": 0.0, "rate": options.lr},
-                {"params": list(self.table.parameters()), "weight_decay": 0.0, "rate": options.table_lr},
-            ],
-            betas=(0.9, 0.98),
-            foreach=True,
-        )
+        self.optimizer = self.make_optimizer()
         self.parameters = [*self.model.parameters(), *self.table.parameters()]
         self.size = self.model.visual.image_size[0]
         self.whiten()
@@ -249,6 +163,25 @@ class Run:
             self.model.load_state_dict(state["model"])
             self.step = state["step"]
             self.averaged = [tensor.detach().clone() for tensor in self.tensors]
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        """AdamW with weight decay of matrices only, except positions and the class token."""
+        named = list(self.model.named_parameters())
+        undecayed = {"positional_embedding", "visual.trunk.pos_embed", "visual.trunk.cls_token"}
+        groups = [
+            {
+                "params": [p for name, p in named if p.ndim > 1 and name not in undecayed],
+                "weight_decay": self.options.weight_decay,
+                "rate": self.options.lr,
+            },
+            {
+                "params": [p for name, p in named if p.ndim <= 1 or name in undecayed],
+                "weight_decay": 0.0,
+                "rate": self.options.lr,
+            },
+            {"params": list(self.table.parameters()), "weight_decay": 0.0, "rate": self.options.table_lr},
+        ]
+        return torch.optim.AdamW(groups, betas=(0.9, 0.98), foreach=True)
 
     # ---- checkpoints
 
@@ -384,13 +317,7 @@ class Run:
         self.model.eval()
         found: dict[str, list[float]] = {"narrow": [], "wide": [], "unknown": []}
         with self.average():
-            embedded = []
-            for first in range(0, len(pool.test_images), 256):
-                images = torch.from_numpy(pool.test_images[first : first + 256]).to(self.device)
-                views = normalize(on_white(images.permute(0, 3, 1, 2).float() / 255, self.size))
-                with self.autocast():
-                    embedded.append(encode_image(self.model, views).cpu())
-            image = torch.cat(embedded)
+            image = self.embed_test_images()
             for group, cells in found.items():
                 for task in np.unique(pool.test_task):
                     rows = np.flatnonzero((pool.test_task == task) & (pool.test_group == group))
@@ -403,6 +330,17 @@ class Run:
                     hit = (image[rows] @ text.T).argmax(-1).numpy() == labels
                     cells += [100 * hit[pool.test_set[rows] == prefix].mean() for prefix in pools.TEST_SETS]
         return {group: float(np.mean(cells)) if cells else float("nan") for group, cells in found.items()}
+
+    def embed_test_images(self) -> Tensor:
+        """Embeddings of the test images, [T, D]."""
+        embedded = []
+        for images in torch.from_numpy(self.pool.test_images).split(256):
+            views = normalize(on_white(images.to(self.device).permute(0, 3, 1, 2).float() / 255, self.size))
+            with self.autocast():
+                embedded.append(encode_image(self.model, views).cpu())
+        return torch.cat(embedded)
+
+    # ---- the whole run
 
     def train(self) -> None:
         """Run the remaining steps."""

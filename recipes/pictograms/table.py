@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from . import names, sets
 
+FOLDER = Path.home() / ".cache/skipkernels/pictograms"
 BLANK = 1  # digest of an icon without ink
 
 
