@@ -33,6 +33,7 @@ def without_unreadable(task: Task) -> Task:
         validation = replace(validation, images=readable(validation.images, validation.classes, "validation"))
     if not skipped:
         return task
-    held_out = len(set(train.names) & set(task.train.names[len(task.train) - task.held_out :]))
+    last = task.train.names[len(task.train) - task.held_out :]  # of the images that were chosen for validation
+    held_out = len(set(train.names) & set(last))
     note = f"{task.name}: skipped {len(skipped)} images that can't be read: {format_names(skipped)}."
     return replace(task, train=train, tests=tests, validation=validation, notes=(*task.notes, note), held_out=held_out)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ...checks import check_shape, warn_caller
 from ...dtypes import wide_dtype
-from .head import Head, check_labels, check_positive, unit_rows
+from .checks import check_labels, check_positive, unit_rows
+from .head import Head
 from .logistic import ITERATIONS, Fit, logistic_regression
 
 TOLERANCE = 1e-7

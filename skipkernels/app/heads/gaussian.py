@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ...checks import check_shape
 from ...dtypes import wide_dtype, widened
-from .head import Head, check_labels, check_positive, unit_rows
+from .checks import check_labels, check_positive, unit_rows
+from .head import Head
 
 SHRINKAGE = 0.3
 """Part of the covariance that is a multiple of the identity."""

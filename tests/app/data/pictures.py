@@ -96,32 +96,39 @@ _FOLDERS |= {"imagenet_a": [WNIDS[1], WNIDS[3]], "imagenet_r": WNIDS[:3]}
 
 
 def make_coop(root: Path, name: str) -> Path:
-    """Make a dataset in CoOp's layout, of the three classes of NAMES, or the four of IMAGENET_NAMES."""
-    layout = DATASETS[name]
-    folder, images = root / layout.folder, root / layout.folder / layout.images
+    """Make a dataset in CoOp's layout, of the three classes of NAMES, or the four of IMAGENET_NAMES; return `root`."""
+    folder, images = root / DATASETS[name].folder, root / DATASETS[name].folder / DATASETS[name].images
     if name in _FOLDERS:
-        for part, count in (("train/", 4), ("val/", 2)) if name == "imagenet" else [("", 2)]:
-            for label, of_class in enumerate(_FOLDERS[name]):
-                for number in range(count):
-                    draw_image(images / f"{part}{of_class}/{number}.JPEG", label)
-        (images / "scripts").mkdir()
-        (images / "README.txt").write_text("cite us")
-        lines = [f"{wnid} {of_class}\n" for wnid, of_class in zip(WNIDS, IMAGENET_NAMES, strict=True)]
-        (folder / "classnames.txt").write_text("".join(reversed(lines)))  # not in the order of the labels
-        return root
-    listed: dict[str, list[Any]] = {
-        split: [(f"{split}_{label}{number}", label, of_class) for label, of_class in enumerate(NAMES)
-                for number in range(count)]
-        for split, count in SPLITS.items()
-    }  # fmt: skip
-    for image, label, _ in (each for of_split in listed.values() for each in of_split):
-        draw_image(images / f"{image}.jpg", label)
-    if layout.split_file:
-        content = {split: [(f"{image}.jpg", *rest) for image, *rest in of] for split, of in listed.items()}
-        (folder / layout.split_file).write_text(json.dumps(content))
-    else:  # fgvc_aircraft
-        for split, of_split in listed.items():
-            text = "".join(f"{image} {of_class}\n" for image, _, of_class in of_split)
-            (folder / f"images_variant_{split}.txt").write_text(text)
-        (folder / "variants.txt").write_text("\n".join(NAMES))
+        _make_imagenet(name, folder, images)
+    else:
+        _make_lists(folder, images, DATASETS[name].split_file)
     return root
+
+
+def _make_imagenet(name: str, folder: Path, images: Path) -> None:
+    for part, count in {"train": 4, "val": 2}.items() if name == "imagenet" else [("", 2)]:
+        for label, of_class in enumerate(_FOLDERS[name]):
+            for number in range(count):
+                draw_image(images / part / of_class / f"{number}.JPEG", label)
+    (images / "scripts").mkdir()
+    (images / "README.txt").write_text("cite us")
+    lines = [f"{wnid} {of_class}\n" for wnid, of_class in zip(WNIDS, IMAGENET_NAMES, strict=True)]
+    (folder / "classnames.txt").write_text("".join(reversed(lines)))  # not in the order of the labels
+
+
+def _make_lists(folder: Path, images: Path, split_file: str) -> None:
+    """Make images with a JSON file of all splits, or with the text files of Aircraft."""
+    listed: dict[str, list[tuple[str, int, str]]] = {
+        split: [(f"{split}_{label}{number}.jpg", label, NAMES[label]) for label in range(3) for number in range(count)]
+        for split, count in SPLITS.items()
+    }
+    for split, items in listed.items():
+        for path, label, _ in items:
+            draw_image(images / path, label)
+        if not split_file:
+            lines = [f"{path.removesuffix('.jpg')} {of_class}\n" for path, _, of_class in items]
+            (folder / f"images_variant_{split}.txt").write_text("".join(lines))
+    if split_file:
+        (folder / split_file).write_text(json.dumps(listed))
+    else:
+        (folder / "variants.txt").write_text("\n".join(NAMES))
