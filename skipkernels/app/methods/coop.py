@@ -52,20 +52,19 @@ class CoOp(FrozenModel):
         self._text = _text_tower(model)
         super().__init__(model, tokenizer, task, generator=generator)
         names = [name for test in task.tests for name in test.classes]
-        count, tokens = self._placeholder_prompts(names, tokenizer([f"{name}." for name in names]), vectors)
-        sizes = [len(test.classes) for test in task.tests]
+        tokens = tokenizer([f"{name}." for name in names])  # [n, L]
+        count = self._count_that_fits(vectors, names, tokens)
         device = next(model.parameters()).device
-        self._tokens = {  # in place of the tokens of the templates
-            test.name: [part.to(device)] for test, part in zip(task.tests, tokens.split(sizes), strict=True)
-        }
+        prompts = _with_placeholders(tokens, count).to(device).split([len(test.classes) for test in task.tests])
+        self._tokens = {test.name: [part] for test, part in zip(task.tests, prompts, strict=True)}  # not of templates
         embedding = self._text.token_embedding.weight
         initial = torch.empty(count, embedding.shape[1], device=self._generator.device)
         nn.init.normal_(initial, std=0.02, generator=self._generator)
         self.context = nn.Parameter(initial.to(device, wide_dtype(embedding.dtype)))  # v, [M, W]
         model.requires_grad_(False)
 
-    def _placeholder_prompts(self, names: list[str], tokens: Tensor, vectors: int) -> tuple[int, Tensor]:
-        """Return the number of context vectors that fit, and `tokens` [n, L] with as many placeholders in front."""
+    def _count_that_fits(self, vectors: int, names: list[str], tokens: Tensor) -> int:
+        """Return the number of context vectors, at most `vectors`, that fit in front of each name."""
         ends = self._ends(tokens)
         last_end, length = int(ends.max()), tokens.shape[1]
         count = min(vectors, length - 1 - last_end)
@@ -80,8 +79,7 @@ class CoOp(FrozenModel):
                 f"{self.name}: {count} context vectors in place of {vectors}: with {longest_name!r} the prompt would "
                 f"have {last_end + 1 + vectors} tokens, and the model takes {length}."
             )
-        # Any id but padding and end-of-text, which set the mask and the pooled position.
-        return count, torch.cat([tokens[:, :1], tokens[:, 1:2].expand(-1, count), tokens[:, 1 : length - count]], dim=1)
+        return count
 
     def _ends(self, tokens: Tensor) -> Tensor:
         """Position of the end-of-text token, which the model pools, in each prompt, [n]."""
@@ -139,6 +137,14 @@ class CoOp(FrozenModel):
 
     def _tensors(self) -> dict[str, Tensor]:
         return {"context": self.context}
+
+
+def _with_placeholders(tokens: Tensor, count: int) -> Tensor:
+    """Insert placeholders after the start-of-text token of prompts [n, L], which stay as long.
+
+    They have any id but padding and end-of-text, which set the mask and the pooled position: that of the next token.
+    """
+    return torch.cat([tokens[:, :1], tokens[:, 1:2].expand(-1, count), tokens[:, 1 : tokens.shape[1] - count]], dim=1)
 
 
 class _TextTower(NamedTuple):
