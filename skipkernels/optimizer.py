@@ -128,7 +128,7 @@ class FusedSGD(torch.optim.Optimizer):
     # ---- in backward -------------------------------------------------------------------------------------------------
 
     def _update_in_backward(self, weight: Tensor) -> None:
-        """Update a weight, or let it wait for others; hook after its gradient."""
+        """Update a weight, at once or with others; hook after its gradient."""
         if not self._updated:  # once per step: a process group may be created after the optimizer, or weights moved
             _refuse_several_processes()
             self._places = self._read_places()
@@ -139,13 +139,16 @@ class FusedSGD(torch.optim.Optimizer):
         if weight in self._updated:
             _refuse_use("a second backward")
         self._updated.add(weight)
-        if not launching.runs_beside_host(weight.device):
+        if launching.runs_beside_host(weight.device):  # a launch takes longer than most updates
+            self._gather(weight)
+        else:
             self._consume([weight])
-            return
+
+    def _gather(self, weight: Tensor) -> None:
+        """Let a weight wait for others of its stream, and update these if their gradients are large enough."""
         if not self._waiting:
             # At the end of backward, when the stream of its caller has waited for all others
             torch.autograd.Variable._execution_engine.queue_callback(self._flush_all)
-        # Gathered: on a GPU a launch takes longer than most updates
         stream = launching.current_stream(weight.device)
         waiting = self._waiting.setdefault(stream, [])
         waiting.append(weight)
