@@ -39,23 +39,23 @@ def pair_loss(
             given = clip.texts.tokens.flatten(0, -2)[:1].to(captions)  # a prompt, of which a token can be pooled
         bias = check_pair_loss(clip, x, given, loss, logit_bias, chunk)
         texts = captions_part(clip, given)
-    # 2. Captions that this process encodes, and the pairs [n] of all processes that they are in
+    # 2. Captions that this process encodes, and their positions [n] among the pairs of all processes
     call = f"pair_loss with loss={loss!r}, logit_bias={_value(bias)} and captions of {captions.ndim} dimensions"
     count, group = len(pixel_values), clip.process_group
     sizes = gather_sizes(clip, call, count)
     if captions.ndim == 2:
         rows = own_rows(sizes, group)
-        pair_ids = torch.arange(rows.start, rows.stop, device=x.device)
+        positions = torch.arange(rows.start, rows.stop, device=x.device)
     else:
-        pair_ids, own_ids = clip.shards.find_own(gather_rows(texts.batch[:count], sizes, group))
+        positions, own_ids = clip.shards.find_own(gather_rows(texts.batch[:count], sizes, group))
         texts = texts._replace(batch=filled(own_ids)[0])
 
     # 3. The loss over all pairs
     def loss_of(image: Tensor, text: Tensor) -> Tensor:
         image, scale = gather_rows(image[:count], sizes, group), clip.scale  # [B, D]
         if bias is None:
-            return sharded_contrastive_loss(image, text, pair_ids, scale, group)
-        return sharded_pairwise_sigmoid_loss(image, text, pair_ids, scale, bias, group)
+            return sharded_contrastive_loss(image, text, positions, scale, group)
+        return sharded_pairwise_sigmoid_loss(image, text, positions, scale, bias, group)
 
     images = Part(clip.images.encode, x)
     return encoded_loss([images, texts], loss_of, [clip.model.logit_scale, bias], clip.parameters(), chunk)
