@@ -1,7 +1,4 @@
-"""Checks of arguments, and of results that must equal those of the caller's model.
-
-Errors name the function, the argument, the expected and the given value, and a remedy.
-"""
+"""Checks of arguments. Errors name the function, the argument, the expected and the given value, and a remedy."""
 
 from __future__ import annotations
 
@@ -234,26 +231,6 @@ def as_casts(function: str, weights: Sequence[Tensor], casts: Sequence[Tensor | 
                 f"{list(weight.shape)}."
             )
     return [first.new_empty(0) if x is None else x for x in casts]
-
-
-# ---- comparison with the caller's model ------------------------------------------------------------------------------
-
-
-# Largest distance between two unit-norm embeddings, or relative error of the output of a block. Another order of
-# operations changes about 1e-6 in fp32 over twelve blocks; some fp64 models compute a softmax in fp32. A wrong
-# activation in one block changes at least 2e-3.
-OUTPUT_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
-# Largest relative error of a gradient; in fp32, at most 5e-4 was measured for norms and biases over all of open_clip.
-GRADIENT_TOLERANCE = {torch.float64: 1e-5, torch.float32: 5e-3}
-
-
-def raise_if_above(what: str, measure: str, value: float, allowed: float) -> None:
-    """Raise a RuntimeError if a difference from the caller's model is above its tolerance, or not a number."""
-    if not value <= allowed:
-        raise RuntimeError(
-            f"{what}: {measure} {value:.2e}, allowed {allowed:.0e}. A part of the model (a hook, a changed forward, a "
-            "mask or activation) is not what its type implies, so training would be silently wrong."
-        )
 
 
 # ---- warnings --------------------------------------------------------------------------------------------------------

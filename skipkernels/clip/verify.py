@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..checks import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, raise_if_above
 from ..reference import unit_norm
+from ..towers.comparison import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, raise_if_above
 from ..towers.fused_classes import unfused
 from ..towers.modes import deterministic_training, evaluating
 from ..towers.prompts import Prompts

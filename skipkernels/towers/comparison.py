@@ -1,4 +1,4 @@
-"""Comparison of fused blocks with their own forward, by `sk.fuse`."""
+"""Comparison of fused blocks with their own forward, by `sk.fuse`; tolerances, which `clip.verify` shares."""
 
 from __future__ import annotations
 
@@ -9,11 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, raise_if_above
 from ..dtypes import wide_dtype, without_autocast
 from .block import FusedBlock
 from .fused_classes import unfused
 
+# Largest distance between two unit-norm embeddings, or relative error of the output of a block. Another order of
+# operations changes about 1e-6 in fp32 over twelve blocks; some fp64 models compute a softmax in fp32. A wrong
+# activation in one block changes at least 2e-3.
+OUTPUT_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
+# Largest relative error of a gradient; in fp32, at most 5e-4 was measured for norms and biases over all of open_clip.
+GRADIENT_TOLERANCE = {torch.float64: 1e-5, torch.float32: 5e-3}
 _NEGLIGIBLE = 0.01  # of the largest gradient: that of a key's bias is 0 up to rounding
 
 
@@ -106,3 +111,12 @@ def _random_weights(block: Any, generator: torch.Generator) -> Iterator[dict[str
     finally:
         for table, name, x in before:
             table[name] = x
+
+
+def raise_if_above(what: str, measure: str, value: float, allowed: float) -> None:
+    """Raise a RuntimeError if a difference from the caller's model is above its tolerance, or not a number."""
+    if not value <= allowed:
+        raise RuntimeError(
+            f"{what}: {measure} {value:.2e}, allowed {allowed:.0e}. A part of the model (a hook, a changed forward, a "
+            "mask or activation) is not what its type implies, so training would be silently wrong."
+        )
