@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -402,31 +402,40 @@ def test_graphed_follows_autocast(gpu):
         assert a == [*b, *(p.detach().tolist() for p in theirs.clip.parameters())]
 
 
+@pytest.fixture
+def casts_of_captures(gpu) -> Iterator[list[int]]:
+    """Number of copies of weights that train, in each capture."""
+    found: list[int] = []
+    cast: list[bool] = []
+    foreach_copy, capture = torch._foreach_copy_, gpu.capture_graph
+
+    def copied(targets, sources):
+        cast.append(sources[0].requires_grad)
+        foreach_copy(targets, sources)
+
+    def captured(*arguments):
+        cast.clear()
+        result = capture(*arguments)
+        found.append(sum(cast))
+        return result
+
+    with mock.patch.object(torch, "_foreach_copy_", copied), mock.patch.object(graphed, "capture_graph", captured):
+        yield found
+
+
 @pytest.mark.parametrize("kind", ["in_backward", "in_step"])
-def test_graph_with_kept_casts(gpu, monkeypatch, kind):
+def test_graph_with_kept_casts(gpu, casts_of_captures, kind):
     """A replay casts no weight that trains, and follows changed weights, evaluations and another graph."""
     ours, theirs = Run(kind, by_graph=True), Run(kind, by_graph=False)
-    other = sk.graphed(ours.clip, ours.optimizer, batch_size=4)
-    (x, labels), cast, whole, record = batches(ours.clip, 1)[0], [], torch._foreach_copy_, gpu.capture_graph
-    monkeypatch.setattr(torch, "_foreach_copy_", lambda to, by: cast.append(by[0].requires_grad) or whole(to, by))
+    other, (x, labels) = sk.graphed(ours.clip, ours.optimizer, batch_size=4), batches(ours.clip, 1)[0]
 
-    def counted(*arguments):
-        cast.clear()
-        found = record(*arguments)
-        casts_of_captures.append(sum(cast))
-        return found
-
-    def train(count: int, step: Any = None) -> None:
+    def train(step: Any, count: int) -> None:
         for _ in range(count):
-            losses = []
-            for one in (step or ours.step, theirs.step):
-                with torch.autocast("cpu", torch.bfloat16), mock.patch.object(graphed, "capture_graph", counted):
-                    losses.append(one(x, labels).loss.item())
-            assert losses[0] == losses[1]
+            with torch.autocast("cpu", torch.bfloat16):
+                assert step(x, labels).loss.item() == theirs.step(x, labels).loss.item()
         assert all(map(torch.equal, ours.clip.parameters(), theirs.clip.parameters()))
 
-    casts_of_captures: list[int] = []
-    train(graphed.WARMUP + 2)
+    train(ours.step, graphed.WARMUP + 2)
     for run in (ours, theirs):
         with torch.no_grad():
             run.clip.model.visual.transformer.resblocks[-1].mlp.c_fc.weight.mul_(1.5)
@@ -435,10 +444,10 @@ def test_graph_with_kept_casts(gpu, monkeypatch, kind):
         assert ours.clip.predict(x).equal(theirs.clip.predict(x))
     for run in (ours, theirs):
         run.clip.train()
-    train(2)
+    train(ours.step, 2)
     assert casts_of_captures == [0] and gpu.replays == 4
-    train(graphed.WARMUP + 2, other)
-    train(2)  # the weights that the other graph changed are copied before a replay
+    train(other, graphed.WARMUP + 2)
+    train(ours.step, 2)  # the weights that the other graph changed are copied before a replay
     assert casts_of_captures == [0, 0] and gpu.replays == 8
 
 
