@@ -19,10 +19,6 @@ def sampler(labels, batch_size: int, kind: str, *, seed: int = 0, **processes) -
     return BatchSampler(torch.tensor(labels), batch_size, kind, torch.Generator().manual_seed(seed), **processes)
 
 
-def take(batches: BatchSampler, count: int) -> list[list[int]]:
-    return list(itertools.islice(batches, count))
-
-
 @example([0] * 9, 2, "sequential", 4)  # a second batch of one image, which is merged
 @given(SETS, st.integers(1, 7), st.sampled_from(KINDS), st.integers(1, 4))
 def test_epoch_has_every_image_once_over_all_processes(labels, batch_size, kind, world_size):
@@ -114,7 +110,7 @@ def test_state_after_the_last_batch(kind):
 
 def test_unfinished_epoch_is_followed_by_a_complete_one():
     broken = sampler([0] * 12, 2, "random")
-    take(broken, 2)
+    list(itertools.islice(broken, 2))
     assert sorted(sum(broken, [])) == list(range(12))
 
 
