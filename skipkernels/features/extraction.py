@@ -28,12 +28,7 @@ Write = Callable[[int, Tensor, Tensor], object]  # first row, features [n, …],
 
 
 class Encoder:
-    """Function from images to features at the cut, on the CPU.
-
-    Args:
-        function: Public function that errors name.
-        clip: Model that computes the features.
-    """
+    """Function from images to features at the cut, on the CPU. Errors of `clip` name the public `function`."""
 
     def __init__(self, function: str, clip: SkipCLIP):
         if not hasattr(clip, "encode_lower"):  # isinstance would need an import in a circle

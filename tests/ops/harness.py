@@ -157,11 +157,6 @@ class Calls(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
-def shortest(rows: Tensor) -> float:
-    """Smallest norm of a row."""
-    return rows.detach().double().norm(dim=1).min().item()
-
-
 def log_probability_slack(case: Case, exact: Results, results: Sequence[str]) -> dict[str, float]:
     """Slack of results that are log-probabilities of scaled cosines, and of their gradients.
 
@@ -171,13 +166,11 @@ def log_probability_slack(case: Case, exact: Results, results: Sequence[str]) ->
     """
     scale = abs(case.inputs["logit_scale"].item())
     sizes = dict.fromkeys((*results, "d_logit_scale"), 1.0)
-    sizes |= {f"d_{name}": scale / shortest(case.inputs[name]) for name in ("image", "text")}
+    for name in ("image", "text"):
+        lengths = case.inputs[name].detach().double().norm(dim=1)  # [n], of the rows
+        sizes[f"d_{name}"] = scale / lengths.min().item()
     logit = scale * COSINE[case.dtype]
     return {name: logit * (1 + size / max(exact[name].norm().item(), 1e-300)) for name, size in sizes.items()}
-
-
-def as_leaf(x: Tensor) -> Tensor:
-    return x.detach().requires_grad_(x.requires_grad)
 
 
 def subsets(names: Sequence[str]) -> Iterator[list[str]]:
@@ -223,12 +216,13 @@ def shared_tests(operator: Operator) -> type:
                 for name, x in operator.kernel(case).items():
                     assert x.shape == theirs[name].shape and not x.any()
 
-        @pytest.mark.parametrize(("layout", "variant"), list(_layouts(operator)), ids=_id_of_layout)
+        @pytest.mark.parametrize(("layout", "variant"), list(_layouts(operator)))
         def test_any_strides(self, backend: Backend, layout, variant):
             """Results are those of contiguous copies, and contiguous."""
             case = operator.case(operator.small, backend.device, **variant)
             inputs = {name: laid_out(x.detach(), layout) for name, x in case.inputs.items()}
-            integers = {name: laid_out(x, layout) for name, x in case.options.items() if _is_vector(x)}
+            vectors = {k: x for k, x in case.options.items() if isinstance(x, Tensor) and x.dim() == 1}
+            integers = {name: laid_out(x, layout) for name, x in vectors.items()}
             strided = case.with_inputs(**inputs)._replace(options=case.options | integers)
             plain = case.with_inputs(**{k: x.clone(memory_format=torch.contiguous_format) for k, x in inputs.items()})
             exact = operator.kernel(plain)
@@ -260,7 +254,8 @@ def shared_tests(operator: Operator) -> type:
         def test_opcheck(self, backend: Backend, variant):
             case = operator.case(operator.small, backend.device, **variant)
             (forward, arguments), *backward = operator.calls(case)
-            backend.opcheck(forward, tree_map_only(Tensor, as_leaf, arguments))
+            leaves = tree_map_only(Tensor, lambda x: x.detach().requires_grad_(x.requires_grad), arguments)
+            backend.opcheck(forward, leaves)
             for function, arguments in backward:
                 backend.opcheck(function, tree_map_only(Tensor, Tensor.detach, arguments), compiled=False)
 
@@ -364,20 +359,12 @@ def _runs(operator: Operator) -> Iterator[Any]:
             yield pytest.param(name, shape, dtype, marks=marks, id=label)
 
 
-def _layouts(operator: Operator) -> Iterator[tuple[str, dict[str, Any]]]:
+def _layouts(operator: Operator) -> Iterator[Any]:
     """Every layout of one variant, and of the others one to be copied and one that some kernels read with strides."""
     first, *others = operator.variants
-    yield from ((layout, first) for layout in LAYOUTS)
-    yield from itertools.product(("transposed", "wider rows"), others)
-
-
-def _id_of_layout(value: str | dict[str, Any]) -> str:
-    return value if isinstance(value, str) else _id_of_options(value)
+    for layout, variant in [*((x, first) for x in LAYOUTS), *itertools.product(("transposed", "wider rows"), others)]:
+        yield pytest.param(layout, variant, id=f"{layout}-{_id_of_options(variant)}")
 
 
 def _id_of_options(options: dict[str, Any]) -> str:
     return ",".join(f"{name}={value}" for name, value in options.items()) or "plain"
-
-
-def _is_vector(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.dim() == 1
