@@ -17,21 +17,13 @@ from skipkernels.app.train import evaluate_run, tune
 from skipkernels.app.train.setup import build_task
 from tests.app.runs import small
 
-# Settings of a run with each head: tuned, blended, of a method that adds weights, and of the pretrained model.
+# Runs with each head, by name: tuned, blended, of a method that adds weights, and of the pretrained model.
 RUNS = {
-    "anchored": {"head": "anchored", "epochs": 1, "prior": "balanced"},
-    "gaussian": {"head": "gaussian", "epochs": 1, "blend": 0.5},
-    "probe": {"head": "probe", "epochs": 1, "method": "lora"},
-    "frozen": {"head": "anchored", "epochs": 0},
+    "Skip Tuning + anchored probe with equal priors": {"head": "anchored", "epochs": 1, "prior": "balanced"},
+    "Skip Tuning, blended + Gaussian head": {"head": "gaussian", "epochs": 1, "blend": 0.5},
+    "LoRA + linear probe": {"head": "probe", "epochs": 1, "method": "lora"},
+    "frozen + anchored probe": {"head": "anchored", "epochs": 0},
 }
-NAMES = {
-    "anchored": "Skip Tuning + anchored probe with equal priors",
-    "gaussian": "Skip Tuning, blended + Gaussian head",
-    "probe": "LoRA + linear probe",
-    "frozen": "frozen + anchored probe",
-}
-
-
 SCALE = pictogram_tiny.state_dict()["logit_scale"].exp()  # is not trained
 
 
@@ -44,8 +36,8 @@ class HeadRun(NamedTuple):
 
 @pytest.fixture(scope="module", params=RUNS)
 def run(request, tmp_path_factory) -> HeadRun:
-    folder = tmp_path_factory.mktemp("head") / "run"
-    return HeadRun(folder, tune(small(folder, **RUNS[request.param])), RUNS[request.param], NAMES[request.param])
+    folder, settings = tmp_path_factory.mktemp("head") / "run", RUNS[request.param]
+    return HeadRun(folder, tune(small(folder, **settings)), settings, request.param)
 
 
 def test_a_run_with_a_head_is_read_as_it_was_tested(run):
@@ -107,7 +99,7 @@ def test_blend_fits_the_head_again(run, tmp_path):
         assert (curve[0], curve[-1]) == (blended["tuned"][test], run.metrics["tuned"][test])
 
 
-def test_balanced_prior_raises_rare_classes(tmp_path):
+def test_balanced_prior_raises_rare_classes():
     """Nine images of one class and one of another, both between their texts."""
     labels = torch.tensor([0] * 9 + [1])
     image = torch.nn.functional.normalize(torch.eye(2, dtype=torch.float64)[labels] + 0.8, dim=1)
