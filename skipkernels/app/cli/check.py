@@ -39,8 +39,9 @@ class CheckCommand:
 
     def execute(self, out: Terminal, err: Terminal) -> int:
         """Check the dataset, and print the results. Returns the exit code."""
-        from skipkernels.app.data.check import facts, findings, nonempty_splits
+        from skipkernels.app.data.check import Finding, facts, findings, nonempty_splits
         from skipkernels.app.serve.output import check_file
+        from skipkernels.folders import replace_text
 
         if self.out is not None:
             check_file(self.out, "check")
@@ -57,7 +58,7 @@ class CheckCommand:
         problems = findings(images)
         self._print_findings(problems, out)
         if self.out is not None:
-            _write_findings(self.out, problems)
+            replace_text(self.out, "".join(csv_line(map(escaped, row)) for row in [Finding._fields, *problems]))
         refused = self._refused(source, trained)
         if refused is not None:
             out.print(f"tune refuses this dataset: {refused}", soft_wrap=True)
@@ -116,13 +117,6 @@ def _about_classes(source: Source, images: list[Fact], trained: Counter[str]) ->
     labels: dict[str, Sequence[int]] = {split: of_split.labels for split, of_split in source.splits.items()}
     if (sizes := class_sizes_note(labels, source.classes)) is not None:
         yield sizes
-
-
-def _write_findings(path: Path, problems: list[Finding]) -> None:
-    from skipkernels.app.data.check import Finding
-    from skipkernels.folders import replace_text
-
-    replace_text(path, "".join(csv_line(map(escaped, row)) for row in [Finding._fields, *problems]))
 
 
 def _table(images: list[Fact], title: str) -> Any:

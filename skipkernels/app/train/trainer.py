@@ -34,7 +34,6 @@ class Trainer:
 
     Attributes:
         steps: Number of steps per epoch.
-        weights: Trained weights.
         not_graphed: Reason why steps are not captured in a CUDA graph, although `graph` is set and the device is a GPU.
     """
 
@@ -57,7 +56,7 @@ class Trainer:
         sampler = BatchSampler(train.labels, config.batch_size, config.sampler, generator)
         self._loader = train.loader(sampler=sampler, device=self._device)
         self.steps = len(self._loader)
-        self.weights = [weight for group in groups for weight in group["params"]]
+        self._weights = [weight for group in groups for weight in group["params"]]
         self._class_sampler = method.class_sampler
         self.not_graphed: str | None = None
         graph = config.graph and _captures(self._device)
@@ -134,7 +133,7 @@ class Trainer:
                 )
 
     def _check_weights(self) -> None:
-        finite = torch.stack([weight.detach().isfinite().all() for weight in self.weights])
+        finite = torch.stack([weight.detach().isfinite().all() for weight in self._weights])
         if not finite.all():
             raise FloatingPointError(
                 f"tune: after the last batch of epoch {self.epochs + 1} weights are not finite, although the loss of "
