@@ -7,6 +7,7 @@ import hashlib
 import re
 import shutil
 import subprocess
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -87,76 +88,97 @@ NO_TEST = {
 }
 KEPT = {"wanted": "coverage", "target": 95.0, "threshold": 0.72, "coverage": 81.25, "accuracy": 95.0}
 UNREACHED = {"wanted": "accuracy", "target": 99.0, "threshold": None, "coverage": None, "accuracy": None}
-# Metrics that a page without epochs and predictions shows; parts of its text with the numbers, and rows; absent words.
-SHOWN: dict[str, tuple[dict, list[str | list[str]], list[str]]] = {
-    "no test images": (
+
+
+class Shown(NamedTuple):
+    """Changes of metrics, and what a page of them without epochs and predictions shows."""
+
+    changes: dict
+    text: str = ""
+    rows: tuple[list[str], ...] = ()
+    absent: str = ""
+
+
+CANDIDATES = ["accuracy, %", "loss", "takes new names"]
+SHOWN = {
+    "no test images": Shown(
         NO_TEST | {"validation": HELD},
-        ["On the 40 validation images, the accuracy went from 50.0 % to 62.5 % (95 % interval 47.0–75.8). They chose "
-         "the epoch. No images were kept for a test: expect less on others.",
-         ["validation images", "40", "50.0 (35.2–64.8)", "62.5 (47.0–75.8)", "+12.5"]],
-        [],
+        "On the 40 validation images, the accuracy went from 50.0 % to 62.5 % (95 % interval 47.0–75.8). They chose "
+        "the epoch. No images were kept for a test: expect less on others.",
+        (["validation images", "40", "50.0 (35.2–64.8)", "62.5 (47.0–75.8)", "+12.5"],),
     ),
-    "candidates of two accuracies": (
-        {"candidates": [candidate("zero-shot", 50.0, 50.0), candidate("probe ×3", 62.5, 60.0, False, True)],
-         "chosen_because": "highest accuracy on 40 held-out images", "classifier": "probe ×3", "validation": HELD},
-        [["2 candidates, on 40 held-out images", "accuracy, %", "balanced accuracy, %", "loss", "takes new names"],
-         ["zero-shot", "50.0 (35.2–64.8)", "50.0", "1.2500", "yes"],
-         ["✓ probe ×3", "62.5 (47.0–75.8)", "60.0", "1.2500", "no"],
-         ["validation images, before they train", "40", "50.0 (35.2–64.8)", "62.5 (47.0–75.8)", "+12.5"],
-         "Probe ×3 was chosen: highest accuracy on 40 held-out images", "trained again", " · Probe ×3 · "],
-        [],
+    "candidates of two accuracies": Shown(
+        {
+            "candidates": [candidate("zero-shot", 50.0, 50.0), candidate("probe ×3", 62.5, 60.0, False, True)],
+            "chosen_because": "highest accuracy on 40 held-out images",
+            "classifier": "probe ×3",
+            "validation": HELD,
+        },
+        "Probe ×3 was chosen: highest accuracy on 40 held-out images. Then it was trained again, on all images.",
+        (
+            ["2 candidates, on 40 held-out images", "accuracy, %", "balanced accuracy, %", "loss", "takes new names"],
+            ["zero-shot", "50.0 (35.2–64.8)", "50.0", "1.2500", "yes"],
+            ["✓ probe ×3", "62.5 (47.0–75.8)", "60.0", "1.2500", "no"],
+            ["validation images, before they train", "40", "50.0 (35.2–64.8)", "62.5 (47.0–75.8)", "+12.5"],
+        ),
     ),
-    "candidates of one accuracy": (
+    "classifier in the title": Shown({"classifier": "probe ×3"}, "pictograms · Probe ×3 · all training images"),
+    "candidates of one accuracy": Shown(
         {"candidates": [candidate("zero-shot", 50.0, 50.0, chosen=True)], "classifier": "zero-shot"},
-        [["✓ zero-shot", "50.0 (35.2–64.8)", "1.2500", "yes"], "Zero-shot was chosen."],
-        ["trained again"],
+        "Zero-shot was chosen.",
+        (["1 candidate, on 40 held-out images", *CANDIDATES], ["✓ zero-shot", "50.0 (35.2–64.8)", "1.2500", "yes"]),
+        absent="trained again",
     ),
-    "candidates without a test": (
+    "candidates without a test": Shown(
         NO_TEST | {"validation": HELD, "candidates": [candidate("probe", 62.5, 60.0)]},
-        ["They chose the candidate, and then trained. No images were kept for a test"],
-        ["the epoch"],
+        "They chose the candidate, and then trained. No images were kept for a test",
+        absent="the epoch",
     ),
-    "many candidates": (
+    "many candidates": Shown(
         {"candidates": [candidate(str(n), 50.0 + n, 50.0 + n, chosen=n == 1) for n in range(7)]},
-        [["the best 5 of 7 candidates, on 40 held-out images", "accuracy, %", "loss", "takes new names"],
-         "All 7 candidates", ["7 candidates, on 40 held-out images", "accuracy, %", "loss", "takes new names"]],
-        [],
+        "All 7 candidates",
+        (
+            ["the best 5 of 7 candidates, on 40 held-out images", *CANDIDATES],
+            ["7 candidates, on 40 held-out images", *CANDIDATES],
+        ),
     ),
-    "no images but those that train": (
-        NO_TEST, ["All images trained, none were kept for a test: there is no accuracy."], ["went from"]
+    "no images but those that train": Shown(
+        NO_TEST, "All images trained, none were kept for a test: there is no accuracy.", absent="went from"
     ),
-    "no candidates": ({"candidates": [], "chosen_because": None}, [], ["candidates", "Thresholds"]),
-    "thresholds": (
+    "no candidates": Shown({"candidates": [], "chosen_because": None}, absent="candidates"),
+    "no thresholds": Shown({"validation": HELD}, absent="Thresholds"),
+    "thresholds": Shown(
         {"validation": {"images": 80, "zero_shot": 60.0, "tuned": 80.0, "thresholds": [KEPT, UNREACHED]}},
-        ["Measured on 80 validation images.",
-         ["95 % kept", "0.72", "81.2", "95.0"], ["99 % right", "–", "–", "–"]],
-        [],
+        "Measured on 80 validation images.",
+        (["95 % kept", "0.72", "81.2", "95.0"], ["99 % right", "–", "–", "–"]),
     ),
-    "classes of one size": (
+    "classes of one size": Shown(
         always_cat(4, 4),
-        ["the accuracy went from 0.0 % to 50.0 % (95 % interval 21.5–78.5)",
-         ["2 trained classes", "8", "0.0 (0.0–32.4)", "50.0 (21.5–78.5)", "+50.0"]],
-        ["balanced"],
+        "the accuracy went from 0.0 % to 50.0 % (95 % interval 21.5–78.5)",
+        (["2 trained classes", "8", "0.0 (0.0–32.4)", "50.0 (21.5–78.5)", "+50.0"],),
+        absent="balanced",
     ),
-    "classes of different size": (
+    "classes of different size": Shown(
         always_cat(6, 2),
-        ["the accuracy went from 0.0 % to 75.0 % (95 % interval 40.9–92.9) and the balanced accuracy went from 50.0 % "
-         "to 50.0 %.", ["2 trained classes, balanced", "", "50.0", "50.0", "+0.0"],
-         ["2 trained classes", "8", "0.0 (0.0–32.4)", "75.0 (40.9–92.9)", "+75.0"]],
-        [],
+        "the accuracy went from 0.0 % to 75.0 % (95 % interval 40.9–92.9) and the balanced accuracy went from 50.0 % "
+        "to 50.0 %.",
+        (
+            ["2 trained classes, balanced", "", "50.0", "50.0", "+0.0"],
+            ["2 trained classes", "8", "0.0 (0.0–32.4)", "75.0 (40.9–92.9)", "+75.0"],
+        ),
     ),
-}  # fmt: skip
+}
 
 
-@pytest.mark.parametrize("name", SHOWN)
-def test_report_shows(name):
-    changes, there, absent = SHOWN[name]
-    text = page(changes, rows=[], tests=[])
+@pytest.mark.parametrize("shown", SHOWN.values(), ids=SHOWN)
+def test_report_shows(shown):
+    text = page(shown.changes, rows=[], tests=[])
     assert_complete(text)
     found = Page(text)
-    for part in there:
-        assert part in (found.text if isinstance(part, str) else found.rows), part
-    assert not [words for words in absent if words in found.text.partition("All settings")[0]]
+    assert shown.text in found.text
+    for cells in shown.rows:
+        assert cells in found.rows, cells
+    assert not shown.absent or shown.absent not in found.text.partition("All settings")[0]
 
 
 @pytest.mark.parametrize(
