@@ -122,16 +122,15 @@ def _digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
 
 def prediction_lines(tests: Sequence[TestPredictions]) -> Iterator[str]:
     """Yield the lines of predictions.csv: the classes with the largest probabilities of each test image, best first."""
-    most = max((test.last.classes.shape[1] for test in tests), default=1)
-    numbers = ["", *(f"_{n}" for n in range(2, most + 1))]
-    yield csv_line(
-        ["test", "image", "label", "zero_shot", *(f"{x}{n}" for n in numbers for x in ("predicted", "probability"))]
-    )
+    columns = ["test", "image", "label", "zero_shot", "predicted", "probability"]
+    for place in range(2, 1 + max((test.last.classes.shape[1] for test in tests), default=1)):
+        columns += [f"predicted_{place}", f"probability_{place}"]
+    yield csv_line(columns)
     for test in tests:
-        names, top = test.classes, test.last
-        known = zip(test.images, test.labels.tolist(), test.zero_shot.classes[:, 0].tolist(), strict=True)
-        for (image, label, before), ids, shares in zip(
-            known, top.classes.tolist(), top.probabilities.tolist(), strict=True
-        ):
-            cells = [cell for i, p in zip(ids, shares, strict=True) for cell in (names[i], f"{p:.6g}")]
-            yield csv_line([test.name, image, names[label], names[before], *cells])
+        before, top = test.zero_shot.classes[:, 0].tolist(), test.last
+        labels, ids, probabilities = test.labels.tolist(), top.classes.tolist(), top.probabilities.tolist()
+        for index, image in enumerate(test.images):
+            cells = [test.name, image, test.classes[labels[index]], test.classes[before[index]]]
+            for class_id, probability in zip(ids[index], probabilities[index], strict=True):
+                cells += [test.classes[class_id], f"{probability:.6g}"]
+            yield csv_line(cells)

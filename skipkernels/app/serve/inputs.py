@@ -60,10 +60,10 @@ def _opened(image: Any, name: str) -> Image.Image:
     raise InputError(f"must be paths, images of Pillow, or uint8 arrays; got {got}.", "images", _PREDICT)
 
 
-def check_counts(**counts: int | None) -> None:
-    """Raise an InputError if a value is not a whole number of at least 1, or None."""
+def check_counts(**counts: int) -> None:
+    """Raise an InputError if a value is not a whole number of at least 1."""
     for name, value in counts.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InputError(f"must be a whole number of at least 1; got {value}.", name, _PREDICT)
 
 

@@ -46,22 +46,13 @@ def test_load_is_refused(run, options, error):
     ("changes", "error"),
     [
         ({"unreadable": "ignore"}, "unreadable must be one of raise, skip; got 'ignore'"),
-        ({"top": 0}, "top must be a whole number of at least 1"),
+        *(({"top": bad}, "top must be a whole number of at least 1") for bad in (0, None)),
         *(({"threshold": bad}, "threshold must be a number from 0 to 1; got") for bad in (-1, 2, math.nan, "0.8")),
         ({"images": torch.zeros(3, 32, 32)}, r"\[N, 3, H, W\]"),
         ({"images": [Image.new("F", (32, 32))]}, "image 0: has 32 bits per channel"),
-        (
-            {"images": np.zeros((8, 8, 3), np.float32)},
-            r"got float32 \[8, 8, 3\]. From 0 to 1\? Multiply by 255",
-        ),
-        (
-            {"images": np.zeros((3, 8, 8), np.uint8)},
-            r"image 0: pixels must be an array \[H, W\], \[H, W, 3\]",
-        ),
-        (
-            {"images": [torch.zeros(8, 8, 3).byte()]},
-            r"a tensor \[3, H, W\] of uint8; got uint8 \[8, 8, 3\]",
-        ),
+        ({"images": np.zeros((8, 8, 3), np.float32)}, r"got float32 \[8, 8, 3\]. From 0 to 1\? Multiply by 255"),
+        ({"images": np.zeros((3, 8, 8), np.uint8)}, r"image 0: pixels must be an array \[H, W\], \[H, W, 3\]"),
+        ({"images": [torch.zeros(8, 8, 3).byte()]}, r"a tensor \[3, H, W\] of uint8; got uint8 \[8, 8, 3\]"),
         ({"images": np.zeros((0, 8, 3), np.uint8)}, r"got uint8 \[0, 8, 3\]"),
         ({"images": [3]}, "must be paths, images of Pillow, or uint8 arrays; got int"),
         ({"images": ["missing.png"]}, "missing.png: no such file"),
@@ -104,11 +95,7 @@ DAMAGES = [
         {"head.safetensors": "x"},
         {"head_xxh3": "0"},
     ),
-    Damage(
-        r"metrics.json: damaged \(.*not a JSON object.*\)\. Restore it",
-        {"metrics.json": "[]"},
-        read=read_metrics,
-    ),
+    Damage(r"metrics.json: damaged \(.*not a JSON object.*\)\. Restore it", {"metrics.json": "[]"}, read=read_metrics),
     Damage(
         r"metrics.json: damaged \(.*Unterminated.*\)\. Restore it",
         {"metrics.json": '{"status": "com'},
@@ -126,7 +113,10 @@ def test_damaged_run_is_refused(run, tmp_path, damage):
     values = json.loads((folder / "classifier.json").read_text())
     (folder / "classifier.json").write_text(json.dumps(values | damage.described))
     for name, content in damage.files.items():
-        (folder / name).unlink() if content is None else (folder / name).write_text(content)
+        if content is None:
+            (folder / name).unlink()
+        else:
+            (folder / name).write_text(content)
     with pytest.raises(InputError, match=damage.error):
         damage.read(folder)
 
