@@ -11,7 +11,7 @@ from ..options import FusedMemory
 from .base import UnsupportedModel
 from .block import FusedBlock
 from .comparison import compare_with_own_forward
-from .families import BLOCKS
+from .families import BLOCKS, type_name
 from .fused_classes import fuse_blocks, unfused_class
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -59,6 +59,9 @@ def fuse(model: Model, *, memory: FusedMemory = "fast") -> Model:
         raise ValueError(f'fuse: memory must be "fast", "balanced" or "min"; got {memory!r}.')
     if any(hasattr(module, "unshard") for module in model.modules()):  # of FSDP2
         raise UnsupportedModel("fuse: the model is sharded. Call fuse first, then fully_shard.")
+    for name in {type_name(type(module)) for module in model.modules()} & BLOCKS.keys():
+        if (reason := BLOCKS[name].why_unavailable()) is not None:
+            raise UnsupportedModel(f"fuse: {name} {reason}")
     unfuse(model)  # of another `memory`
     blocks = fuse_blocks(model.modules(), memory)
     reasons = [block.why_not_fused() for block in blocks]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -74,12 +73,6 @@ def _factory(half: nn.Module, towers: Mapping[str, Entry], tower: str) -> Callab
     name = type_name(type(half))
     if name not in towers:
         raise UnsupportedModel(f"SkipCLIP: the {tower} tower must be one of {', '.join(towers)}; got {name}.")
-    if (required := towers[name].family.requires) is not None:
-        package, lowest = required
-        version = importlib.metadata.version(package)
-        if int(version.split(".")[0]) < lowest:
-            raise UnsupportedModel(
-                f"SkipCLIP: {name} needs {package} {lowest} or later; got {version}. Update it: "
-                "pip install 'skipkernels[hugging-face]'."
-            )
+    if (reason := towers[name].why_unavailable()) is not None:
+        raise UnsupportedModel(f"SkipCLIP: {name} {reason}")
     return towers[name].load()

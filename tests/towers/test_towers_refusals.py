@@ -114,6 +114,8 @@ def test_old_transformers_is_refused(monkeypatch):
     monkeypatch.setattr("importlib.metadata.version", lambda name: "4.57.6")
     with pytest.raises(UnsupportedModel, match="SiglipModel needs transformers 5 or later; got 4.57.6"):
         sk.SkipCLIP(model, TOKENS, skip_layers=1)
+    with pytest.raises(UnsupportedModel, match="fuse: .*SiglipEncoderLayer needs transformers 5 or later; got 4.57.6"):
+        sk.fuse(model)
 
 
 @pytest.mark.parametrize("make", [shared_across_the_cut, partial(altered, tiny_clip, "ln_final", hooked_in_training)])

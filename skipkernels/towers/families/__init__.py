@@ -6,6 +6,7 @@ A file is imported when a model has one of its types: only models of a package n
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -30,6 +31,17 @@ class Entry(NamedTuple):
 
     family: Family
     name: str
+
+    def why_unavailable(self) -> str | None:
+        """Return why the installed packages are too old for this family, or None."""
+        if self.family.requires is None:
+            return None
+        package, lowest = self.family.requires
+        version = importlib.metadata.version(package)
+        if int(version.split(".")[0]) >= lowest:
+            return None
+        remedy = "Update it: pip install 'skipkernels[hugging-face]'."
+        return f"needs {package} {lowest} or later; got {version}. {remedy}"
 
     def load(self) -> Any:
         """Import the file, and return what has this name."""

@@ -41,7 +41,7 @@ class OpenAIBlock(OpenClipBlock):
         return (draw(3 if self.attn_mask is None else len(self.attn_mask), 2, width),)
 
     def _submodules(self) -> Submodules:
-        return _submodules(sys.modules["clip.model"])  # already imported: it defines the model
+        return _submodules_of(sys.modules["clip.model"])  # already imported: it defines the model
 
     def _why_settings(self) -> str | None:
         learned = self.attn_mask is not None and self.attn_mask.requires_grad
@@ -49,7 +49,7 @@ class OpenAIBlock(OpenClipBlock):
 
 
 @functools.cache
-def _submodules(module: Any) -> Submodules:
+def _submodules_of(module: Any) -> Submodules:
     types = {name: allowed for name, allowed in BLOCK_TYPES.items() if not name.startswith("ls_")}
     own = {"ln_1": (module.LayerNorm,), "ln_2": (module.LayerNorm,), "mlp.gelu": (module.QuickGELU,)}
     return submodules(types | own)

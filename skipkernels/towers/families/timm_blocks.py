@@ -155,7 +155,7 @@ _NORM = (nn.LayerNorm, LayerNorm, RmsNorm)
 _OPTIONAL_NORM = (nn.Identity, *_NORM)
 
 
-def _submodules(attention: Any, mlp: Any, packed: bool) -> Submodules:
+def _submodules_of(attention: Any, mlp: Any, packed: bool) -> Submodules:
     """Submodules of a block with these types, and a packed projection of query, key and value or three."""
     types: dict[str, tuple[type, ...]] = {
         "norm1": _NORM,
@@ -178,6 +178,6 @@ def _submodules(attention: Any, mlp: Any, packed: bool) -> Submodules:
 
 
 _SUBMODULES = {
-    key: _submodules(*key)
+    key: _submodules_of(*key)
     for key in itertools.product((Attention, EvaAttention, AttentionRope), (Mlp, GluMlp, SwiGLU), (True, False))
 }
