@@ -157,14 +157,13 @@ def check_labels(labels: Any, batch: Tensor, num_classes: int) -> None:
             "image use pairs.sigmoid_loss; for one-hot labels pass labels.argmax(dim=1)."
         )
     check_device("SkipCLIP", "labels", labels, ("images", batch))
-    if labels.device.type == "cpu":
-        check_values = _check_probabilities if soft else _check_label_range
-        check_values(labels, num_classes)
-
-
-def _check_label_range(labels: Tensor, num_classes: int) -> None:
-    remedy = "Leave images without a class out of the batch; ignore_index is not handled."
-    check_range("SkipCLIP", "labels", labels, num_classes, remedy)
+    if labels.device.type != "cpu":
+        return
+    if soft:
+        _check_probabilities(labels, num_classes)
+    else:
+        remedy = "Leave images without a class out of the batch; ignore_index is not handled."
+        check_range("SkipCLIP", "labels", labels, num_classes, remedy)
 
 
 def _check_probabilities(labels: Tensor, num_classes: int) -> None:
@@ -208,6 +207,7 @@ def as_class_embeddings(class_embeddings: Any, prototypes: Tensor) -> Tensor:
     expected = f"floating-point [C', D={D}], at least one"
     remedy = "Compute them with clip.class_embeddings(tokens), or pass tokens."
     _check_embeddings("SkipCLIP.predict: class_embeddings", class_embeddings, D, expected, remedy)
+    check_device("SkipCLIP.predict", "class_embeddings", class_embeddings, ("prototypes", prototypes))
     norms = class_embeddings.detach().float().norm(dim=1)
     # bf16 rounds each element by up to 2^-9.
     if class_embeddings.device.type == "cpu" and not ((norms - 1).abs() < 0.01).all():

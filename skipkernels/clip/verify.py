@@ -59,18 +59,18 @@ def _of_texts(texts: ClassTexts, template: int) -> _Comparison:
     """Compare the prompts of a few classes."""
     tower, prompts, tokens = texts.tower, texts.templates[template], texts.tokens
     class_ids = _representative_classes(prompts)
-    rows = (tokens[:, template] if tokens.ndim == 3 else tokens)[class_ids.to(tokens.device)]
-    rows = rows.to(texts.device, torch.int64)
+    tokens = (tokens[:, template] if tokens.ndim == 3 else tokens)[class_ids.to(tokens.device)]
+    tokens = tokens.to(texts.device, torch.int64)
     parameters = list(tower.upper_parameters())
     # Features of a model in half precision are kept in it: here they are computed again, since both sides are in fp32.
-    table_is_fp32 = all(torch.finfo(parameter.dtype).bits >= 32 for parameter in parameters)
+    table_is_fp32 = all(x.dtype not in _HALF for x in parameters)
 
     def actual() -> Tensor:
         selected = prompts.select(class_ids)
         rows = texts.rows([selected]) if table_is_fp32 else [tower.lower(selected)]
         return tower.upper(rows, [selected])[0]
 
-    return _Comparison("texts", lambda: tower.reference_forward(rows), actual, parameters)
+    return _Comparison("texts", lambda: tower.reference_forward(tokens), actual, parameters)
 
 
 def _representative_classes(prompts: Prompts) -> Tensor:

@@ -107,6 +107,8 @@ CALLS: list[tuple[Callable[[sk.SkipCLIP], object], type[Exception], str]] = [
      r"class_embeddings must be .* \[C', D=12\], at least one; got torch.int64 \[5, 77\]"),
     (lambda clip: clip.predict(IMAGES, class_embeddings=torch.ones(5, 12)), ValueError,
      "class_embeddings must have unit norm; got norms from 3.46 to 3.46"),
+    (lambda clip: clip.predict(IMAGES, class_embeddings=EMBEDDINGS.to("meta")), ValueError,
+     "class_embeddings must be on cpu, where prototypes is; got meta"),
     (lambda clip: clip.predict(IMAGES, class_embeddings=EMBEDDINGS, tokens=tiny_tokens(5)), TypeError,
      "pass tokens or class_embeddings; got both"),
     (lambda clip: clip.loss(IMAGES, LABELS), ValueError,

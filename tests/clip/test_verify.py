@@ -34,6 +34,15 @@ def test_verify_weights_that_are_too_large():
         OPEN_CLIP.cut(1, model)
 
 
+def test_verify_takes_integer_parameters():
+    """Such as of a quantised layer."""
+    model = tiny_clip().requires_grad_(False)
+    model.visual.ln_post.requires_grad_(True)
+    model.ln_final.requires_grad_(True)
+    model.transformer.resblocks[2].mlp.packed = torch.nn.Parameter(torch.zeros(3, dtype=torch.uint8), False)
+    OPEN_CLIP.cut(1, model, trainable="as_is")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_verify_wrong_gradient(dtype, monkeypatch):
     """The embedding is right and the gradient is three times too large."""
