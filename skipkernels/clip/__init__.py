@@ -9,7 +9,7 @@ A training step, `clip(images, labels)`, in the order of its calls:
         step                      step.py
             ClassTexts.scores     texts.py                     → [C]
             RankSampler.select    selection/sampler.py         → ids [K] of the kept classes
-            ClassTexts.encode     texts.py                     ids [K] → [K, D]
+            PromptEncoder.encode  texts.py                     ids [K] → [K, D]
                 TextFeatures.rows text_features.py             below the cut: computed once, for all classes
                 TextTower.upper   towers/text.py, base.py      above the cut
             cross_entropy         step.py                      → loss []

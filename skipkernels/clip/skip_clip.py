@@ -162,6 +162,18 @@ class SkipCLIP(nn.Module):
     if TYPE_CHECKING:
         __call__ = forward  # that of a Module has no types
 
+    def _compare(self, image: Tensor, labels: Tensor, return_logits: bool, text: Tensor | None = None) -> SkipOutput:
+        """Compare embeddings [B, D] with selected classes; in evaluation mode with all, `text` if given."""
+        options = LossOptions(self.label_smoothing, self.class_weight)
+        if self.training:
+            return step(image, labels, self.texts, self.sampler, self.scale, options, return_logits)
+        text = self.evaluation_embeddings() if text is None else text
+        return compare_with_all(image, labels, text, self.scale, options)
+
+    def evaluation_embeddings(self) -> Tensor:
+        """Embeddings [C, D] of all classes: with gradient and any norm, else unit norm; ShardedSkipCLIP overrides."""
+        return self.texts.encode(self.texts.class_ids) if torch.is_grad_enabled() else self.texts.kept_embeddings()
+
     def check_inputs(self, pixel_values: Any) -> None:
         """Check images or features of a step or an evaluation."""
         checks.refuse_export()
@@ -188,18 +200,6 @@ class SkipCLIP(nn.Module):
         self.check_device()
         checks.check_image_embeddings(image, self.prototypes.shape[1])
         checks.check_labels(labels, image, self.num_classes)
-
-    def _compare(self, image: Tensor, labels: Tensor, return_logits: bool, text: Tensor | None = None) -> SkipOutput:
-        """Compare embeddings [B, D] with selected classes; in evaluation mode with all, `text` if given."""
-        options = LossOptions(self.label_smoothing, self.class_weight)
-        if self.training:
-            return step(image, labels, self.texts, self.sampler, self.scale, options, return_logits)
-        text = self.evaluation_embeddings() if text is None else text
-        return compare_with_all(image, labels, text, self.scale, options)
-
-    def evaluation_embeddings(self) -> Tensor:
-        """Embeddings [C, D] of all classes: with gradient and any norm, else unit norm; ShardedSkipCLIP overrides."""
-        return self.texts.encode(self.texts.class_ids) if torch.is_grad_enabled() else self.texts.kept_embeddings()
 
     # ---- evaluation --------------------------------------------------------------------------------------------------
 

@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from ..towers.prompts import Prompts, SelectedPrompts
     from ..towers.text import TextTower
 
-# Largest features of a folder that are read into the memory of a GPU: those of about 40,000 classes of ViT-B.
-_BYTES_ON_GPU = 256 << 20
-
 
 class Chunk(NamedTuple):
     """Some rows of the table."""
@@ -82,16 +79,9 @@ class TextFeatures:
         return MemoryTable(features)
 
     def _open(self, folder: Path) -> FeatureTable:
-        """Open the features in a folder; a small table is read into the memory of a GPU, so that no step waits."""
-        from .text_cache import features_in_folder
+        from .text_cache import table_in_folder  # most have no folder
 
-        prompts = self.templates[0]
-        device = prompts.tokens.device
-        first = prompts.select(torch.zeros(1, dtype=torch.int64, device=device))
-        table = features_in_folder(folder / "features", self, probe=self.tower.lower(first)[: first.last_rows[0] + 1])
-        if device.type == "cpu" or len(table) * table.layout.row_bytes > _BYTES_ON_GPU:
-            return table
-        return MemoryTable(table.rows(torch.arange(len(table), device="cpu")).to(device))
+        return table_in_folder(folder, self)
 
     def chunks(self, missing: NDArray[np.bool_] | None = None) -> Iterator[Chunk]:
         """Compute the rows of the table in chunks of prompts; with `missing` [R] only those with missing rows.
