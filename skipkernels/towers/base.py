@@ -131,8 +131,8 @@ class Tower(ABC):
         """Run the blocks below the cut over sequences [n, tokens, W]. They save nothing for backward."""
         blocks = self.lower_blocks
         if self.why_no_rows(blocks) is None:
-            rows = _run_rows(blocks, Hidden(hidden.flatten(0, 1)), self._of_sequences(hidden, mask))
-            return rows.sum().view(hidden.shape)
+            options = RowsOptions(self._sequences(hidden, mask), rotary=self.rotary(hidden.device))
+            return _run_rows(blocks, Hidden(hidden.flatten(0, 1)), options).sum().view(hidden.shape)
         for block in blocks:
             hidden = self.call_block(block, hidden, mask)
         return hidden
@@ -148,19 +148,18 @@ class Tower(ABC):
                 hidden = self.call_block(block, hidden, mask)
         return hidden
 
-    def _run_upper_rows(self, rows: Tensor, options: RowsOptions, last_attention: BlockAttention | None) -> Tensor:
+    def _run_upper_rows(self, rows: Tensor, attention: BlockAttention, last_attention: BlockAttention | None) -> Tensor:
         """Run the blocks above the cut over rows [R, W]; the last one with an attention of its own, if there is one."""
-        options = options._replace(memory=self.block_memory(rows, fused=True))
+        options = RowsOptions(attention, self.block_memory(rows, fused=True), self.rotary(rows.device))
         *blocks, last = self.upper_blocks
         hidden = _run_rows(blocks, Hidden(rows), options)
         if last_attention is not None:
             options = options._replace(attention=last_attention)
         return _run_rows([last], hidden, options).sum()
 
-    def _of_sequences(self, hidden: Tensor, mask: Tensor | None = None) -> RowsOptions:
-        """Options of blocks over the rows of sequences [n, tokens, W]."""
-        attention = Sequences(len(hidden), mask, backend=self.cut.backend)
-        return RowsOptions(attention, rotary=self.rotary(hidden.device))
+    def _sequences(self, hidden: Tensor, mask: Tensor | None = None) -> Sequences:
+        """Attention within sequences [n, tokens, W]."""
+        return Sequences(len(hidden), mask, backend=self.cut.backend)
 
     @torch.compiler.disable  # queries the free memory
     def block_memory(self, hidden: Tensor, *, fused: bool) -> FusedMemory:

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from ..dtypes import without_autocast
 from .base import Tower, present
 from .prompts import Pooling, Prompts, SelectedPrompts
-from .rows import RowsOptions, SingleQuery, Suffixes
+from .rows import SingleQuery, Suffixes
 
 
 class TextTower(Tower):
@@ -24,36 +24,9 @@ class TextTower(Tower):
     those of the suffix of each class.
     """
 
-    @abstractmethod
-    def pooling(self, tokens: Tensor) -> Pooling:
-        """Find the pooled token of each prompt [C, L], and which reductions are not exact for them."""
-
     def read_prompts(self, tokens: Tensor) -> Prompts:
         """Lay out the rows of prompts [C, L], by every reduction that is exact for them."""
         return Prompts(tokens, self.pooling(tokens))
-
-    @property
-    def vocabulary(self) -> int | None:
-        """Number of token ids of the embedding; None if it has no `nn.Embedding`."""
-        parts = (part for part in present(self.embedding) if isinstance(part, nn.Module))
-        modules = (module for part in parts for module in part.modules())
-        return next((module.num_embeddings for module in modules if isinstance(module, nn.Embedding)), None)
-
-    def masks(self) -> list[Tensor | None]:
-        """Masks of the model that determined the layout of the prompts."""
-        return []
-
-    def reference_forward(self, inputs: Tensor) -> Tensor:
-        return self.model.encode_text(inputs)
-
-    @abstractmethod
-    def embed(self, tokens: Tensor, prompts: Prompts) -> Tensor:
-        """Map tokens [n, L] of some of these prompts to the hidden states in front of the first block."""
-
-    def mask(self, tokens: Tensor, prompts: Prompts) -> Tensor | None:
-        """Causal mask, added to the logits, [1 or n, 1, L, L]; families may override it."""
-        length = tokens.shape[1]
-        return torch.full((1, 1, length, length), -torch.inf, device=tokens.device).triu(1)
 
     def lower(self, selected: SelectedPrompts) -> Tensor:
         """Map prompts to rows [R, W] at the cut; with a cut constants, which do not depend on autocast."""
@@ -61,10 +34,6 @@ class TextTower(Tower):
         with without_autocast(tokens.device) if self.skip > 0 else contextlib.nullcontext():
             hidden = self._run_lower(lambda chunk: (self.embed(chunk, prompts), self.mask(chunk, prompts)), tokens)
             return selected.pack(hidden)
-
-    @abstractmethod
-    def finish(self, hidden: Tensor) -> Tensor:
-        """Map hidden states [K, W] of the pooled tokens behind the last block to embeddings [K, D]."""
 
     def upper(self, rows: Iterable[Tensor], selected: Iterable[SelectedPrompts]) -> list[Tensor]:
         """Map rows [R, W] at the cut of the prompts of each template to text embeddings [K, D], not normalised."""
@@ -92,11 +61,42 @@ class TextTower(Tower):
                 max_length=prompts.max_suffix_length,
                 last_rows=selected.last_rows,
             )
-            return self._run_upper_rows(rows, RowsOptions(attention), replace(attention, only_last=True))
+            return self._run_upper_rows(rows, attention, replace(attention, only_last=True))
         features, mask = selected.unpack(rows), self.mask(selected.tokens, prompts)
         K, L, _ = features.shape
         class_numbers, positions = torch.arange(K, device=features.device), selected.pooled  # [K] each
         # Rows of the mask at the pooled tokens: [1 or K, 1, L, L] -> [K, L]
         pooled_mask = None if mask is None else mask.expand(K, 1, L, L)[class_numbers, 0, positions]
         last_attention = SingleQuery(class_numbers * L + positions, pooled_mask)
-        return self._run_upper_rows(features.flatten(0, 1), self._of_sequences(features, mask), last_attention)
+        return self._run_upper_rows(features.flatten(0, 1), self._sequences(features, mask), last_attention)
+
+    @abstractmethod
+    def pooling(self, tokens: Tensor) -> Pooling:
+        """Find the pooled token of each prompt [C, L], and which reductions are not exact for them."""
+
+    @abstractmethod
+    def embed(self, tokens: Tensor, prompts: Prompts) -> Tensor:
+        """Map tokens [n, L] of some of these prompts to the hidden states in front of the first block."""
+
+    def mask(self, tokens: Tensor, prompts: Prompts) -> Tensor | None:
+        """Causal mask, added to the logits, [1 or n, 1, L, L]; families may override it."""
+        length = tokens.shape[1]
+        return torch.full((1, 1, length, length), -torch.inf, device=tokens.device).triu(1)
+
+    @abstractmethod
+    def finish(self, hidden: Tensor) -> Tensor:
+        """Map hidden states [K, W] of the pooled tokens behind the last block to embeddings [K, D]."""
+
+    def masks(self) -> list[Tensor | None]:
+        """Masks of the model that determined the layout of the prompts."""
+        return []
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Number of token ids of the embedding; None if it has no `nn.Embedding`."""
+        parts = (part for part in present(self.embedding) if isinstance(part, nn.Module))
+        modules = (module for part in parts for module in part.modules())
+        return next((module.num_embeddings for module in modules if isinstance(module, nn.Embedding)), None)
+
+    def reference_forward(self, inputs: Tensor) -> Tensor:
+        return self.model.encode_text(inputs)

@@ -65,7 +65,7 @@ class Gradients:
         Those of several pairs are one below the other.
         """
         if self.needs(name):
-            self._found[name] = joint_product(pairs, self._dtype)
+            self._found[name] = _joint_product(pairs, self._dtype)
 
     def set_sums(self, sums: Mapping[str, Tensor], partial_sums: Tensor) -> None:
         """Set gradients of vectors of equal width that an operator has summed.
@@ -105,7 +105,7 @@ class Gradients:
         return [self._found[name] if need else None for name, need in self._given.items()]
 
 
-def joint_product(pairs: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Tensor:
+def _joint_product(pairs: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Tensor:
     """d_outᵀ · inputs of pairs [R, out], [R, in], one below the other, [sum of out, in].
 
     In `dtype` if that is fp32 and the device can write a product of 16-bit tensors in it by one launch, else in the

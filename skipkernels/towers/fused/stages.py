@@ -52,69 +52,6 @@ from ..rows import Hidden, RowsOptions
 from .gradients import Gradients
 from .weights import ATTENTION_NORMS, BlockSettings, BlockWeights
 
-# ---- a call, and what backward reads besides the weights -------------------------------------------------------------
-
-
-class BlockCall(NamedTuple):
-    """One call of a block: R rows of tokens, of which Q are computed behind attention."""
-
-    weights: BlockWeights
-    settings: BlockSettings
-    options: RowsOptions
-    dtype: torch.dtype  # of the matrix products: that of the weights, or of autocast. The residual stream is not cast
-
-    def queries(self, x: Tensor) -> Tensor:
-        """Select the query rows [Q, …] of a tensor [R, …]; a view for a slice."""
-        query_rows = self.options.attention.query_rows
-        if query_rows is None:
-            return x
-        return x[query_rows] if isinstance(query_rows, slice) else x.index_select(0, query_rows)
-
-    def add_to_queries(self, x: Tensor, values: Tensor) -> Tensor:
-        """Add values [Q, …] to the query rows of a tensor [R, …], in place."""
-        query_rows = self.options.attention.query_rows
-        if isinstance(query_rows, Tensor):
-            return x.index_add_(0, query_rows, values)
-        self.queries(x).add_(values)
-        return x
-
-    def add_product_to_queries(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        """Add left · right [Q, …] to the query rows of a tensor [R, …], in place; to a slice by the product itself."""
-        if not isinstance(self.options.attention.query_rows, slice):
-            return self.add_to_queries(x, left @ right)
-        rows = self.queries(x)
-        torch.addmm(rows, left, right, out=rows)
-        return x
-
-
-class SavedNorm(NamedTuple):
-    """Input of a norm and the statistics of its rows."""
-
-    x: Tensor  # [rows, W], the sum if the norm adds a residual
-    mean: Tensor  # [rows]; [0] for RMSNorm
-    rstd: Tensor  # [rows]
-
-
-@dataclass
-class AttentionGraph:
-    """Result of attention with its autograd graph, back to the projections and to the weights of its norms."""
-
-    projected: tuple[Tensor, ...]  # leaves of the graph: ([R, 3W],), or query [Q, W] and key_value [R, 2W]
-    norms: dict[str, Tensor]  # leaves of the graph: weights of norms, by their fields of `BlockWeights`
-    result: Tensor  # [Q, W]
-
-
-@dataclass
-class Saved:
-    """Tensors that backward reads besides the weights."""
-
-    norm_1: SavedNorm  # hidden [R, W]
-    norm_2: SavedNorm  # mid [Q, W]
-    # None if they were not recorded
-    inner: Tensor | None  # [Q, M], or [Q, 2M] for SwiGLU
-    attention_graph: AttentionGraph | None
-
-
 # ---- both directions -------------------------------------------------------------------------------------------------
 
 
@@ -230,6 +167,69 @@ def backward(
         d_hidden = call.add_to_queries(d_hidden, d_mid)
         d_hidden_branch = d_hidden.to(call.dtype)
     return d_hidden, d_hidden_branch
+
+
+# ---- a call, and what backward reads besides the weights -------------------------------------------------------------
+
+
+class BlockCall(NamedTuple):
+    """One call of a block: R rows of tokens, of which Q are computed behind attention."""
+
+    weights: BlockWeights
+    settings: BlockSettings
+    options: RowsOptions
+    dtype: torch.dtype  # of the matrix products: that of the weights, or of autocast. The residual stream is not cast
+
+    def queries(self, x: Tensor) -> Tensor:
+        """Select the query rows [Q, …] of a tensor [R, …]; a view for a slice."""
+        query_rows = self.options.attention.query_rows
+        if query_rows is None:
+            return x
+        return x[query_rows] if isinstance(query_rows, slice) else x.index_select(0, query_rows)
+
+    def add_to_queries(self, x: Tensor, values: Tensor) -> Tensor:
+        """Add values [Q, …] to the query rows of a tensor [R, …], in place."""
+        query_rows = self.options.attention.query_rows
+        if isinstance(query_rows, Tensor):
+            return x.index_add_(0, query_rows, values)
+        self.queries(x).add_(values)
+        return x
+
+    def add_product_to_queries(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        """Add left · right [Q, …] to the query rows of a tensor [R, …], in place; to a slice by the product itself."""
+        if not isinstance(self.options.attention.query_rows, slice):
+            return self.add_to_queries(x, left @ right)
+        rows = self.queries(x)
+        torch.addmm(rows, left, right, out=rows)
+        return x
+
+
+class SavedNorm(NamedTuple):
+    """Input of a norm and the statistics of its rows."""
+
+    x: Tensor  # [rows, W], the sum if the norm adds a residual
+    mean: Tensor  # [rows]; [0] for RMSNorm
+    rstd: Tensor  # [rows]
+
+
+@dataclass
+class AttentionGraph:
+    """Result of attention with its autograd graph, back to the projections and to the weights of its norms."""
+
+    projected: tuple[Tensor, ...]  # leaves of the graph: ([R, 3W],), or query [Q, W] and key_value [R, 2W]
+    norms: dict[str, Tensor]  # leaves of the graph: weights of norms, by their fields of `BlockWeights`
+    result: Tensor  # [Q, W]
+
+
+@dataclass
+class Saved:
+    """Tensors that backward reads besides the weights."""
+
+    norm_1: SavedNorm  # hidden [R, W]
+    norm_2: SavedNorm  # mid [Q, W]
+    # None if they were not recorded
+    inner: Tensor | None  # [Q, M], or [Q, 2M] for SwiGLU
+    attention_graph: AttentionGraph | None
 
 
 # ---- in_proj ---------------------------------------------------------------------------------------------------------
