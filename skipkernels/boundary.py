@@ -31,7 +31,7 @@ def run_frozen(lower: Callable[[Tensor], Tensor], inputs: Tensor, chunk: int = D
         [B, …]: the output of `lower`, with `requires_grad` False.
 
     Raises:
-        LostGradient: If the input, or a tensor that `lower` uses, requires grad.
+        LostGradient: If a tensor that `lower` uses requires grad; with grad mode on, also if the input does.
 
     Source: Wu et al., "Skip Tuning", CVPR 2025, arXiv 2412.11509, section 4.
 

@@ -32,6 +32,45 @@ def base_keep(num_classes: int, keep_ratio: float, max_keep: int) -> int:
     return min(math.ceil(round(wanted, 9)), max_keep, num_classes)
 
 
+@dataclass(frozen=True)
+class RankLaw:
+    """Law of the kept ranks of a step: those below `keep`, and rank keep + j of the tail with probability q[j]."""
+
+    num_classes: int
+    keep: int
+    decay: float
+    max_tail: int | None
+
+    @cached_property
+    def q(self) -> Tensor:
+        """Probabilities [C − keep] in fp64."""
+        return bounded(tail_probabilities(self.num_classes - self.keep, self.decay), self.max_tail)
+
+    @cached_property
+    def intervals(self) -> Intervals:
+        """Intervals of q: a draw has ⌊Σq⌋ or ⌈Σq⌉ ranks of the tail."""
+        ends = self.q.cumsum(0)
+        return Intervals(ends, round(ends[-1].item(), 9) if len(ends) else 0.0)
+
+    @cached_property
+    def intervals_of_one_size(self) -> Intervals:
+        """Intervals of `inclusion_probabilities`: every draw has round(Σq) ranks of the tail."""
+        return Intervals(inclusion_probabilities(self.q).cumsum(0), round(self.q.sum().item()))
+
+
+class Intervals(NamedTuple):
+    """Intervals of [0, Σπ), one for each rank of the tail, of which each draw takes those that contain its points."""
+
+    ends: Tensor  # [tail] in fp64, Σ_{i≤j} π_i, with every π at most 1
+    total: float  # Σπ; without rounding errors, by which a whole number would have draws of two sizes
+
+    def draw(self, start: float) -> Tensor:
+        """Places in the tail [n] int64, n = ⌊Σπ⌋ or ⌈Σπ⌉, by a number in [0, 1)."""
+        # The number of points start, start + 1, … below the total; bounded, since total − start may be rounded down.
+        count = max(math.floor(self.total), math.ceil(self.total - start))
+        return systematic_sample(self.ends, start + torch.arange(count, dtype=torch.float64, device="cpu"))
+
+
 def tail_probabilities(tail: int, decay: float) -> Tensor:
     """q [tail] in fp64: probability to keep each rank of the tail.
 
@@ -96,42 +135,3 @@ def systematic_sample(ends: Tensor, points: Tensor) -> Tensor:
     """
     # By rounding the last end may be below the last point.
     return torch.searchsorted(ends, points, right=True).clamp_(max=len(ends) - 1)
-
-
-class Intervals(NamedTuple):
-    """Intervals of [0, Σπ), one for each rank of the tail, of which each draw takes those that contain its points."""
-
-    ends: Tensor  # [tail] in fp64, Σ_{i≤j} π_i, with every π at most 1
-    total: float  # Σπ; without rounding errors, by which a whole number would have draws of two sizes
-
-    def draw(self, start: float) -> Tensor:
-        """Places in the tail [n] int64, n = ⌊Σπ⌋ or ⌈Σπ⌉, by a number in [0, 1)."""
-        # The number of points start, start + 1, … below the total; bounded, since total − start may be rounded down.
-        count = max(math.floor(self.total), math.ceil(self.total - start))
-        return systematic_sample(self.ends, start + torch.arange(count, dtype=torch.float64, device="cpu"))
-
-
-@dataclass(frozen=True)
-class RankLaw:
-    """Law of the kept ranks of a step: those below `keep`, and rank keep + j of the tail with probability q[j]."""
-
-    num_classes: int
-    keep: int
-    decay: float
-    max_tail: int | None
-
-    @cached_property
-    def q(self) -> Tensor:
-        """Probabilities [C − keep] in fp64."""
-        return bounded(tail_probabilities(self.num_classes - self.keep, self.decay), self.max_tail)
-
-    @cached_property
-    def intervals(self) -> Intervals:
-        """Intervals of q: a draw has ⌊Σq⌋ or ⌈Σq⌉ ranks of the tail."""
-        ends = self.q.cumsum(0)
-        return Intervals(ends, round(ends[-1].item(), 9) if len(ends) else 0.0)
-
-    @cached_property
-    def intervals_of_one_size(self) -> Intervals:
-        """Intervals of `inclusion_probabilities`: every draw has round(Σq) ranks of the tail."""
-        return Intervals(inclusion_probabilities(self.q).cumsum(0), round(self.q.sum().item()))

@@ -45,7 +45,7 @@ class RankSampler:
     Args:
         keep_ratio: Below 1, the share of the classes that is always kept; above 1, their number. 1 keeps every class,
             whatever `max_keep` is.
-        max_keep: Largest number of classes that are always kept.
+        max_keep: Largest number of classes that are always kept; more if a batch has more labels.
         decay: λ. The probability to keep a rank of the tail (the other classes) falls exponentially; the larger λ is,
             the more are kept.
         tail: "resample" draws ⌊Σq⌋ or ⌈Σq⌉ ranks of the tail in each step by systematic sampling, from one uniform
