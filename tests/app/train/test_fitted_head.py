@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,42 +19,50 @@ from skipkernels.app.train import evaluate_run, tune
 from skipkernels.app.train.setup import build_task
 from tests.app.runs import small
 
-# Runs with each head, by name: tuned, blended, of a method that adds weights, and of the pretrained model.
+# Runs by the names of their classifiers: tuned, blended, of a method that adds weights, and of the pretrained model.
 RUNS = {
     "Skip Tuning + anchored probe with equal priors": {"head": "anchored", "epochs": 1, "prior": "balanced"},
     "Skip Tuning, blended + Gaussian head": {"head": "gaussian", "epochs": 1, "blend": 0.5},
     "LoRA + linear probe": {"head": "probe", "epochs": 1, "method": "lora"},
     "frozen + anchored probe": {"head": "anchored", "epochs": 0},
 }
+TUNED, BLENDED, PROBE, FROZEN = RUNS
 SCALE = pictogram_tiny.state_dict()["logit_scale"].exp()  # is not trained
 
 
 class HeadRun(NamedTuple):
     folder: Path
     metrics: dict
-    settings: dict
-    name: str
 
 
-@pytest.fixture(scope="module", params=RUNS)
-def run(request, tmp_path_factory) -> HeadRun:
-    folder, settings = tmp_path_factory.mktemp("head") / "run", RUNS[request.param]
-    return HeadRun(folder, tune(small(folder, **settings)), settings, request.param)
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory) -> Callable[[str], HeadRun]:
+    """Return a function that makes each of RUNS once."""
+
+    @functools.cache
+    def run(name: str) -> HeadRun:
+        folder = tmp_path_factory.mktemp("head") / "run"
+        return HeadRun(folder, tune(small(folder, **RUNS[name])))
+
+    return run
 
 
-def test_a_run_with_a_head_is_read_as_it_was_tested(run):
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_with_a_head_is_read_as_it_was_tested(tuned, name):
     """`skipkernels eval`, and the probabilities of the classifier."""
+    run = tuned(name)
     assert evaluate_run(run.folder) == run.metrics["tuned"]
     base = build_task(small(run.folder).resolved()).tests[0]
     found = sk.Classifier.load(run.folder, device="cpu").predict([image for image, _ in base.images], top=1)
     correct = (found.ids[:, 0] == torch.tensor(base.images.labels)).float().mean().item()
     assert 100 * correct == pytest.approx(run.metrics["tuned"]["base"], abs=1e-3)
-    assert f" by {run.name}, not calibrated, cpu)" in repr(sk.Classifier.load(run.folder, device="cpu"))
+    assert f" by {name}, not calibrated, cpu)" in repr(sk.Classifier.load(run.folder, device="cpu"))
 
 
-def test_the_head_is_that_of_the_saved_weights(run):
+@pytest.mark.parametrize("name", RUNS)
+def test_the_head_is_that_of_the_saved_weights(tuned, name):
     """Fitted again to embeddings of the classifier that the folder has, with the penalty in metrics.json."""
-    settings = run.settings
+    run, settings = tuned(name), RUNS[name]
     classifier = sk.Classifier.load(run.folder, device="cpu")
     images = build_task(small(run.folder).resolved()).train
     embedded = classifier.predict([image for image, _ in images], top=1).embeddings
@@ -67,36 +77,41 @@ def test_the_head_is_that_of_the_saved_weights(run):
         torch.testing.assert_close(saved[name], tensor, atol=2e-3, rtol=1e-3)
 
 
-def test_new_classes_have_the_logits_of_their_texts(run):
-    """Trained classes keep their head, in any order; a probe refuses new ones."""
-    folder, trained = run.folder, sk.Classifier.load(run.folder, device="cpu")
-    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    names = [trained.classes[1], "a violin", trained.classes[0]]
-    if run.settings["head"] == "probe":
-        with pytest.raises(InputError, match="classes must be trained classes: a linear probe does not use texts"):
-            sk.Classifier.load(folder, classes=names, device="cpu")
-        assert "classes that were not trained are not recognised." in (folder / "README.md").read_text()
-        return
-    mixed = sk.Classifier.load(folder, classes=names, device="cpu")
-    assert "classes that were not trained are recognised by their names" in (folder / "README.md").read_text()
+@pytest.mark.parametrize("name", [TUNED, BLENDED, FROZEN])
+def test_new_classes_have_the_logits_of_their_texts(tuned, name):
+    """Trained classes keep their head, in any order."""
+    folder, images = tuned(name).folder, torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    trained = sk.Classifier.load(folder, device="cpu")
+    mixed = sk.Classifier.load(folder, classes=[trained.classes[1], "a violin", trained.classes[0]], device="cpu")
     logits = mixed.logits(images)
     torch.testing.assert_close(logits[:, [2, 0]], trained.logits(images)[:, :2], atol=1e-5, rtol=1e-5)
     of_text = SCALE * mixed.embed(images) @ mixed.class_embeddings()[1]
     torch.testing.assert_close(logits[:, 1], of_text.detach(), atol=1e-4, rtol=1e-5)
+    assert "classes that were not trained are recognised by their names" in (folder / "README.md").read_text()
 
 
-def test_blend_fits_the_head_again(run, tmp_path):
-    if run.settings.get("method") == "lora":
-        pytest.skip("lora has no blend")
-    if run.settings["epochs"] == 0:
-        assert run.metrics["parameters"]["trained"] == 12 * (128 + 1)
-        with pytest.raises(InputError, match="run must have tuned the weights of the model; it kept the pretrained"):
-            sk.blend(run.folder, out=tmp_path / "blend")
-        return
-    blended = sk.blend(run.folder, 0.0, out=tmp_path / "blend")
+def test_a_linear_probe_refuses_new_classes(tuned):
+    folder, _ = tuned(PROBE)
+    trained = sk.Classifier.load(folder, device="cpu").classes[0]
+    with pytest.raises(InputError, match="classes must be trained classes: a linear probe does not use texts"):
+        sk.Classifier.load(folder, classes=[trained, "a violin"], device="cpu")
+    assert "classes that were not trained are not recognised." in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", [TUNED, BLENDED])
+def test_blend_fits_the_head_again(tuned, name, tmp_path):
+    folder, metrics = tuned(name)
+    blended = sk.blend(folder, 0.0, out=tmp_path / "blend")
     assert evaluate_run(tmp_path / "blend") == blended["tuned"]
     for test, curve in blended["blend"]["accuracy"].items():  # each with the head that is fitted to its weights
-        assert (curve[0], curve[-1]) == (blended["tuned"][test], run.metrics["tuned"][test])
+        assert (curve[0], curve[-1]) == (blended["tuned"][test], metrics["tuned"][test])
+
+
+def test_blend_refuses_a_head_of_the_pretrained_model(tuned, tmp_path):
+    folder, metrics = tuned(FROZEN)
+    assert metrics["parameters"]["trained"] == 12 * (128 + 1)
+    with pytest.raises(InputError, match="run must have tuned the weights of the model; it kept the pretrained"):
+        sk.blend(folder, out=tmp_path / "blend")
 
 
 def test_balanced_prior_raises_rare_classes():
