@@ -13,20 +13,10 @@ SMALL = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 3, "nu
 def hugging_face_clip(
     end: int = 2, activation: str = "quick_gelu", config: type = transformers.CLIPConfig, **attention
 ) -> torch.nn.Module:
-    text = {
-        **SMALL,
-        "hidden_size": 16,
-        "num_attention_heads": 2,
-        "vocab_size": 60,
-        "eos_token_id": end,
-        "projection_dim": 12,
-    }
-    vision = {**SMALL, "image_size": 16, "patch_size": 8, "projection_dim": 12}
-    chosen = config(
-        text_config={**text, "hidden_act": activation},
-        vision_config={**vision, "hidden_act": activation},
-        projection_dim=12,
-    )
+    both = SMALL | {"projection_dim": 12, "hidden_act": activation}
+    text = both | {"hidden_size": 16, "num_attention_heads": 2, "vocab_size": 60, "eos_token_id": end}
+    vision = both | {"image_size": 16, "patch_size": 8}
+    chosen = config(text_config=text, vision_config=vision, projection_dim=12)
     torch.manual_seed(0)
     return random_weights(transformers.AutoModel.from_config(chosen, **attention))
 

@@ -24,6 +24,8 @@ HYPER = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
 # depends on it. fp64 and fp32: some units in the last place. bf16: one or two units of 2⁻⁸ per step.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 0.05}
 
+in_backward_or_step = pytest.mark.parametrize("in_backward", [True, False], ids=["in_backward", "in_step"])
+
 
 class Net(nn.Module):
     """Four weights: one is not contiguous, one is used twice, and one is in no loss."""
@@ -71,7 +73,7 @@ def assert_close(ours: nn.Module, theirs: nn.Module) -> None:
         assert (weight - expected).abs().max() <= TOLERANCE[weight.dtype], name
 
 
-@pytest.mark.parametrize("in_backward", [True, False], ids=["in_backward", "in_step"])
+@in_backward_or_step
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.0}, {"weight_decay": 0.0}], ids=str)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype)[6:])
 def test_fused_sgd_equals_torch(dtype, options, in_backward):
@@ -106,9 +108,7 @@ def test_gradients_in_memory_are_those_of_a_block():
     model, (images, labels) = tiny_clip(), tiny_batch(4, 9)
     clip = sk.SkipCLIP(model, tiny_tokens(9), skip_layers=1)
     weights = clip.trainable_parameters()
-    assert gradient_bytes(clip(images, labels).loss) == sum(p.nbytes for p in weights), (
-        "all gradients, without the optimizer"
-    )
+    assert gradient_bytes(clip(images, labels).loss) == sum(p.nbytes for p in weights), "without the optimizer"
     model.zero_grad()
     largest = max(sum(p.nbytes for p in block.parameters()) for block in model.visual.transformer.resblocks)
     optimizer = sk.FusedSGD(weights)
@@ -130,11 +130,12 @@ def updates(monkeypatch) -> list[int]:
     calls, update = [], functional.sgd_momentum_
     monkeypatch.setattr(launching, "runs_beside_host", lambda device: True)
     monkeypatch.setattr(optimizer_module, "_GATHERED_BYTES", 200)
-    monkeypatch.setattr(
-        functional,
-        "sgd_momentum_",
-        lambda weights, *rest, **more: calls.append(len(weights)) or update(weights, *rest, **more),
-    )
+
+    def counted(weights, *rest, **more):
+        calls.append(len(weights))
+        return update(weights, *rest, **more)
+
+    monkeypatch.setattr(functional, "sgd_momentum_", counted)
     return calls
 
 
@@ -214,7 +215,7 @@ def test_backward_on_gpu_bounds_memory_without_host_sync():
 # ---- training loop --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("in_backward", [True, False], ids=["in_backward", "in_step"])
+@in_backward_or_step
 def test_scheduler_of_rate_and_momentum_equals_torch(in_backward):
     nets = Net(), Net()
     ours = sk.FusedSGD(nets[0].groups(), **HYPER, in_backward=in_backward)
@@ -226,21 +227,18 @@ def test_scheduler_of_rate_and_momentum_equals_torch(in_backward):
     assert not torch.allclose(nets[0].first, trained_by_torch().first)
 
 
-@pytest.mark.parametrize("in_backward", [True, False], ids=["in_backward", "in_step"])
+@in_backward_or_step
 def test_weight_unfrozen_after_construction(in_backward):
-    net, theirs = Net(), Net()
-    net.twice.requires_grad_(False)
-    optimizer = sk.FusedSGD(net.groups(), **HYPER, in_backward=in_backward)
-    train(net, optimizer, range(1))
-    assert net.twice.equal(Net().twice)
-    net.twice.requires_grad_(True)
-    train(net, optimizer, range(1, 4))
+    def trained_by(kind: type[torch.optim.Optimizer], **options: bool) -> Net:
+        net = Net()
+        net.twice.requires_grad_(False)
+        optimizer = kind(net.groups(), **HYPER, **options)
+        train(net, optimizer, range(1))
+        assert net.twice.equal(Net().twice)
+        net.twice.requires_grad_(True)
+        return train(net, optimizer, range(1, 4))
 
-    theirs.twice.requires_grad_(False)
-    optimizer = torch.optim.SGD(theirs.groups(), **HYPER)
-    train(theirs, optimizer, range(1))
-    theirs.twice.requires_grad_(True)
-    assert_close(net, train(theirs, optimizer, range(1, 4)))
+    assert_close(trained_by(sk.FusedSGD, in_backward=in_backward), trained_by(torch.optim.SGD))
 
 
 def test_backward_with_two_optimizers(gathers):
@@ -280,7 +278,7 @@ def test_step_of_parameters_that_a_trainer_replaced():
     assert [x.tolist() for x in (*weights, *replaced)] == 2 * [3 * [0.5]] + 2 * [3 * [0.0]]
 
 
-@pytest.mark.parametrize("in_backward", [True, False])
+@in_backward_or_step
 def test_weights_follow_their_groups(in_backward):
     """They change their group, a group is removed, and a weight that was taken out of its group stays."""
     first, second, third = weights = [nn.Parameter(torch.zeros(3)) for _ in range(3)]
@@ -331,10 +329,8 @@ def test_backward_twice_before_step():
     net = Net()
     optimizer = sk.FusedSGD(net.groups())
     net.loss(0).backward()
-    with pytest.raises(
-        RuntimeError,
-        match=r"FusedSGD: aten.* needs gradients that updates in backward have consumed.* in_backward=False",
-    ):
+    message = r"FusedSGD: aten.* needs gradients that updates in backward have consumed.* in_backward=False"
+    with pytest.raises(RuntimeError, match=message):
         net.loss(1).backward()
     optimizer.zero_grad()
     optimizer.step()
@@ -373,7 +369,7 @@ def test_step_without_momentum_allocates_one_weight():
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("in_backward", [True, False], ids=["in_backward", "in_step"])
+@in_backward_or_step
 @pytest.mark.parametrize("stochastic", [True, False], ids=["stochastic", "nearest"])
 def test_load_state_dict_continues_bit_for_bit(stochastic, in_backward):
     def start(net: Net) -> sk.FusedSGD:
@@ -442,20 +438,16 @@ def test_backward_in_several_processes(two_members):
 # ---- stochastic rounding --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("in_backward", [True, False], ids=["in_backward", "in_step"])
+@in_backward_or_step
 def test_stochastic_rounding_bits_differ_by_weight_step_and_seed(in_backward):
     """A step of a third of a unit keeps a weight at 1 or takes it one unit down, depending on the bits."""
     unit = 2**-8  # of bf16 below 1
 
     def rounded(seed: int) -> tuple[tuple[bool, ...], ...]:
         weights = [nn.Parameter(torch.ones(64, dtype=torch.bfloat16)) for _ in range(4)]
-        optimizer = sk.FusedSGD(
-            [{"params": weights[:2]}, {"params": weights[2:]}],
-            lr=unit / 3,
-            in_backward=in_backward,
-            stochastic_rounding=True,
-            seed=seed,
-        )
+        groups = [{"params": weights[:2]}, {"params": weights[2:]}]
+        options = {"in_backward": in_backward, "stochastic_rounding": True, "seed": seed}
+        optimizer = sk.FusedSGD(groups, lr=unit / 3, **options)
         found = []
         for _ in range(2):
             for weight in weights:
