@@ -103,14 +103,12 @@ class GraphConstants:
 
 def _constant_options(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> list[Any]:
     """Options of a group that a graph takes as constant: numbers not read on the device, and ids of tensors."""
-    not_constant = {"params", "initial_lr"}
-    if isinstance(optimizer, FusedSGD):
-        not_constant |= {"lr", "momentum", "weight_decay"}
-    # FusedSGD reads its momentum on the device, but without momentum it has no buffers: another graph.
+    read_on_the_device = {"lr", "momentum", "weight_decay"} if isinstance(optimizer, FusedSGD) else set()
+    # Without momentum FusedSGD has no buffers: another graph.
     options: list[Any] = [list(map(id, group["params"])), group.get("momentum") == 0]
     for name, value in group.items():
         if isinstance(value, Tensor):
             options.append((name, id(value)))
-        elif name not in not_constant:
+        elif name not in {"params", "initial_lr", *read_on_the_device}:
             options.append((name, value))
     return options

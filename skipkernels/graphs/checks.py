@@ -17,10 +17,14 @@ from ..towers.rows import SDPA
 # ---- checks of each call ---------------------------------------------------------------------------------------------
 
 
-def check_mode(clip: SkipCLIP, labels: Any) -> None:
-    """Raise an error in evaluation mode, and for soft labels."""
+def check_mode(clip: SkipCLIP) -> None:
+    """Raise a RuntimeError in evaluation mode."""
     if not clip.training:
         raise RuntimeError("graphed: a step needs clip.train(); SkipCLIP is in evaluation mode.")
+
+
+def refuse_soft_labels(labels: Any) -> None:
+    """Raise a ValueError for probabilities of the classes."""
     if isinstance(labels, Tensor) and labels.is_floating_point():
         raise ValueError(
             f"graphed: labels must be class ids, int64 [B]; got {described(labels)}. The classes of soft labels "

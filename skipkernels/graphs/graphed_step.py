@@ -29,7 +29,7 @@ from ..formatting import first_line
 from ..ops.sgd_momentum import GraphTables, tables_of_graph
 from ..optimizer import DeviceNumbers, FusedSGD
 from .capture import GraphConstants, capture_graph, renew_accumulators
-from .checks import check_batch, check_mode, check_optimizer, why_not_capturable
+from .checks import check_batch, check_mode, check_optimizer, refuse_soft_labels, why_not_capturable
 from .parts import ReservedRanks, TextsOnStream
 
 WARMUP = 3  # steps before a capture, which compile kernels and create the state of the optimizer
@@ -123,7 +123,8 @@ class GraphedStep:
     def __call__(self, pixel_values: Tensor, labels: Tensor) -> SkipOutput:
         """Run one step on images [B, 3, height, width], or features at the cut [B, N, W], with labels int64 [B]."""
         clip, device = self._clip, self._clip.prototypes.device
-        check_mode(clip, labels)
+        check_mode(clip)
+        refuse_soft_labels(labels)
         check_optimizer(clip, self._optimizer)
         pixel_values, labels = (
             x.to(device, non_blocking=True) if isinstance(x, Tensor) else x  # for the error of a check
