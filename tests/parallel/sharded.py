@@ -17,16 +17,23 @@ def tokens_of(templates: int) -> torch.Tensor:
     return torch.stack(every, dim=1) if templates > 1 else every[0]
 
 
-def small_clip(group: Any = None, *, templates: int = 1, dtype: torch.dtype = torch.float64, **settings) -> sk.SkipCLIP:
-    settings = {"skip_layers": 1 / 3, "keep_ratio": 4, "decay": 0.3} | settings
-    if settings.pop("weights", False):
-        settings["class_weight"] = torch.arange(1, CLASSES + 1) / 4
-    replace = settings.pop("replace", None)
-    model, tokens = tiny_clip(dtype), tokens_of(templates)
-    if group is None:
-        clip = sk.SkipCLIP(model, tokens, **settings)
-    else:
-        clip = sk.parallel.ShardedSkipCLIP(model, tokens, process_group=group, **settings)
+def small_clip(
+    group: Any = None,
+    *,
+    dtype: torch.dtype = torch.float64,
+    templates: int = 1,
+    weights: bool = False,
+    replace: int | None = None,
+    **options: Any,
+) -> sk.SkipCLIP:
+    """SkipCLIP, or ShardedSkipCLIP of a group; with `weights` of the classes, which `replace` other classes replace."""
+    options = {"skip_layers": 1 / 3, "keep_ratio": 4, "decay": 0.3} | options
+    if weights:
+        options["class_weight"] = torch.arange(1, CLASSES + 1) / 4
+    if group is not None:
+        options["process_group"] = group
+    kind = sk.SkipCLIP if group is None else sk.parallel.ShardedSkipCLIP
+    clip = kind(tiny_clip(dtype), tokens_of(templates), **options)
     if replace is not None:
         clip.set_classes(tiny_tokens(replace, seed=7))
     return clip
