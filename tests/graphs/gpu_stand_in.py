@@ -7,9 +7,7 @@
 An operator runs at once, whatever its stream, so results are those of the CPU. What a GPU would do differently is
 checked:
 
-- *Streams.* Each has a vector clock, which `wait_stream` merges. By the clocks, an operator that uses memory must come
-  after the write of it, and a write after the reads. Memory is freed when its last tensor dies, and given to a
-  later allocation of the stream that allocated it, which must come after the uses by all other streams.
+- *Streams* must wait for each other: see `streams.py`.
 - *Graphs.* A capture records operators with the addresses and numbers that they have then; a replay runs these. It
   launches nothing: what it wrote is restored. Memory that is allocated in a capture belongs to the graph. A replay
   begins with undefined values where no tensor of the host is left, and reads other memory only while it is in use.
@@ -24,7 +22,6 @@ import bisect
 import contextlib
 import functools
 import itertools
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -40,70 +37,12 @@ from skipkernels import functional
 from skipkernels.graphs import graphed_step
 from skipkernels.ops import launching, registration, sgd_momentum
 from skipkernels.towers import prompts
+from tests.graphs.streams import DeviceMemory, Fault, Stream
 
 _UPDATE_NAME = functional.sgd_momentum_.__name__
 _UPDATE = getattr(torch.ops.skipkernels, _UPDATE_NAME).default
 _ALLOCATES = ("empty", "new_empty")  # begin of the names of operators that read and write nothing
 _UNDEFINED = 0xFF  # each byte: NaN, or -1, which is no address
-
-
-class Fault(AssertionError):
-    """A race or a use of freed memory, if this were a GPU."""
-
-
-# ---- streams ---------------------------------------------------------------------------------------------------------
-
-
-class Stream:
-    """A stream; `clock` has the number of operators of each stream that its next one comes after."""
-
-    ids = itertools.count()
-
-    def __init__(self, *_: Any):
-        self.stream_id = next(Stream.ids)
-        self.clock: dict[int, int] = {}
-        self.freed: list[Use] = []  # last uses of memory that was freed since the last allocation
-
-    def wait_stream(self, other: Stream) -> None:
-        self.merge(other.clock)
-
-    def merge(self, clock: dict[int, int]) -> None:
-        for stream, time in clock.items():
-            self.clock[stream] = max(time, self.clock.get(stream, 0))
-
-    def operator(self) -> Use:
-        self.clock[self.stream_id] = self.clock.get(self.stream_id, 0) + 1
-        return Use(self.stream_id, self.clock[self.stream_id], dict(self.clock))
-
-    def comes_after(self, use: Use) -> bool:
-        return self.clock.get(use.stream, 0) >= use.time
-
-    def allocate(self) -> None:
-        for use in self.freed:
-            if not self.comes_after(use):
-                raise Fault(f"stream {self.stream_id} allocates memory that stream {use.stream} still uses")
-        self.freed.clear()
-
-
-class Use(NamedTuple):
-    """An operator on a stream: its time there, and the clock after it."""
-
-    stream: int
-    time: int
-    clock: dict[int, int]
-
-
-class Memory:
-    """A storage: the stream that allocated it, and its uses."""
-
-    def __init__(self, storage: torch.UntypedStorage, stream: Stream | None, free: Callable[[Memory], None]):
-        self.address, self.nbytes = storage.data_ptr(), storage.nbytes()
-        self.stream = stream  # on which it was allocated, None if that was not seen
-        self.write: Use | None = None
-        self.reads: dict[int, Use] = {}  # the last ones since the write, by stream
-        self.used: dict[int, Use] = {}  # the last ones, by stream
-        self.recorded: set[int] = set()  # streams of `record_stream`, which the allocator waits for
-        self.weak = weakref.ref(storage, lambda _: free(self))
 
 
 # ---- graphs ----------------------------------------------------------------------------------------------------------
@@ -227,7 +166,7 @@ class Gpu(TorchDispatchMode):
         self._streams = [Stream()]  # contexts of `torch.cuda.stream`; the last one is current
         self._begins: list[tuple[int, Stream]] = [(0, self._streams[0])]  # sequence numbers of autograd and streams
         self._of_node: Stream | None = None  # of the node of backward that runs
-        self._memory: dict[int, Memory] = {}  # by address
+        self._memory = DeviceMemory()
         self._graph: Graph | None = None  # of the capture
 
     @property
@@ -248,37 +187,9 @@ class Gpu(TorchDispatchMode):
             self._streams.pop()
             self._begins.append((torch.autograd._get_sequence_nr(), self._streams[-1]))
 
-    def _memory_of(self, tensor: Tensor, allocated_on: Stream | None = None) -> Memory:
-        storage = tensor.untyped_storage()
-        found = self._memory.get(storage.data_ptr())
-        if found is None or found.weak() is None:
-            found = self._memory[storage.data_ptr()] = Memory(storage, allocated_on, self._free)
-        return found
-
-    def _free(self, memory: Memory) -> None:
-        if self._memory.get(memory.address) is memory:
-            del self._memory[memory.address]
-        if memory.stream is not None:
-            memory.stream.freed += [use for stream, use in memory.used.items() if stream not in memory.recorded]
-
     def use(self, reads: list[Tensor], writes: list[Tensor]) -> None:
         """Check one operator on the current stream, which reads and writes these tensors."""
-        reads, writes = ([x for x in tensors if x.numel() > 0] for tensors in (reads, writes))
-        stream = self.current_stream()
-        for tensor in (*reads, *writes):
-            memory = self._memory_of(tensor)
-            if memory.write is not None and not stream.comes_after(memory.write):
-                raise Fault(f"stream {stream.stream_id} uses memory before stream {memory.write.stream} has written it")
-        for memory in map(self._memory_of, writes):
-            for read in memory.reads.values():
-                if not stream.comes_after(read):
-                    raise Fault(f"stream {stream.stream_id} writes memory before stream {read.stream} has read it")
-        operator = stream.operator()
-        for memory in map(self._memory_of, reads):
-            memory.reads[operator.stream] = memory.used[operator.stream] = operator
-        for memory in map(self._memory_of, writes):
-            memory.reads.clear()
-            memory.write = memory.used[operator.stream] = operator
+        self._memory.use(self.current_stream(), reads, writes)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -297,8 +208,7 @@ class Gpu(TorchDispatchMode):
         out = function(*args, **kwargs)
         new = _new_of(out, args, kwargs)
         for tensor in new:
-            self.current_stream().allocate()
-            self._memory_of(tensor, self.current_stream())
+            self._memory.allocate(tensor, self.current_stream())
             if self._graph is not None:
                 self._graph.own(tensor)
         if function._opname.startswith(_ALLOCATES) or not (written or new):  # no launch: an allocation or a view
@@ -342,7 +252,7 @@ class Gpu(TorchDispatchMode):
         def begin(node: Any, gradients: tuple[Tensor | None, ...]) -> None:
             if not streams:
                 torch.autograd.Variable._execution_engine.queue_callback(at_the_end)
-            memories = [self._memory_of(x) for x in gradients if x is not None]
+            memories = [self._memory.of(x) for x in gradients if x is not None]
             if not hasattr(node, "variable"):  # else its stream is that of its gradient
                 self._of_node = self._stream_at(node._sequence_nr())
             streams.append(self._of_node)

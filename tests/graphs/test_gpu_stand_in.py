@@ -7,7 +7,8 @@ import contextlib
 import pytest
 import torch
 
-from tests.graphs.gpu_stand_in import Fault, stand_in
+from tests.graphs.gpu_stand_in import stand_in
+from tests.graphs.streams import Fault
 
 FAULTS = {
     "written": "stream 1 uses memory before stream 0 has written it",
