@@ -95,15 +95,13 @@ def rows_of(args: argparse.Namespace, case: Case, compiles: bool) -> list[dict[s
         row |= measure.milliseconds(times, 3) | {"rounds": args.rounds}
         row["peak_mib"] = "" if name in _REPLAYED else peak_mib(steps[name], case.device)
         row |= {"floor_ms": round(1000 * floor, 3), "above_floor": round(measure.quantile(times, 0.5) / floor, 2)}
-        if name not in (OURS, GRAPHED):
-            row["faster"] = round(measure.median_ratio(times, best), 2)
-        if name == GRAPHED:
-            row |= count_launches(steps[name], case.device)
-        if name == OURS:
-            row["note"] = "no graph was captured" if on_gpu and GRAPHED not in steps else ""
-        if name in _REPLAYED:
-            row["note"] = "a replay allocates nothing, so peak_mib is empty"
+        row["faster"] = "" if name in (OURS, GRAPHED) else round(measure.median_ratio(times, best), 2)
+        row["note"] = "a replay allocates nothing, so peak_mib is empty" if name in _REPLAYED else ""
         rows.append(row)
+    if GRAPHED in steps:
+        rows[-1] |= count_launches(steps[GRAPHED], case.device)
+    elif on_gpu:
+        rows[0]["note"] = "no graph was captured"
     return rows
 
 

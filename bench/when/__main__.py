@@ -44,9 +44,8 @@ from .tasks import SHIFTS, Shift
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = command(__doc__)
     names = [shift.name for shift in SHIFTS]
-    parser.add_argument(
-        "--tasks", nargs="+", choices=names, metavar="TASK", help="default: all for which the files are given"
-    )
+    given = "default: all for which the files are given"
+    parser.add_argument("--tasks", nargs="+", default=(), choices=names, metavar="TASK", help=given)
     parser.add_argument("--methods", nargs="+", default=list(SEARCHES), choices=list(SEARCHES), metavar="METHOD")
     parser.add_argument("--seeds", type=positive, default=5)
     parser.add_argument("--workers", type=positive, default=2, help="runs beside each other")
@@ -58,15 +57,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     measured.add_argument("--own", action="store_true", help="run the default and others on own sets")
     measured.add_argument("--trials", action="store_true", help="try changes of the default on the names of the search")
     args = parser.parse_args(arguments)
-    for option in ("without_words", "drawings"):
-        path = getattr(args, option)
+    for option, path in (("--without-words", args.without_words), ("--drawings", args.drawings)):
         if path and not path.is_file():
-            parser.error(f"--{option.replace('_', '-')} must be a file; got {path}.")
-    wanted = [shift for shift in SHIFTS if shift.name in (args.tasks or names)]
-    left_out = [f"{shift.name} needs {option}" for shift in wanted if (option := lacking(shift, args))]
-    if args.tasks and left_out:
+            parser.error(f"{option} must be a file; got {path}.")
+    lacking = {shift: option for shift in SHIFTS if (option := option_lacking(shift, args))}
+    left_out = [f"{shift.name} needs {option}" for shift, option in lacking.items() if shift.name in args.tasks]
+    if left_out:
         parser.error(f"--tasks: {', '.join(left_out)}.")
-    shifts = [shift for shift in wanted if not lacking(shift, args)]
+    shifts = [shift for shift in SHIFTS if shift not in lacking and shift.name in (args.tasks or names)]
     if args.own:
         runs = own.planned(args.drawings, args.seeds)
         run_missing(runs, "when_own", own.execute, workers=args.workers, save=not args.no_save)
@@ -77,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run_study(shifts, args)
 
 
-def lacking(shift: Shift, args: argparse.Namespace) -> str | None:
+def option_lacking(shift: Shift, args: argparse.Namespace) -> str | None:
     """Option of the file that a task needs and that was not given, or None."""
     if shift.words != "all" and not args.without_words:
         return "--without-words"

@@ -129,13 +129,8 @@ SETS = {
 
 def planned(drawings: Path | None, seeds: int) -> list[OwnRun]:
     """All runs; without `drawings` none of flags."""
-    return [
-        OwnRun(task, method, seed, drawings)
-        for task, own in SETS.items()
-        if drawings or not own.needs_drawings
-        for seed in range(seeds)
-        for method in own.methods
-    ]
+    sets = {task: own for task, own in SETS.items() if drawings or not own.needs_drawings}
+    return [OwnRun(task, method, s, drawings) for task in sets for s in range(seeds) for method in sets[task].methods]
 
 
 def execute(run: OwnRun) -> list[dict[str, Any]]:

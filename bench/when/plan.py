@@ -40,13 +40,9 @@ class Candidate(NamedTuple):
 
 
 class Search(NamedTuple):
-    """A method of `tune` with further settings, and the candidates of its search.
+    """A method of `tune` with further fields of a `TuneConfig`, and the candidates of its search, if more than one.
 
-    Attributes:
-        method: The method.
-        candidates: The candidates. One alone needs no search.
-        rates: Learning rates that the method has; none without steps, or if the default chooses.
-        settings: Further fields of a `TuneConfig`.
+    `rates` are the learning rates that the method has; none without steps, or if the default chooses.
     """
 
     method: str
@@ -95,13 +91,7 @@ VARIANTS = {
     "skip, ω = ¼": Variant("skip", {"skip_layers": 0.25}),
     "skip, ω = ½": Variant("skip", {"skip_layers": 0.5}),
     "skip, ω = ¾": Variant("skip", {"skip_layers": 0.75}),
-    "skip, image only": Variant("skip, image only"),
-    "full": Variant("full"),
-    "lora": Variant("lora"),
-    "clip-adapter": Variant("clip-adapter"),
-    "coop": Variant("coop"),
-    "linear-probe": Variant("linear-probe"),
-    "auto": Variant("auto"),
+    **{name: Variant(name) for name in SEARCHES if name not in ("zero-shot", "skip", "skip, one class")},
 }
 # Other numbers of kept classes, on the tasks "all" and "many classes"; and other recipes, on "all".
 KEPT = {f"skip, K/C = {r:g}": Variant("skip", {"keep_ratio": r, "max_keep": 10**6}) for r in (0.05, 0.2, 0.5, 1.0)}
