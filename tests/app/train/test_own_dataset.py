@@ -41,8 +41,7 @@ def in_turn(count: int, *, shift: int = 0, tensors: bool = False) -> Listed:
     return squares([(number + shift) % 3 for number in range(count)], tensors=tensors)
 
 
-SETTINGS = {"classes": [f"{colour} square" for colour in COLOURS], "epochs": 2, "device": "cpu", "shots": "all"}
-SETTINGS |= {"method": "skip"}
+SETTINGS = {"method": "skip", "classes": [f"{c} square" for c in COLOURS], "epochs": 2, "device": "cpu", "shots": "all"}
 
 
 @pytest.fixture(scope="module")
@@ -79,33 +78,40 @@ def test_epochs_of_weighted_classes_are_chosen_by_balanced_accuracy(tmp_path):
     assert best_epoch([{"epoch": 1} | first, {"epoch": 2} | second]) == 2
 
 
-@pytest.mark.parametrize(
-    ("changes", "weights"),
-    [
-        ({"class_weight": "balanced"}, [21 / 36, 21 / 18, 21 / 9]),
-        ({"class_weight": 0.5}, [21 / (18 + 6 * 2**0.5) * each for each in (1, 2**0.5, 2)]),
-        ({"sampler": "balanced"}, None),
-    ],
-    ids=str,
-)
-def test_rare_classes_weigh_more(changes, weights, tmp_path, monkeypatch):
-    """Twelve black squares, six red, three white."""
-    made, trained, forward = [], [], SkipCLIP.forward
+@pytest.fixture
+def trained(monkeypatch) -> list[tuple[SkipCLIP, int]]:
+    """Model and label of each image of each step."""
+    found, forward = [], SkipCLIP.forward
 
     def recorded(clip, x, y, **options):
-        made.append(clip)
-        trained.extend(y.tolist())
+        found.extend((clip, label) for label in y.tolist())
         return forward(clip, x, y, **options)
 
     monkeypatch.setattr(SkipCLIP, "forward", recorded)
-    unequal = squares([0] * 12 + [1] * 6 + [2] * 3)
-    tune(dataset=unequal, validation="none", test=in_turn(3), out=tmp_path, **SETTINGS | {"epochs": 4} | changes)
-    counts = torch.tensor(trained).bincount()
-    if weights is None:
-        assert (counts - 28).abs().max() < 4 * (84 * 2 / 9) ** 0.5, "four standard deviations of 84 draws"
-    else:
-        assert counts.tolist() == [48, 24, 12]
-        assert made[0].class_weight.tolist() == pytest.approx(weights)
+    return found
+
+
+UNEQUAL = [0] * 12 + [1] * 6 + [2] * 3  # labels of squares
+FOUR_EPOCHS = SETTINGS | {"validation": "none", "epochs": 4}
+
+
+@pytest.mark.parametrize(
+    ("class_weight", "weights"),
+    [
+        ("balanced", [21 / 36, 21 / 18, 21 / 9]),
+        (0.5, [21 / (18 + 6 * 2**0.5) * each for each in (1, 2**0.5, 2)]),
+    ],
+)
+def test_rare_classes_weigh_more(class_weight, weights, trained, tmp_path):
+    tune(dataset=squares(UNEQUAL), test=in_turn(3), out=tmp_path, class_weight=class_weight, **FOUR_EPOCHS)
+    assert sorted(label for _, label in trained) == sorted(4 * UNEQUAL)
+    assert trained[0][0].class_weight.tolist() == pytest.approx(weights)
+
+
+def test_rare_classes_are_drawn_as_often(trained, tmp_path):
+    tune(dataset=squares(UNEQUAL), test=in_turn(3), out=tmp_path, sampler="balanced", **FOUR_EPOCHS)
+    counts = torch.tensor([label for _, label in trained]).bincount()
+    assert (counts - 28).abs().max() < 4 * (84 * 2 / 9) ** 0.5, "four standard deviations of 84 draws"
 
 
 def test_resume_with_the_same_dataset(run):
