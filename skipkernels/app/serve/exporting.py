@@ -81,8 +81,8 @@ def export(
     source, folder = existing_run(run, "export"), Path(out).expanduser()
     _check_folders(source, folder, overwrite=overwrite)
     loaded = load_plain(source, trust=trust)
-    with writing(folder, "out", "export"), replaced_files(folder, _files(folder)) as written:
-        notes = _write(loaded, source, to, written)
+    with writing(folder, "out", "export"), replaced_files(folder, _earlier_files(folder)) as written:
+        notes = _write_files(loaded, source, to, written)
         files = sorted([*(path.name for path in written.iterdir()), CLASSES])
         values = {name: getattr(loaded.described, name) for name in ("classes", "templates", "temperature")}
         replace_text(written / CLASSES, json.dumps(values | {"files": files}, indent=2) + "\n")
@@ -98,7 +98,7 @@ def _check_folders(run: Path, out: Path, *, overwrite: bool) -> None:
         raise InputError(f"must not be the folder of a run; got {out}. Choose another.", "out", "export")
 
 
-def _files(folder: Path) -> list[str]:
+def _earlier_files(folder: Path) -> list[str]:
     """Names of the files of an earlier export in a folder."""
     try:
         return [str(name) for name in read_object(folder / CLASSES)["files"]]
@@ -106,7 +106,7 @@ def _files(folder: Path) -> list[str]:
         return []
 
 
-def _write(run: TunedRun, source: Path, to: Target, folder: Path) -> list[str]:
+def _write_files(run: TunedRun, source: Path, to: Target, folder: Path) -> list[str]:
     """Write the files of an export but `CLASSES`, and return its notes."""
     notes = _write_model(run, to, folder)
     described, fitted = public_description(run, OPEN_CLIP_WEIGHTS), run.method.fitted

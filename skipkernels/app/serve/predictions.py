@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -66,14 +66,11 @@ class Predictions:
     @classmethod
     def joined(cls, parts: Sequence[Predictions]) -> Predictions:
         """Join the predictions of batches."""
-        first = parts[0]
-        return cls(
-            [name for part in parts for name in part.names],
-            torch.cat([part.ids for part in parts]),
-            torch.cat([part.probabilities for part in parts]),
-            torch.cat([part.embeddings for part in parts]),
-            first.classes,
-            {name: reason for part in parts for name, reason in part.unreadable.items()},
-            first.threshold,
-            first.calibrated,
+        return replace(
+            parts[0],
+            names=[name for part in parts for name in part.names],
+            ids=torch.cat([part.ids for part in parts]),
+            probabilities=torch.cat([part.probabilities for part in parts]),
+            embeddings=torch.cat([part.embeddings for part in parts]),
+            unreadable={name: reason for part in parts for name, reason in part.unreadable.items()},
         )

@@ -292,10 +292,6 @@ def test_report_plots():
     assert "● trained classes ● new classes ● validation images" in found.text
 
 
-def test_report_is_deterministic():
-    assert page() == page()
-
-
 def test_report_method_without_epochs():
     cost = metrics()["cost"] | {"seconds_per_epoch": None, "milliseconds_per_step": None}
     tuned, new = {"base": 60.0, "new": None}, predicted("new")

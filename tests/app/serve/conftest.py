@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import open_clip
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
 import skipkernels as sk
 from skipkernels.app.config import TuneConfig
+from skipkernels.app.serve.exporting import Exported
 from skipkernels.app.train import tune
 from skipkernels.app.train.setup import build_task
 from tests.app.runs import published_optimizer
@@ -29,6 +31,7 @@ NATIVE = {
     "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 32, "head_width": 16, "layers": 2},
     "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
 }
+ATOL = 1e-4  # of logits up to the logit scale, in fp32
 PREPROCESS = {"mean": (0.5,) * 3, "std": (0.25,) * 3, "interpolation": "bicubic"}
 
 
@@ -90,3 +93,19 @@ def photos(run, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def images() -> Tensor:
     return torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def rotated(picture: Image.Image, path: Path) -> Path:
+    """Write an image as a phone does that was turned: its metadata say how it is shown."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(path, exif=exif)
+    return path
+
+
+def card_names(done: Exported, picture: Path) -> dict[str, Any]:
+    """Run the code of the model card on an image; returns its variables."""
+    code = (done.folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    names: dict[str, Any] = {}
+    exec(code.replace("FOLDER", str(done.folder)).replace("photo.jpg", str(picture)), names)
+    return names

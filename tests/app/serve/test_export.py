@@ -1,15 +1,13 @@
-"""Exports, loaded by the other library."""
+"""Exports: their files, and what other libraries compute from them."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import re
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, get_args, get_type_hints
+from typing import get_args, get_type_hints
 
 import open_clip
 import pytest
@@ -21,16 +19,13 @@ from safetensors.torch import load_file
 import skipkernels as sk
 from skipkernels.app.cli.main import main
 from skipkernels.app.config import TuneConfig
-from skipkernels.app.data import InputError
 from skipkernels.app.methods.registry import METHODS
-from skipkernels.app.serve import to_hugging_face, to_onnx
+from skipkernels.app.serve import to_onnx
 from skipkernels.app.serve.exporting import Exported
-from skipkernels.app.serve.loading import TunedRun, load_plain
+from skipkernels.app.serve.loading import load_plain
 from skipkernels.app.train import model_card, tune
 from skipkernels.app.train.description import Description
-from tests.app.serve.conftest import CONFIG, NATIVE, PREPROCESS
-
-ATOL = 1e-4  # of logits up to the logit scale, in fp32
+from tests.app.serve.conftest import ATOL, CONFIG, card_names, rotated
 
 
 @pytest.fixture(scope="module")
@@ -64,86 +59,6 @@ def test_open_clip(source, images, tmp_path):
     assert main(["export", str(done.folder), "--to", "open-clip", "--out", str(tmp_path / "again")]) == 0
 
 
-@torch.no_grad()
-def test_hugging_face(native_run, run, images, tmp_path):
-    images = images[..., :16, :16]
-    transformers = pytest.importorskip("transformers")
-    done = sk.export(native_run, "hugging-face", tmp_path / "out")
-    assert not done.notes
-    model = transformers.CLIPModel.from_pretrained(done.folder).eval()
-    processor = transformers.CLIPProcessor.from_pretrained(done.folder)
-    tuned = sk.Classifier.load(native_run, device="cpu")
-    texts = [f"an icon of a {name}" for name in json.loads((done.folder / "classes.json").read_text())["classes"]]
-    tokens = processor.tokenizer(texts, padding=True, return_tensors="pt")
-    found = model(**tokens, pixel_values=images).logits_per_image
-    torch.testing.assert_close(found, tuned.logits(images), atol=ATOL, rtol=0)
-    picture = run.task.tests[0].images[0][0].resize((16, 16))  # the model's size, so nothing is interpolated
-    pixels = processor.image_processor(picture, return_tensors="pt")["pixel_values"][0]
-    torch.testing.assert_close(pixels, tuned.transform(picture), atol=1e-5, rtol=0)
-    photo = rotated(picture, tmp_path / "photo.png")
-    found = tuned.predict([photo], top=9)
-    probabilities = card_names(done, photo)["probabilities"][0]
-    torch.testing.assert_close(probabilities[found.ids[0]], found.probabilities[0], atol=1e-5, rtol=0)
-
-
-def plain(tokenizer=None, **changes) -> TunedRun:
-    """A narrow CLIP with random weights and changes of its configuration."""
-    vision, text = (NATIVE[f"{part}_cfg"] | changes.pop(part, {}) for part in ("vision", "text"))
-    logging.disable(logging.WARNING)
-    preprocess = PREPROCESS | {name: changes.pop(name) for name in ("interpolation",) if name in changes}
-    kind = open_clip.CustomTextCLIP if changes.pop("custom_text", False) else open_clip.CLIP
-    model = kind(embed_dim=NATIVE["embed_dim"], vision_cfg=vision, text_cfg=text, **changes).eval()
-    logging.disable(logging.NOTSET)
-    open_clip.set_model_preprocess_cfg(model, preprocess)
-    own = tokenizer or open_clip.SimpleTokenizer(context_length=16)
-    return TunedRun(
-        described=SimpleNamespace(templates=["a {}"]),
-        classes=["cat", "dog"],
-        model=model,
-        method=None,
-        transform=None,
-        tokenizer=own,
-        precision="fp32",
-    )
-
-
-@pytest.mark.parametrize("quick_gelu", [True, False])
-def test_hugging_face_activations(quick_gelu):
-    pytest.importorskip("transformers")
-    to_hugging_face.convert(plain(quick_gelu=quick_gelu))  # compares embeddings
-
-
-@pytest.mark.parametrize(
-    ("changes", "what"),
-    [
-        ({"init_logit_bias": -10.0}, "a logit bias"),
-        ({"vision": {"pool_type": "avg"}}, "its image embeddings differ"),
-        ({"vision": {"no_ln_pre": True}}, "no counterpart there .*Identity"),
-        ({"vision": {"ls_init_value": 0.1}}, "its image embeddings differ"),
-        ({"text": {"no_causal_mask": True}}, "its text embeddings differ"),
-        ({"text": {"pool_type": "last"}}, "its text embeddings differ"),
-        ({"custom_text": True}, "it is a CustomTextCLIP"),
-        ({"vision": {"layers": [1, 1, 1, 1], "image_size": 32}}, "it has a ModifiedResNet as image tower"),
-        ({"tokenizer": lambda texts: None}, "a tokenizer other than CLIP's"),
-        ({"interpolation": "nearest"}, "it has the interpolation 'nearest'"),
-    ],
-)
-def test_hugging_face_refuses(changes, what):
-    pytest.importorskip("transformers")
-    with pytest.raises(InputError, match=what):
-        to_hugging_face.convert(plain(**changes))
-
-
-def test_hugging_face_names_classes_with_other_tokens(tmp_path):
-    """open_clip's tokenizer replaces entities of HTML first."""
-    pytest.importorskip("transformers")
-    names = ["a cat", *(f"{letter} &amp; {letter}" for letter in "abcdefg")]
-    (note,) = to_hugging_face.write(
-        plain()._replace(classes=names, described=SimpleNamespace(templates=["{}"])), tmp_path
-    )
-    assert note.endswith("e &amp; e and 2 more")
-
-
 HEADED = {name: {"method": name} for name, method in METHODS.items() if "head_code" in vars(method)}
 HEADED |= {"linear-probe": {"method": "linear-probe"}}
 HEADED |= {"skip, gaussian": {"method": "skip", "head": "gaussian"}, "lora, probe": {"method": "lora", "head": "probe"}}
@@ -170,22 +85,6 @@ def probabilities_of(folder: Path, picture: Path) -> torch.Tensor:
     found = classifier.predict([picture], top=9)
     assert classifier.calibrated and len(found.ids[0]) == 2
     return found.probabilities[0][found.ids[0].argsort()]
-
-
-def rotated(picture: Image.Image, path: Path) -> Path:
-    """Write an image as a phone does that was turned: its metadata say how it is shown."""
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    picture.save(path, exif=exif)
-    return path
-
-
-def card_names(done: Exported, picture: Path) -> dict[str, Any]:
-    """Run the code of the model card on an image; returns its variables."""
-    code = (done.folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    names: dict[str, Any] = {}
-    exec(code.replace("FOLDER", str(done.folder)).replace("photo.jpg", str(picture)), names)
-    return names
 
 
 @torch.no_grad()
