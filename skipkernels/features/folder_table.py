@@ -71,7 +71,7 @@ class FolderTable:
     """
 
     def __init__(self, folder: Path, layout: Layout):
-        self.folder: Path | None = folder.absolute()  # a later change of the working directory has no effect
+        self.folder = folder.absolute()  # a later change of the working directory has no effect
         self.layout = layout
         self.shape, self.dtype = layout.shape, COMPUTED_DTYPES[layout.computed_dtype]
         self._checksums = layout.checksums.read(folder / CHECKSUMS, range(layout.rows))  # [n, arrays]
@@ -129,7 +129,6 @@ class FolderTable:
         return f"{self.folder}: row {named} damaged: bytes have changed. Build it again with `resume=True`."
 
     def _read(self, name: str, row_numbers: Sequence[int]) -> NDArray[Any]:
-        assert self.folder is not None
         return self.layout.arrays[name].read(self.folder / name, row_numbers)
 
     def _verify(self, row_numbers: Sequence[int], parts: dict[str, NDArray[Any]]) -> None:

@@ -10,16 +10,15 @@ from torch import Tensor
 
 
 class FeatureTable(Protocol):
-    """Rows of features.
+    """Rows of features."""
 
-    Attributes:
-        folder: Folder of the rows; None in memory.
-        shape, dtype: Those of a row that is read.
-    """
-
-    folder: Path | None
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # Shape and dtype of a row that is read
     dtype: torch.dtype
+
+    @property
+    def folder(self) -> Path | None:
+        """Folder of the rows; None in memory."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -31,7 +30,7 @@ class FeatureTable(Protocol):
 class MemoryTable:
     """Rows in memory, on the device of `features` [n, *shape]; see `FeatureTable`."""
 
-    folder: Path | None = None
+    folder = None
 
     def __init__(self, features: Tensor):
         self.features = features
