@@ -276,12 +276,12 @@ class Array(NamedTuple):
                     )
                 if header != self.header:
                     raise CacheError(f"{path}: damaged: another header. Build it again with `resume=True`.")
-                rows = np.empty((len(row_numbers), *self.shape[1:]), self.dtype)
+                rows, row_bytes = np.empty((len(row_numbers), *self.shape[1:]), self.dtype), self.row_bytes
                 # Ends of the runs of consecutive rows, but the last
                 ends = (np.flatnonzero(np.diff(row_numbers) != 1) + 1).tolist()
                 for start, end in itertools.pairwise(sorted({0, *ends, len(rows)})):
-                    file.seek(HEADER_BYTES + row_numbers[start] * self.row_bytes)
-                    if file.readinto(rows[start:end].data) < (end - start) * self.row_bytes:
+                    file.seek(HEADER_BYTES + row_numbers[start] * row_bytes)
+                    if file.readinto(rows[start:end].data) < (end - start) * row_bytes:
                         raise OSError(errno.EIO, "truncated while it is read")
                 return rows
         except OSError as error:
