@@ -33,25 +33,23 @@ class Containers:
 
     def check_unchanged(self) -> None:
         """Raise a RuntimeError if the model was altered in a way that SkipCLIP does not follow."""
-        now = self._read()
-        changes = (change for change, value in self._known.items() if now[change] != value)
+        known_and_now = zip(self._known, self._read(), strict=True)
+        changes = (change for (change, known), (_, now) in known_and_now if now != known)
         if change := next(changes, None) or self._override():
             raise RuntimeError(
                 f"SkipCLIP: the model was altered after SkipCLIP was made: {change.rstrip('.')}. Undo that, or call "
                 "clip.refresh() to read the model again, and create the optimizer again if parameters were replaced."
             )
 
-    def _read(self) -> dict[str, Any]:
-        """Return what must stay as it is, by the message of its change."""
+    def _read(self) -> list[tuple[str, Any]]:
+        """Return what must stay as it is: the message of a change, and the value of now."""
         masks = [None if mask is None else mask.tolist() for mask in self._text.masks()]
-        blocks = [_blocks_of_model(tower) for tower in (self._image, self._text)]
-        in_model = [[x for x in self._model.modules() if x in known] for known in map(set, blocks)]
         methods = [[getattr(type(x), name, None) for name in ("forward", *_ENCODERS)] for x in self._around]
-        return {
-            "the attention mask changed (to NaN, if −inf in it was averaged: average with use_buffers=False)": masks,
-            "its blocks changed": [in_model == blocks, list(map(len, blocks))],
-            "the class of a container, or a method of it, was replaced": [list(map(type, self._around)), methods],
-        }
+        return [
+            ("the attention mask changed (to NaN, if −inf in it was averaged: average with use_buffers=False)", masks),
+            ("its blocks changed", [_order_of_blocks(tower) for tower in (self._image, self._text)]),
+            ("the class of a container, or a method of it, was replaced", [list(map(type, self._around)), methods]),
+        ]
 
     def _override(self) -> str | None:
         """Return what a container has that would have no effect, with a remedy, or None."""
@@ -91,11 +89,17 @@ def _override_of(module: nn.Module, *, is_model: bool) -> str | None:
     return None
 
 
-def _blocks_of_model(tower: Tower) -> list[nn.Module]:
-    """The caller's modules that are blocks: a block may be an `nn.Sequential` that the tower made of several."""
-    known = set(tower.model.modules())
+def _order_of_blocks(tower: Tower) -> tuple[int, bool]:
+    """Number of the caller's modules that are blocks of a tower, and True if the model has them in this order.
+
+    A block may be an `nn.Sequential` that the tower made of several.
+    """
+    modules = list(tower.model.modules())
+    known = set(modules)
 
     def of_model(block: nn.Module) -> list[nn.Module]:
         return [block] if block in known else [x for child in block.children() for x in of_model(child)]
 
-    return [module for block in tower.blocks for module in of_model(block)]
+    blocks = [module for block in tower.blocks for module in of_model(block)]
+    own = set(blocks)
+    return len(blocks), blocks == [module for module in modules if module in own]
