@@ -19,7 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .memory import PeakMemory
+from .peak_memory import PeakMemory
 
 CPU = torch.device("cpu")
 

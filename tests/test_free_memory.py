@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from skipkernels import memory
+from skipkernels import memory, peak_memory
 
 CPU, MIB = torch.device("cpu"), 1 << 20
 
@@ -104,9 +104,9 @@ def test_free_bytes_is_the_least_of_the_groups(system, files, expected):
 
 def test_peak_memory_without_a_high_water_mark(tmp_path, monkeypatch):
     """Some sandboxes leave it out of /proc/self/status."""
-    monkeypatch.setattr(memory, "_STATUS", tmp_path / "status")
+    monkeypatch.setattr(peak_memory, "_STATUS", tmp_path / "status")
     (tmp_path / "status").write_text("Name:\tpython\nVmRSS:\t 9 kB\n")
-    peak = memory.PeakMemory(CPU)
-    assert memory.resource is None or peak.read() > 9 * MIB
+    peak = peak_memory.PeakMemory(CPU)
+    assert peak_memory.resource is None or peak.read() > 9 * MIB
     (tmp_path / "status").write_text("Name:\tpython\nVmHWM:\t 9 kB\n")
     assert peak.read() == 9 * 1024

@@ -29,7 +29,7 @@ from skipkernels.app.train.run import Run as TuneRun
 from skipkernels.app.train.setup import BATCH, RunSetup, build_run
 from skipkernels.app.train.trainer import Trainer
 from skipkernels.app.train.writing import RunFolder
-from skipkernels.memory import PeakMemory
+from skipkernels.peak_memory import PeakMemory
 
 from . import tasks
 from .accuracy import ACCURACIES, accuracies, rounded

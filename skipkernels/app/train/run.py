@@ -14,7 +14,7 @@ from rich.console import Console
 
 from ...features import CacheError, FeatureCache
 from ...formatting import escaped
-from ...memory import PeakMemory
+from ...peak_memory import PeakMemory
 from ..config import TuneConfig
 from ..console import print_plain
 from ..data import InputError, Source
