@@ -83,16 +83,15 @@ def groups_of(config: TuneConfig, *, tests_new: bool) -> list[list[Candidate]]:
     if tests_new:
         factors, blends = FACTORS[1:2], BLENDS[1:]  # the blend halves what training changes
         of_frozen, of_trained = ("anchored",), ("gaussian",)
-    given = config.method != AUTO
-    if given:
-        factors = (1.0,)
-    if given or config.blend != 1:
+    if config.method != AUTO:  # settings that are given
+        factors, blends = (1.0,), (config.blend,)
+    if config.blend != 1:
         blends = (config.blend,)
     if config.head != "auto":
         of_frozen = of_trained = (config.head,)
     if not config.epochs:  # nothing is trained
         factors = ()
-    if given and factors:  # pretrained weights are only compared
+    if config.method != AUTO and factors:  # pretrained weights are only compared
         of_frozen = ()
     heads = dict.fromkeys(["none", *of_frozen])
     frozen = [Candidate(config, None, head=head, compared=head not in of_frozen) for head in heads]
