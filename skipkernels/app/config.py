@@ -90,8 +90,8 @@ class TuneConfig(Settings):
     @property
     def _resolved_method(self) -> str:
         """The method; "skip" for "auto" with other settings or data than those of its choice."""
-        chooses = self.preset == "default" and (self.own_data or self._pictograms)
-        return "skip" if self.method == AUTO and not chooses else self.method
+        can_choose = self.preset == "default" and (self.own_data or self._pictograms)
+        return "skip" if self.method == AUTO and not can_choose else self.method
 
     @property
     def folder(self) -> Path:
@@ -145,11 +145,6 @@ class TuneConfig(Settings):
         return self.class_weight is not None or self.prior == "balanced"
 
     @property
-    def augments(self) -> bool:
-        """True if training images are random crops."""
-        return self.refresh == "epoch"
-
-    @property
     def own_data(self) -> bool:
         """True if the dataset is the user's own, not a published or packaged one."""
         return is_own(self.data)
@@ -181,9 +176,9 @@ class TuneConfig(Settings):
         assert self.epochs is not None
         if self.epochs < (0 if self.head != "none" or self.train_on_validation else 1) and self.has_steps:
             _refuse("epochs", f"must be at least 1, or 0 with a head; got {self.epochs}.")
-        if self.epochs == 0 and self.augments:
+        if self.refresh == "epoch" and self.epochs == 0:
             _refuse("refresh", "epoch has no effect without epochs; leave it out.")
-        if self.augments and self.chooses:
+        if self.refresh == "epoch" and self.chooses:
             _refuse("refresh", "epoch needs a chosen method and head; add `method=skip`, or leave it out.")
         if self.epochs == 0 and self.blend != 1:
             _refuse("blend", f"{self.blend:g} has no effect without epochs; leave it out.")

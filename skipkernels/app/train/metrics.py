@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import skipkernels
 
@@ -28,6 +27,7 @@ _PACKAGES = ("torch", "open_clip_torch", "torchvision", "triton", "numpy")
 def metrics_of(trained: Trained, command: str, cost: Mapping[str, Any]) -> dict[str, Any]:
     """Return the contents of metrics.json for a run that is complete, but for its notes; for `cost` see `cost_of`."""
     choice, rows, config, task = trained.choice, trained.rows, trained.setup.config, trained.setup.task
+    weights = trained.setup.method.state_dict().values()
     before, after = (trained.evaluator.by_class(each) for each in (trained.zero_shot, trained.tuned))
     if choice is not None and choice.by_class:
         before[VALIDATION], after[VALIDATION] = choice.by_class
@@ -56,7 +56,7 @@ def metrics_of(trained: Trained, command: str, cost: Mapping[str, Any]) -> dict[
         "batch_size": config.batch_size,
         "kept_classes": rows[-1]["kept_classes"] if rows else None,
         "parameters": _parameters(trained.setup),
-        "checkpoint": _weights_file(trained.setup.method.state_dict()),
+        "checkpoint": {"file": MODEL, "mib": _mib(sum(weight.nbytes for weight in weights))},
         "cost": cost,
     }
 
@@ -81,11 +81,6 @@ def _versions() -> dict[str, str]:
     return versions_by_name
 
 
-def _weights_file(weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Name of the weights file, and the size of its weights."""
-    return {"file": MODEL, "mib": _mib(sum(weight.nbytes for weight in weights.values()))}
-
-
 def _validation(trained: Trained) -> dict[str, Any] | None:
     """Accuracies on the images that chose the epoch, or the candidate."""
     if trained.choice is not None:
@@ -105,7 +100,7 @@ def _parameters(setup: RunSetup) -> dict[str, int]:
     if setup.config.epochs:
         weights += setup.trained
     every = {*weights, *setup.model.parameters()}  # once each: LoRA's are in the model
-    return {name: sum(weight.numel() for weight in each) for name, each in (("trained", weights), ("all", every))}
+    return {"trained": sum(weight.numel() for weight in weights), "all": sum(weight.numel() for weight in every)}
 
 
 def cost_of(

@@ -123,7 +123,7 @@ def build_run(
         device = torch.device(config.device)
         loaded = load_model(config.model, config.pretrained, device, seed=config.seed, trust=config.trust)
     model, transform, tokenizer = loaded
-    crop = augmentation(model, config.preset) if config.augments else None
+    crop = augmentation(model, config.preset) if config.refresh == "epoch" else None
     task = build_task(config, transform, crop, open_data=open_data, train=train)
     method = build_method(config, model, tokenizer, task)
     zero_shot = ZeroShot(model, tokenizer, task) if isinstance(method, FrozenModel) else method
