@@ -140,8 +140,9 @@ def skip_step(
                 raise SystemExit("the two steps choose other classes: no timing")
         with autocast(precision, images.device):
             out = clip(features, labels)
-        found = gradients(model, out.loss)
-        _refuse_wrong(found, *(against.gradients(p, out.class_ids) for p in (precision, "fp32")), precision)
+        ours = gradients(model, out.loss)
+        theirs, truth = (against.gradients(each, out.class_ids) for each in (precision, "fp32"))
+        _refuse_wrong(ours, theirs, truth, precision)
     K = clip.sampler.expected_keep(len(tokens), len(labels))  # each step draws another tail, rounded down or up
     return Step(K, skip_layers, precision, model, loss)
 
@@ -172,17 +173,6 @@ def _own_loss(inputs: Inputs, precision: str) -> Tensor:
         return F.cross_entropy(model.get_logits(images, tokens)[0], labels)
 
 
-def full_step(model: Any, tokens: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """A plain step of full fine-tuning: (images, labels) → loss."""
-
-    def step(images: Tensor, labels: Tensor) -> Tensor:
-        image = model.encode_image(images, normalize=True)
-        text = model.encode_text(tokens, normalize=True)
-        return F.cross_entropy(model.logit_scale.exp() * image @ text.T, labels)
-
-    return step
-
-
 def full_fine_tuning(inputs: Inputs, precision: str) -> Step:
     """The step of full fine-tuning: every layer trains, from images, over all tokens of all classes.
 
@@ -191,11 +181,12 @@ def full_fine_tuning(inputs: Inputs, precision: str) -> Step:
     model, tokens, images, labels = inputs
     model = copy.deepcopy(model).requires_grad_(True)
     model.logit_scale.requires_grad_(False)
-    step = full_step(model, tokens)
 
     def loss() -> Tensor:
         with autocast(precision, images.device):
-            return step(images, labels)
+            image = model.encode_image(images, normalize=True)
+            text = model.encode_text(tokens, normalize=True)
+            return F.cross_entropy(model.logit_scale.exp() * image @ text.T, labels)
 
     with torch.no_grad():
         _refuse_another(loss(), _own_loss(inputs, precision), precision, "full fine-tuning")

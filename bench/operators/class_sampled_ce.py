@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from skipkernels import functional, reference
-from skipkernels.ops.class_sampled_ce import REDUCTIONS, Forward, class_sampled_ce
+from skipkernels.ops.class_sampled_ce import REDUCTIONS, Backward, Forward, class_sampled_ce
 
 from .. import peers
 from ..measure import CPU, OURS
@@ -184,8 +184,19 @@ def launches(dtype: torch.dtype) -> Iterator[Call]:
 def launches_backward(dtype: torch.dtype) -> Iterator[Call]:
     for shape, call in calls(dtype):
         d_loss, *saved = class_sampled_ce(*call)
-        tensors, options = call[:4], call[4:9]
-        yield Call(shape, (d_loss, *tensors, *saved, *options, True, True, True))
+        tensors = call.image, call.text, call.labels, call.logit_scale
+        options = call.class_ids, call.class_weight, call.label_smoothing, call.ignore_index, call.reduction
+        yield Call(shape, Backward(d_loss, *tensors, *saved, *options, True, True, True))
+
+
+def flops(*shapes: Any, out_shape: Any) -> int:
+    loss, lse, image_norm, text_norm, *kept = out_shape
+    return 2 * Forward(*shapes).image.numel() * text_norm.numel()
+
+
+def flops_backward(*shapes: Any, out_shape: Any) -> int:
+    call = Backward(*shapes)
+    return 4 * call.image.numel() * call.text_norm.numel()
 
 
 RECORD = Record(
@@ -206,8 +217,5 @@ RECORD = Record(
             {},
         ),
     },
-    flops={
-        "class_sampled_ce": lambda image, *_, out_shape, **__: 2 * image.numel() * out_shape[3][0],
-        "class_sampled_ce_backward": lambda _, image, *rest, **__: 4 * image.numel() * rest[5][0],
-    },
+    flops={"class_sampled_ce": flops, "class_sampled_ce_backward": flops_backward},
 )

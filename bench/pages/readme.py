@@ -85,36 +85,51 @@ def headline() -> str:
     return table(["", *PRECISIONS, "command"], lines) + origin("step", list(used))
 
 
+class Bars(NamedTuple):
+    """A column of rows as bars: title, divisor of the values, and digits after the point."""
+
+    column: str
+    title: str
+    divisor: int
+    digits: int
+
+
+TIME = Bars("p50_ms", "a training step, seconds", 1000, 1)
+SAVED = Bars("saved_mib", "saved for backward, GiB", 1024, 2)
+NAMES = (step.OURS, step.PUBLISHED, step.PROMPTS, step.FULL)  # of the bars
+
+
 def step_bars() -> str:
     """Bars of time and saved bytes of a step in fp32."""
     rows = latest_rows("step", **SHOWN, precision="fp32")
     found = {(row["implementation"], int(row["C"])): row for row in rows if int(row["C"]) in DRAWN}
-    names = (step.OURS, step.PUBLISHED, step.PROMPTS, step.FULL)
-    colours = dict(zip(names, COLOURS, strict=True))
 
-    def draw(column: str, title: str, axes: Axes) -> None:
-        unit, digits = (1024, 2) if column == "saved_mib" else (1000, 1)
-        largest = max(number(found[name, classes], column) or 0 for name in names for classes in DRAWN)
-        ticks = []
-        for group, classes in enumerate(DRAWN):
-            for place, name in enumerate(names):
-                y, value = group * (len(names) + 1) + place, number(found[name, classes], column)
-                axes.barh(y, value or 0, color=colours[name], height=0.8, label="" if group else name)
-                text = "does not fit in memory" if value is None else f"{value / unit:.{digits}f}"
-                axes.text((value or 0) + 0.015 * largest, y, text, va="center", fontsize=8.5, color=GREY)
-            ticks.append(group * (len(names) + 1) + (len(names) - 1) / 2)
-        axes.set_yticks(ticks, [f"{classes:,}\nclasses" for classes in DRAWN])
-        axes.invert_yaxis()
-        axes.set_xlim(0, 1.18 * largest)
-        axes.set_xticks([])
-        axes.spines["bottom"].set_visible(False)
-        axes.set_title(title, color=GREY, fontsize=10)
-
-    def both(canvas: Figure) -> None:
+    def draw(canvas: Figure) -> None:
         left, right = canvas.subplots(1, 2)
-        draw("p50_ms", "a training step, seconds", left)
-        draw("saved_mib", "saved for backward, GiB", right)
+        draw_bars(left, found, TIME)
+        draw_bars(right, found, SAVED)
         where: dict[str, Any] = {"loc": "outside lower center", "ncols": 4, "frameon": False}
         canvas.legend(*right.get_legend_handles_labels(), **where, labelcolor=GREY, fontsize=9)
 
-    return svg_of("bars", "time and memory of a step at 100 and at 1,000 classes", both, size=(9.6, 3.4))
+    return svg_of("bars", "time and memory of a step at 100 and at 1,000 classes", draw, size=(9.6, 3.4))
+
+
+def draw_bars(axes: Axes, rows: dict[tuple[str, int], Row], bars: Bars) -> None:
+    """Draw a group of bars for each number of classes."""
+    values = {case: number(row, bars.column) for case, row in rows.items()}
+    largest = max(values[name, classes] or 0 for name in NAMES for classes in DRAWN)
+    ticks = []
+    for group, classes in enumerate(DRAWN):
+        first = group * (len(NAMES) + 1)
+        for y, (name, colour) in enumerate(zip(NAMES, COLOURS, strict=True), start=first):
+            value = values[name, classes]
+            axes.barh(y, value or 0, color=colour, height=0.8, label="" if group else name)
+            text = "does not fit in memory" if value is None else f"{value / bars.divisor:.{bars.digits}f}"
+            axes.text((value or 0) + 0.015 * largest, y, text, va="center", fontsize=8.5, color=GREY)
+        ticks.append(first + (len(NAMES) - 1) / 2)
+    axes.set_yticks(ticks, [f"{classes:,}\nclasses" for classes in DRAWN])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.18 * largest)
+    axes.set_xticks([])
+    axes.spines["bottom"].set_visible(False)
+    axes.set_title(bars.title, color=GREY, fontsize=10)
