@@ -64,8 +64,12 @@ class Variant(NamedTuple):
 
 _CHECK = Variant(PUBLISHED, "fp32")  # what the gradients of our steps are compared with, in each precision
 
-Probe = tuple[float, float]
-"""Seconds of a step, and bytes that it saves for backward."""
+
+class Probe(NamedTuple):
+    """Seconds of a step, and bytes that it saves for backward."""
+
+    seconds: float
+    saved: float
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -100,7 +104,7 @@ def probe(case: Case, variants: Sequence[Variant]) -> dict[Variant, Probe]:
     found = {}
     for variant, step in build(case, [*dict.fromkeys([_CHECK, *eager])]).items():
         saved = testing.saved_bytes(step.loss)
-        found[variant] = measure.time_alternately({variant: step}, 1, case.device, warm_up=False)[variant][0], saved
+        found[variant] = Probe(measure.seconds_of(step, case.device), saved)
     return found | {Variant(COMPILED, p): found[Variant(PUBLISHED, p)] for name, p in variants if name == COMPILED}
 
 
@@ -108,14 +112,19 @@ def reason_to_skip(case: Case, variant: Variant, probes: Sequence[dict[Variant, 
     """The reason why a step is not run, or ""."""
     K, few, more = (kept(classes, case.batch, variant.name) for classes in (case.classes, *_PROBED))
     share = (K - few) / (more - few)
-    # Linear in the number of classes, and never falling with it.
-    seconds, saved = (a + share * max(0.0, b - a) for a, b in zip(*(each[variant] for each in probes), strict=True))
+    first, second = (each[variant] for each in probes)
+    seconds, saved = (extrapolated(*values, share) for values in zip(first, second, strict=True))
     free = free_bytes(case.device)
     if 1.25 * saved > 0.9 * free:  # temporaries and gradients are extra
         of = "" if K == case.classes else f"{K} of "
         keep = f"{of}{case.classes} classes keep about {saved / 2**30:.1f} GiB for backward"
         return f"does not fit: {keep}, {free / 2**30:.1f} are free"
     return f"left out: a step takes about {seconds:.0f} s" if seconds > _LONGEST else ""
+
+
+def extrapolated(first: float, second: float, share: float) -> float:
+    """A value that is linear in the number of classes and does not fall with it."""
+    return first + share * max(0.0, second - first)
 
 
 # ---- measurements ----------------------------------------------------------------------------------------------------
@@ -129,11 +138,14 @@ def build(
     inputs = random_inputs(case.model, case.batch, case.classes, case.device)
     skip = tuple(len(tower.transformer.resblocks) // 2 for tower in (inputs.model.visual, inputs.model))
     published = functools.cache(lambda: Published(inputs, skip))
-    check: Callable[[], Published | None] = published if compare else lambda: None
     texts = folder / "texts" if folder and case.classes > _MANY else None
+
+    def ours(memory: str, precision: str) -> Step:
+        return skip_step(inputs, skip, memory, precision, published() if compare else None, texts)
+
     make: dict[str, Callable[[str], Step]] = {
-        OURS: lambda precision: skip_step(inputs, skip, "fast", precision, check(), texts),
-        MIN: lambda precision: skip_step(inputs, skip, "min", precision, check(), texts),
+        OURS: functools.partial(ours, "fast"),
+        MIN: functools.partial(ours, "min"),
         PUBLISHED: lambda precision: published().step(precision),
         COMPILED: lambda precision: published().compiled(precision),
         FULL: lambda precision: full_fine_tuning(inputs, precision),
