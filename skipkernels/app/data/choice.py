@@ -88,21 +88,25 @@ def choose_images(source: Source, options: TaskOptions) -> Chosen:
         notes.append(note)
     shots = max(sizes.values()) if options.shots == "all" else options.shots
 
-    of_split = options.validates_on_split(source)
-    if of_split or options.validation == "none":
-        train = images.subset(few_shot(images.labels, images.names, shots, options.seed))
-        held_out = source.images("val") if of_split else Images([])
-        if of_split and not len(held_out):
+    if options.validates_on_split(source):
+        train, held_out, where = _few(images, shots, options.seed), source.images("val"), "its val split"
+        if not len(held_out):
             raise InputError(f"{source.name} has no val images. Use `validation=auto`, or add some.", "validation")
+    elif options.validation == "none":
+        train, held_out, where = _few(images, shots, options.seed), Images([]), ""
     else:
         share = VALIDATION_SHARE if isinstance(options.validation, str) else options.validation
         train, held_out = map(images.subset, hold_out(images.labels, images.names, shots, options.seed, share))
+        where = "its train split, which don't train"
         if not len(held_out):
             notes.append("no validation: no class has a second training image.")
     if len(held_out) and not options.train_on_validation:
-        where = "its val split" if of_split else "its train split, which don't train"
         notes.append(f"validation on {len(held_out)} images of {where}.")
     return Chosen(train, held_out, notes)
+
+
+def _few(images: Images, shots: int, seed: int) -> Images:
+    return images.subset(few_shot(images.labels, images.names, shots, seed))
 
 
 def _with_unused_images(source: Source, options: TaskOptions) -> tuple[Source, list[str]]:
