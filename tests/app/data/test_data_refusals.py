@@ -23,7 +23,7 @@ Tree = Mapping[str, Any]
 
 
 def build(root: Path, tree: Tree) -> None:
-    """Make what a tree of paths says: a number of images in a folder, text or bytes; or delete.
+    """Make for each path a folder with a number of images, or a file of text; None deletes a folder.
 
     A name of CoOp's datasets makes that dataset.
     """
@@ -39,13 +39,12 @@ def build(root: Path, tree: Tree) -> None:
                 draw_image(target / f"{number}.png")
         else:
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(content if isinstance(content, bytes) else content.encode())
+            target.write_text(content, "utf-8")
 
 
-def eurosat(*train: Any, test: Sequence[list] = ()) -> dict[str, Any]:
-    """Split file of CoOp with other training and test images."""
-    text = json.dumps({"train": train[0] if train and isinstance(train[0], str) else train, "val": [], "test": test})
-    return {"eurosat": 0, "eurosat/split_zhou_EuroSAT.json": text}
+def eurosat(train: Any, test: Sequence[list] = ()) -> dict[str, Any]:
+    """EuroSAT with other lists of training and test images."""
+    return {"eurosat": 0, "eurosat/split_zhou_EuroSAT.json": json.dumps({"train": train, "test": test})}
 
 
 def table(*lines: str) -> dict[str, Any]:
@@ -106,10 +105,10 @@ OPENED: list[tuple[str, Tree, Any, list[str]]] = [
     ("coop:cub", {}, "data", ["'cub'", *DATASETS]),
     ("coop:dtd", {}, "root", ["coop:dtd: no folder", "DATASETS.md"]),
     ("coop:eurosat", eurosat("no list"), ..., ["['train']: Input should be a valid array"]),
-    ("coop:eurosat", eurosat(["a.jpg", 0]), ..., ["['train'][0][2]: Field required"]),
-    ("coop:eurosat", eurosat(["../../etc/passwd.jpg", 0, "one"]), ..., ["leads out of the folder"]),
-    ("coop:eurosat", eurosat(["a.jpg", 0, "one"], ["a.jpg", 0, "two"]), ..., ["label 0 is 'one' and 'two'"]),
-    ("coop:eurosat", eurosat(["a.jpg", 0, "one"], ["a.jpg", 2, "three"]), ...,
+    ("coop:eurosat", eurosat([["a.jpg", 0]]), ..., ["['train'][0][2]: Field required"]),
+    ("coop:eurosat", eurosat([["../../etc/passwd.jpg", 0, "one"]]), ..., ["leads out of the folder"]),
+    ("coop:eurosat", eurosat([["a.jpg", 0, "one"], ["a.jpg", 0, "two"]]), ..., ["label 0 is 'one' and 'two'"]),
+    ("coop:eurosat", eurosat([["a.jpg", 0, "one"], ["a.jpg", 2, "three"]]), ...,
      ["labels must be 0, 1, … without a gap; got [0, 2]"]),
     ("coop:imagenet", {"imagenet": 0, "imagenet/classnames.txt": "n01440764 tench\n"}, ...,
      ["has no name for n01443537, n01484850, n01491361"]),
@@ -170,9 +169,9 @@ LOADED: list[tuple[dict[str, Any], Tree, str, list[str]]] = [
      ["no train images: it has test images"]),
     ({"data": "coop:imagenet"}, {"imagenet": 0, "imagenet/images/val": None}, "data",
      ["coop:imagenet has no test images: it has train images"]),
-    ({"data": "coop:eurosat", "protocol": "few-shot"}, eurosat(ONE, test=[ONE, TWO]), "data",
+    ({"data": "coop:eurosat", "protocol": "few-shot"}, eurosat([ONE], test=[ONE, TWO]), "data",
      ["coop:eurosat has no training images of two"]),
-    ({"data": "coop:eurosat"}, eurosat(ONE, TWO, test=[ONE]), "data", ["coop:eurosat has no test images of two"]),
+    ({"data": "coop:eurosat"}, eurosat([ONE, TWO], test=[ONE]), "data", ["coop:eurosat has no test images of two"]),
 ]  # fmt: skip
 
 
