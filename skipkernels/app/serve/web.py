@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import io
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any
 
 import torch
 from starlette.applications import Starlette
@@ -45,14 +45,6 @@ _HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
 }
-
-
-class Upload(NamedTuple):
-    """An uploaded image."""
-
-    name: str
-    file: BinaryIO
-    size: int  # in bytes
 
 
 class Service:
@@ -111,42 +103,40 @@ class Service:
         if int(length) > most:
             raise HTTPException(413, f"the request must have at most {decimal(most)}.")
 
-    async def _uploads(self, request: Request) -> list[Upload]:
+    async def _uploads(self, request: Request) -> list[UploadFile]:
         """Receive the images of a request. Those of a form are in temporary files."""
         if not _is_form(request):
             body = await request.body()
-            found = [Upload("image", io.BytesIO(body), len(body))] if body else []
+            found = [UploadFile(io.BytesIO(body), size=len(body))] if body else []
         else:
             form = await request.form(max_files=IMAGES, max_fields=IMAGES)
-            files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
-            found = [Upload(escaped(file.filename or "image"), file.file, file.size or 0) for file in files]
+            found = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
         if not found:
             raise HTTPException(400, "the request has no image; send a form with files, or the bytes of an image.")
         return found
 
-    def _answer(self, uploads: list[Upload]) -> tuple[int, dict[str, Any]]:
+    def _answer(self, uploads: list[UploadFile]) -> tuple[int, dict[str, Any]]:
         """Return the HTTP status and the results, with an error in place of those of an image that can't be read."""
         read = [self._read(upload) for upload in uploads]
         predictions = iter(self._classified([image for image in read if isinstance(image, Tensor)]))
         items: list[dict[str, Any]] = []
         for upload, image in zip(uploads, read, strict=True):
             if isinstance(image, InputError):
-                items.append({"name": upload.name, "error": str(image)})
+                items.append({"name": _name(upload), "error": str(image)})
             else:
-                items.append({"name": upload.name, "predictions": next(predictions)})
+                items.append({"name": _name(upload), "predictions": next(predictions)})
         errors = [image for image in read if isinstance(image, InputError)]
         if len(errors) < len(read):
             return 200, {"images": items}
         return _STATUS.get(type(errors[0]), 400), {"error": str(errors[0]), "images": items}
 
-    def _read(self, upload: Upload) -> Tensor | InputError:
+    def _read(self, upload: UploadFile) -> Tensor | InputError:
         """Decode and preprocess an image; return the error if it can't be read."""
+        name, size = _name(upload), upload.size or 0
         try:
-            if upload.size > IMAGE_BYTES:
-                size = f"at most {decimal(IMAGE_BYTES)}; got {decimal(upload.size)}"
-                raise TooLarge(f"{upload.name}: must have {size}.")
-            image = decode(io.BytesIO(upload.file.read()), upload.name, max_pixels=PIXELS)
-            return self.classifier.transform(image)
+            if size > IMAGE_BYTES:
+                raise TooLarge(f"{name}: must have at most {decimal(IMAGE_BYTES)}; got {decimal(size)}.")
+            return self.classifier.transform(decode(io.BytesIO(upload.file.read()), name, max_pixels=PIXELS))
         except InputError as error:
             return error
 
@@ -160,6 +150,11 @@ class Service:
 
 def _is_form(request: Request) -> bool:
     return request.headers.get("Content-Type", "").lower().startswith("multipart/form-data")
+
+
+def _name(upload: UploadFile) -> str:
+    """Name of an image in the results."""
+    return escaped(upload.filename or "image")
 
 
 async def _json_error(request: Request, error: Exception) -> Response:
