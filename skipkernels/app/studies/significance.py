@@ -36,23 +36,29 @@ def compare_best(results: Sequence[Result], folder: Path, test: str) -> dict[str
         "test", "best", and for each of the "others" by name "difference" (mean over the seeds), "p", "every_seed" and
         "worse"; None if predictions are missing, or are not of the same images.
     """
-    by_seed: dict[str, dict[int, float]] = {}
-    for result in results:
-        if (value := (result.metrics["tuned"] or {}).get(test)) is not None:
-            by_seed.setdefault(result.variant, {})[result.seed] = value
-    seeds = {result.seed for result in results}
-    means = {name: sum(values.values()) / len(seeds) for name, values in by_seed.items() if values.keys() == seeds}
-    right = _read([result for result in results if result.variant in means], folder)
-    if right is None or len(means) < 2:
+    by_seed = _accuracies(results, test)
+    right = _read([result for result in results if result.variant in by_seed], folder)
+    if right is None or len(by_seed) < 2:
         return None
-    best = max(means, key=lambda name: means[name])
+    means = {variant: sum(of.values()) / len(of) for variant, of in by_seed.items()}
+    best = max(means, key=lambda variant: means[variant])
     others = {}
     for name in (name for name in means if name != best):
-        p = permutation_p(right[best], right[name], len(seeds), test)
-        every = all(by_seed[best][seed] > by_seed[name][seed] for seed in seeds)
+        p = permutation_p(right[best], right[name], len(by_seed[best]), test)
+        every = all(accuracy > by_seed[name][seed] for seed, accuracy in by_seed[best].items())
         worse = every and p < LEVEL / (len(means) - 1)
         others[name] = {"difference": means[best] - means[name], "p": p, "every_seed": every, "worse": worse}
     return {"test": test, "best": best, "others": others}
+
+
+def _accuracies(results: Sequence[Result], test: str) -> dict[str, dict[int, float]]:
+    """Return the accuracies by variant and seed, of the variants that have one for every seed."""
+    found: dict[str, dict[int, float]] = {}
+    for result in results:
+        if (value := (result.metrics["tuned"] or {}).get(test)) is not None:
+            found.setdefault(result.variant, {})[result.seed] = value
+    seeds = {result.seed for result in results}
+    return {variant: by_seed for variant, by_seed in found.items() if by_seed.keys() == seeds}
 
 
 def _read(results: Sequence[Result], folder: Path) -> dict[str, Right] | None:
