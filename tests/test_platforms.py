@@ -1,9 +1,10 @@
-"""Other machines, imitated: Windows, and devices without fp64 such as Apple's MPS."""
+"""Other machines, imitated: Windows, arm64, and devices without fp64 such as Apple's MPS."""
 
 from __future__ import annotations
 
 import math
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from skipkernels.ops import registration
 from tests.features.caches import images, skip_clip
 from tests.processes import run_in_processes
 
-PACKAGE = Path(sk.__file__).parent
+PACKAGE, ROOT = Path(sk.__file__).parent, Path(__file__).parents[1]
 ON_THE_CPU = ("sampler.py", "probabilities.py")  # of any device
 
 
@@ -95,6 +96,14 @@ def test_auto_precision(monkeypatch, capability, expected):
 def test_autocast_is_registered(key):
     """Under autocast, class_sampled_ce casts its features and not its scale on every device."""
     assert torch._C._dispatch_has_kernel_for_dispatch_key("skipkernels::class_sampled_ce", key)
+
+
+def test_arm64_has_what_the_tests_of_operators_import():
+    """tools/arm64.sh copies folders of the repository to the emulated system."""
+    copied = re.search(r"^cp -r (.*) \S+$", (ROOT / "tools" / "arm64.sh").read_text(), re.MULTILINE)[1].split()
+    texts = [path.read_text() for path in (ROOT / "tests" / "ops").glob("*.py")]
+    imported = {name for text in texts for name in re.findall(r"^(?:from|import) (\w+)", text, re.MULTILINE)}
+    assert {name for name in imported if (ROOT / name).is_dir()} <= {*copied}
 
 
 def test_no_compiler_is_asked_on_windows(monkeypatch, tmp_path):

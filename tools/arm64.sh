@@ -49,12 +49,13 @@ fi
 
 rm -rf "$cache/package" # a copy, since the checkout has the library of this machine
 mkdir "$cache/package"
-cp -r csrc pyproject.toml skipkernels tests "$cache/package"
+cp -r bench csrc pyproject.toml skipkernels tests "$cache/package"
 rm -f "$cache"/package/skipkernels/_C_*
 cp "$kept" "$library"
 cd "$cache/package"
-# Left out: the large shapes of a step, and errors of a limit of memory, which the emulator ignores.
+# Left out: the large shapes of a step, errors of a limit of memory, which the emulator ignores, and options of Triton.
 [ $# -gt 0 ] || set -- pytest tests/ops -v --ignore=tests/ops/test_step_shapes.py --ignore=tests/ops/test_allocation.py \
+  --ignore=tests/ops/test_launch_options.py --ignore=tests/ops/test_tune.py \
   -o addopts= -p no:cacheprovider -k "not (reference or interpreter or gpu or compile)"
 exec qemu-aarch64-static -L "$cache/root" -E PYTHONPATH="$PWD:$cache/site" -E OMP_NUM_THREADS=1 \
   "$cache/root/usr/bin/python3.13" -m "$@"
