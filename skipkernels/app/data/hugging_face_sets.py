@@ -44,7 +44,9 @@ def open_hugging_face(spec: str, templates: Templates = None) -> Source:
         raise open_error(f"hf:{spec}: options must be {', '.join(f'{each}=…' for each in _OPTIONS)}, joined by &.")
     notes: list[str] = []
     parts = _named_splits(name, _load(name, where, options), notes)
-    columns = _columns(name, parts.get("train", next(iter(parts.values()))).features, options)
+    features = parts.get("train", next(iter(parts.values()))).features
+    image, label = (_column(name, features, option, options.get(option)) for option in _TYPES)
+    columns = _Columns(image, label, getattr(features[label], "names", None))
     parts = _labelled_splits(name, parts, columns, notes)
     rows = [f"{split}/{index}" for split, part in parts.items() for index in range(len(part))]
     splits: list[Split] = [split for split, part in parts.items() for _ in range(len(part))]
@@ -88,12 +90,6 @@ def _named_splits(name: str, loaded: Mapping[str, Any], notes: list[str]) -> dic
     if not named:
         raise open_error(f"{name}: has the splits {format_names(list(loaded))}, none of which is train or test.")
     return named
-
-
-def _columns(name: str, features: Mapping[str, Any], options: Mapping[str, str]) -> _Columns:
-    """Find the columns of images and labels by the types of all columns, `features`."""
-    image, label = (_column(name, features, option, options.get(option)) for option in _TYPES)
-    return _Columns(image, label, getattr(features[label], "names", None))
 
 
 def _column(name: str, features: Mapping[str, Any], option: str, given: str | None) -> str:
