@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Collection
@@ -60,6 +61,12 @@ class TuneConfig(Settings):
         if value not in (AUTO, *METHODS):
             raise PydanticCustomError("method", "one of {names}", {"names": ", ".join([AUTO, *METHODS])})
         return value
+
+    @field_validator("out", "cache", "resume")
+    @classmethod
+    def _expanded(cls, path: Path | None) -> Path | None:
+        """Expand ~, which a shell leaves in --out=~/run, and a file in cache: ~/features."""
+        return None if path is None else Path(os.path.expanduser(path))
 
     # ---- defaults ----------------------------------------------------------------------------------------------------
 

@@ -34,6 +34,8 @@ def test_file_round_trip(tmp_path, changes, form):
 def test_strings_are_paths_and_lists_tuples(tmp_path):
     given = small(str(tmp_path), cache=str(tmp_path / "cache"), template=["a {}."])
     assert given == small(tmp_path, cache=tmp_path / "cache", template=("a {}.",))
+    at_home = TuneConfig(out="~/run", cache="~/features", resume="~/run")
+    assert at_home == TuneConfig(out=Path.home() / "run", cache=Path.home() / "features", resume=Path.home() / "run")
 
 
 @pytest.mark.parametrize("protocol", get_args(Protocol))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 import tyro
@@ -45,6 +46,7 @@ class CompareCommand(Settings):
         if not 1 <= self.seeds <= 1000:
             raise InputError(f"must be a number of runs from 1 to 1000; got {self.seeds}.", "seeds", "compare")
         folder = self.out or Path("runs", "compare", file_name(f"{config.data}-{config.model}"))
+        folder = Path(os.path.expanduser(folder))  # --out=~/study, which a shell leaves
         check_writable(folder, "out", "compare")  # before the work is done
         import_torch(err)
         from skipkernels.app.report.study_page import explained, headline, tables

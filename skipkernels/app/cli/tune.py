@@ -31,7 +31,7 @@ class TuneCommand(Settings):
 
     def execute(self, out: Terminal, err: Terminal) -> int:
         """Tune, and print accuracy and cost. Returns 0."""
-        config = tune_config(self, resume=self.resume and self.resume.expanduser())
+        config = tune_config(self)
         if self.print_config:
             as_given = {name: getattr(config, name) for name in _AS_GIVEN}
             out.print(dataclasses.replace(config.resolved(), **as_given).to_yaml().rstrip(), soft_wrap=True)

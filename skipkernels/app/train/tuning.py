@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from ..config import CONFIG, TuneConfig
 from ..console import print_plain
 from ..data.map_style import SizedDataset
 from ..devices import seeded
+from ..results.files import existing_run
 from . import checkpoint
 from .model import check_model
 from .own_dataset import OwnData
@@ -88,7 +88,8 @@ def tune(
 def _configured(config: TuneConfig | None, settings: dict[str, Any]) -> TuneConfig:
     """Return the configuration with other settings; the default is that of the run to resume."""
     if config is None and (run := settings.get("resume")) is not None:
-        config = TuneConfig.from_yaml(Path(run, CONFIG), trust=settings.get("trust", False), given=settings)
+        file = existing_run(run, "tune", "resume") / CONFIG
+        config = TuneConfig.from_yaml(file, trust=settings.get("trust", False), given=settings)
         settings = {"out": None, "overwrite": False} | settings
     return replace(config or TuneConfig(), **settings)
 

@@ -90,12 +90,14 @@ def copy(interrupted, tmp_path):
     return shutil.copytree(interrupted, tmp_path / "copy")
 
 
-def test_resume_of_complete_run(run, capsys):
+def test_resume_of_complete_run(run, capsys, monkeypatch):
     folder, metrics = run
+    monkeypatch.setenv("HOME", str(folder.parent))
     before = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
     assert tune(small(folder, resume=folder), Console()) == metrics
     assert "the run is complete; there is nothing to resume" in capsys.readouterr().out
-    assert main(["tune", "--resume", str(folder)]) == 0
+    assert tune(resume=f"~/{folder.name}") == metrics
+    assert main(["tune", f"--resume=~/{folder.name}"]) == 0
     assert "trained classes" in capsys.readouterr().out
     assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir()} == before
 
