@@ -118,7 +118,6 @@ class Images:
                 _Batches(self.dataset, self.seed, epoch),
                 sampler=batches,
                 batch_size=None,
-                collate_fn=_unchanged,
                 num_workers=self.workers if batches else 0,
                 generator=torch.Generator(),  # else DataLoader draws a seed from the global one
             )
@@ -230,10 +229,6 @@ def _checked(loaded: Any, item: int) -> tuple[Tensor, int]:
             f"FeatureCache: the label of item {item} of the dataset must be a whole number of 64 bits; got {label!r}."
         )
     return image, class_id
-
-
-def _unchanged(batch: Any) -> Any:
-    return batch
 
 
 @contextmanager
