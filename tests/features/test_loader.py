@@ -32,6 +32,11 @@ def in_memory(rows: torch.Tensor) -> sk.FeatureCache:
     return sk.FeatureCache(MemoryTable(rows), torch.arange(len(rows)) % CLASSES)
 
 
+@pytest.fixture(params=["disk", "memory"])
+def each_cache(request, cache, rows):
+    return cache if request.param == "disk" else in_memory(rows)
+
+
 def threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("skipkernels features")]
 
@@ -41,25 +46,21 @@ def threads() -> list[str]:
 
 @pytest.mark.parametrize("prefetch", [0, 3])
 @pytest.mark.parametrize("kind", ["class_pure", "sequential"])
-@pytest.mark.parametrize("where", ["disk", "memory"])
-def test_rows_follow_the_sampler(cache, rows, where, kind, prefetch):
-    cache = cache if where == "disk" else in_memory(rows)
-    loader = cache.loader(5, kind, generator=torch.Generator().manual_seed(3), prefetch=prefetch)
-    order = BatchSampler(cache.labels, 5, kind, torch.Generator().manual_seed(3))
+def test_rows_follow_the_sampler(each_cache, rows, kind, prefetch):
+    loader = each_cache.loader(5, kind, generator=torch.Generator().manual_seed(3), prefetch=prefetch)
+    order = BatchSampler(each_cache.labels, 5, kind, torch.Generator().manual_seed(3))
     assert len(loader) == len(order) == 5
     epochs = [list(loader), list(loader)]  # kept batches do not change
     for epoch in epochs:
         for (features, labels), batch in zip(epoch, order, strict=True):
-            assert features.equal(rows[batch]) and labels.equal(cache.labels[batch])
+            assert features.equal(rows[batch]) and labels.equal(each_cache.labels[batch])
             assert labels.dtype == torch.int64
 
 
-def test_processes_divide_batches(cache, rows):
-    parts = [list(cache.loader(3, "random", rank=rank, world_size=2)) for rank in range(2)]
-    together = [torch.cat([features for features, _ in pair]) for pair in zip(*parts, strict=True)]
-    assert all(
-        got.equal(features) for got, (features, _) in zip(together, list(cache.loader(6, "random")), strict=True)
-    )
+def test_processes_divide_batches(cache):
+    ranks = (cache.loader(3, "random", rank=rank, world_size=2) for rank in range(2))
+    together = [features for parts in zip(*ranks, strict=True) for features, _ in parts]
+    assert torch.cat(together).equal(read_epoch(cache.loader(6, "random")))
 
 
 def test_lists_of_numbers_as_sampler(cache, rows):
@@ -71,11 +72,9 @@ def test_lists_of_numbers_as_sampler(cache, rows):
 
 
 @pytest.mark.parametrize("wrong", [COUNT, -1])
-@pytest.mark.parametrize("where", ["disk", "memory"])
-def test_image_number_out_of_range(cache, rows, where, wrong):
-    cache = cache if where == "disk" else in_memory(rows)
+def test_image_number_out_of_range(each_cache, wrong):
     with pytest.raises(IndexError, match=rf"^FeatureLoader: images are numbered from 0 to 22; got \[3, {wrong}, 2\]"):
-        list(cache.loader(sampler=[[0], [3, wrong, 2]]))
+        list(each_cache.loader(sampler=[[0], [3, wrong, 2]]))
     assert not threads()
 
 
