@@ -266,16 +266,21 @@ def test_close_leaves_gradients_to_step():
     assert_close(train(net, optimizer), trained_by_torch())
 
 
-def test_step_of_parameters_that_a_trainer_replaced():
-    """Accelerate does so before it shards a model."""
-    weights = [nn.Parameter(torch.ones(3)) for _ in range(2)]
-    optimizer = sk.FusedSGD(weights, lr=0.5, in_backward=False)
-    sum(weights).sum().backward()
+def test_replaced_weights_train_and_the_old_ones_are_freed():
+    """Accelerate replaces them before it shards a model."""
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = sk.FusedSGD([weight], lr=0.5, in_backward=False)
+    weight.sum().backward()
     optimizer.step()
-    optimizer.param_groups[0]["params"] = replaced = [nn.Parameter(x.detach().clone()) for x in weights]
-    sum(replaced).sum().backward()
+    replaced = nn.Parameter(weight.detach().clone())
+    optimizer.param_groups[0]["params"] = [replaced]
+    replaced.sum().backward()
     optimizer.step()
-    assert [x.tolist() for x in (*weights, *replaced)] == 2 * [3 * [0.5]] + 2 * [3 * [0.0]]
+    assert weight.tolist() == [0.5] * 3 and replaced.tolist() == [0.0] * 3
+    optimizer.state.clear()
+    freed = weakref.ref(weight)
+    del weight
+    assert freed() is None
 
 
 @in_backward_or_step
@@ -298,18 +303,6 @@ def test_weights_follow_their_groups(in_backward):
     assert step() == pytest.approx([-1.2, -1.1, -0.03])
     optimizer.param_groups[0]["params"] = []
     assert step() == pytest.approx([-1.2, -1.1, -0.04])
-
-
-def test_replaced_weights_are_freed():
-    weight = nn.Parameter(torch.ones(3))
-    optimizer = sk.FusedSGD([weight], lr=0.5, momentum=0.0, in_backward=False)
-    weight.sum().backward()
-    optimizer.step()
-    optimizer.param_groups[0]["params"] = [nn.Parameter(torch.ones(3))]
-    optimizer.state.clear()
-    freed = weakref.ref(weight)
-    del weight
-    assert freed() is None
 
 
 def test_hooks_do_not_keep_the_optimizer_alive():

@@ -80,15 +80,14 @@ def test_max_tail_scales_probabilities(tail, max_tail):
     published = torch.tensor(published_probabilities(950, 0.3), dtype=torch.float64)
     sampler = RankSampler(tail=tail, max_tail=max_tail)
     law = sampler.law(1000, 4)
-    keep, q = law.keep, law.q
     expected = published * min(1, max_tail / sum(published.tolist()))
-    torch.testing.assert_close(q, expected, rtol=0, atol=1e-12)
-    assert keep == 50 and sampler.expected_keep(1000, 4) == 50 + min(max_tail, 57)
+    torch.testing.assert_close(law.q, expected, rtol=0, atol=1e-12)
+    assert law.keep == 50 and sampler.expected_keep(1000, 4) == 50 + min(max_tail, 57)
     sizes = {len(sampler.draw(1000, batch)) for batch in (4, 1, 4)}
     total = sum(expected.tolist())
     assert sizes <= {50 + math.floor(total), 50 + math.ceil(total - 1e-9)} if tail == "resample" else len(sizes) == 1
     if max_tail > 57:
-        assert q.equal(RankSampler().law(1000, 4).q)
+        assert law.q.equal(RankSampler().law(1000, 4).q)
 
 
 @pytest.mark.parametrize(
@@ -262,13 +261,7 @@ def test_options_take_numbers_of_numpy():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [
-        ("keep_ratio", 0),
-        ("max_keep", 0.5),
-        ("decay", -1.0),
-        ("tail", "none"),
-        ("max_tail", -1),
-    ],
+    [("keep_ratio", 0), ("max_keep", 0.5), ("decay", -1.0), ("tail", "none"), ("max_tail", -1)],
     ids=str,
 )
 def test_option_is_checked_when_set(name, value):

@@ -168,17 +168,11 @@ class Run:
         """AdamW with weight decay of matrices only, except positions and the class token."""
         named = list(self.model.named_parameters())
         undecayed = {"positional_embedding", "visual.trunk.pos_embed", "visual.trunk.cls_token"}
+        decayed = [p for name, p in named if p.ndim > 1 and name not in undecayed]
+        others = [p for name, p in named if p.ndim <= 1 or name in undecayed]
         groups = [
-            {
-                "params": [p for name, p in named if p.ndim > 1 and name not in undecayed],
-                "weight_decay": self.options.weight_decay,
-                "rate": self.options.lr,
-            },
-            {
-                "params": [p for name, p in named if p.ndim <= 1 or name in undecayed],
-                "weight_decay": 0.0,
-                "rate": self.options.lr,
-            },
+            {"params": decayed, "weight_decay": self.options.weight_decay, "rate": self.options.lr},
+            {"params": others, "weight_decay": 0.0, "rate": self.options.lr},
             {"params": list(self.table.parameters()), "weight_decay": 0.0, "rate": self.options.table_lr},
         ]
         return torch.optim.AdamW(groups, betas=(0.9, 0.98), foreach=True)
