@@ -25,20 +25,14 @@ from tests.app.runs import fails, files, rows
 COLOURS = ["black", "red", "white"]
 
 
-def squares(labels: Sequence[int], *, tensors: bool = False) -> Listed:
-    """Squares of three colours, as images or as preprocessed tensors."""
-
-    def make(label: int) -> Image.Image | torch.Tensor:
-        if tensors:
-            return torch.full((3, 32, 32), float(label))
-        return Image.new("RGB", (40, 32), COLOURS[label])
-
-    return Listed(labels, make, labels=list(labels))
+def squares(labels: Sequence[int]) -> Listed:
+    """Squares of three colours."""
+    return Listed(labels, lambda label: Image.new("RGB", (40, 32), COLOURS[label]), labels=list(labels))
 
 
-def in_turn(count: int, *, shift: int = 0, tensors: bool = False) -> Listed:
+def in_turn(count: int, *, shift: int = 0) -> Listed:
     """Squares of each colour in turn."""
-    return squares([(number + shift) % 3 for number in range(count)], tensors=tensors)
+    return squares([(number + shift) % 3 for number in range(count)])
 
 
 SETTINGS = {"method": "skip", "classes": [f"{c} square" for c in COLOURS], "epochs": 2, "device": "cpu", "shots": "all"}
@@ -147,7 +141,7 @@ def test_eval_of_dataset(run, capsys):
 
 def test_identity_of_a_dataset_with_a_lambda(tmp_path):
     """It identifies the images also in a feature cache."""
-    parts = {"dataset": in_turn(6, tensors=True), "test": in_turn(3, tensors=True)}
+    parts = {"dataset": in_turn(6), "test": in_turn(3)}
     parts["dataset"].transform = lambda image: image
     options = SETTINGS | {"epochs": 1, "validation": "none", "cache": tmp_path / "cache", "out": tmp_path / "run"}
     with pytest.raises(CacheError, match="cannot be compared with another one. Pass `identity`"):
