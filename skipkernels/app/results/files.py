@@ -27,7 +27,7 @@ RUN_FILES = (
 
 def existing_run(folder: str | Path, function: str, argument: str = "run") -> Path:
     """Return the folder of a run, or of an export that can be loaded."""
-    path = Path(folder).expanduser()
+    path = Path(os.path.expanduser(folder))
     if not path.is_dir():
         wrong = "is not a folder"
     elif not any((path / name).is_file() for name in (CONFIG, CLASSIFIER)):

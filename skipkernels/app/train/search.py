@@ -163,7 +163,7 @@ class Search:
         except FloatingPointError:
             return []
         of_candidates = map(torch.cat, zip(*logits, strict=True))
-        return [Trial.scored(one, logits, self.labels) for one, logits in zip(group, of_candidates, strict=True)]
+        return [Trial.scored(one, of_one, self.labels) for one, of_one in zip(group, of_candidates, strict=True)]
 
     def _try_split(self, group: Sequence[Candidate], split: Split, advance: Callable[[], None]) -> list[Tensor]:
         """Train without the held-out images of a split; return the logits [n, C] of these by each candidate."""

@@ -19,7 +19,7 @@ from ...folders import is_locked, locked, replace_tensors, replace_text, sweep
 from ...formatting import first_line
 from ..config import CONFIG, TuneConfig
 from ..data import InputError
-from ..data.files import format_names
+from ..data.files import absolute_path, format_names
 from ..results.files import (
     CANDIDATES,
     CARD,
@@ -85,9 +85,9 @@ def _files(folder: Path) -> list[Path]:
 
 def _check_apart(argument: str, folder: Path, config: TuneConfig) -> None:
     """Check that an output folder is outside the folders of images, where it would be read as a class."""
-    written = folder.expanduser().resolve()
+    written = folder.resolve()
     kind, _, path = config.data.partition(":")
-    if kind == "imagefolder" and path and Path(path).expanduser().resolve() in (written, *written.parents):
+    if kind == "imagefolder" and path and absolute_path(path).resolve() in (written, *written.parents):
         raise InputError(
             f"{folder} is in the folder of the images, {config.data}; choose another folder.",
             argument,
