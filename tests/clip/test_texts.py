@@ -81,20 +81,15 @@ def test_set_classes_equals_fresh_skipclip(classes, tail):
 # ---- other classes ---------------------------------------------------------------------------------------------------
 
 
+def other_tokens(templates: int = 1) -> torch.Tensor:
+    return torch.stack([tiny_tokens(23, seed=4 + t) for t in range(templates)], dim=1).squeeze(1)
+
+
 @pytest.mark.parametrize("skip", [0, 1, 3])
 @pytest.mark.parametrize("templates", [1, 2])
-def test_predict_other_classes_leaves_the_task(templates, skip):
-    clip = make_clip(skip_layers=skip)
-    optimizer = torch.optim.SGD(clip.parameter_groups(text_lr=0.1, image_lr=0.1))
-    clip(IMAGES, LABELS).loss.backward()
-    optimizer.step()  # zero-shot embeddings would be wrong now
-    tokens = torch.stack([tiny_tokens(23, seed=4 + t) for t in range(templates)], dim=1).squeeze(1)
-    own, state, table = (
-        clip.texts.kept_embeddings(),
-        clip.get_extra_state(),
-        clip.texts.features.table() if skip else None,
-    )
-
+def test_predict_other_classes_equals_the_model(templates, skip):
+    """With the current weights, as after set_classes; zero-shot embeddings would be wrong."""
+    (clip, _), tokens = tuned(skip_layers=skip), other_tokens(templates)
     classes = clip.class_embeddings(tokens)
     logits = clip.predict(IMAGES, class_embeddings=classes)
     assert logits.equal(clip.predict(IMAGES, tokens=tokens)) and not classes.requires_grad
@@ -103,13 +98,19 @@ def test_predict_other_classes_leaves_the_task(templates, skip):
     torch.testing.assert_close(classes, text.detach(), rtol=0, atol=1e-12)
     right = clip.model.logit_scale.exp() * clip.model.encode_image(IMAGES, normalize=True) @ text.T
     torch.testing.assert_close(logits, right.detach(), rtol=1e-10, atol=1e-10)
+    clip.set_classes(tokens)
+    assert clip.class_embeddings().equal(classes)
 
+
+@pytest.mark.parametrize("skip", [0, 1])
+def test_predict_other_classes_leaves_the_task(skip):
+    clip, _ = tuned(skip_layers=skip)
+    own, state = clip.texts.kept_embeddings(), clip.get_extra_state()
+    table = clip.texts.features.table() if skip else None
+    clip.predict(IMAGES, tokens=other_tokens())
     assert clip.training and all(module.training for module in clip.model.modules())
     assert clip.texts.kept_embeddings() is own and clip.get_extra_state().equal(state)
     assert (not skip or clip.texts.features.table() is table) and clip.predict(IMAGES).shape == (4, C)
-    twin = copy.deepcopy(clip)
-    twin.set_classes(tokens)
-    assert twin.class_embeddings().equal(classes)
 
 
 def test_other_classes_with_text_cache_and_constant_texts(tmp_path):
@@ -146,9 +147,13 @@ def test_templates_are_averaged(skip):
         torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_templates_follow_changes_and_copies():
+def clip_of_templates(tokens: torch.Tensor) -> sk.SkipCLIP:
+    return sk.SkipCLIP(tiny_clip(), tokens, skip_layers=1, keep_ratio=1.0)
+
+
+def test_templates_of_a_copy_follow_a_change_of_the_weights():
     tokens, (x, labels) = three_templates(C), tiny_batch(4, C)
-    clip = sk.SkipCLIP(tiny_clip(), tokens, skip_layers=1, keep_ratio=1.0)
+    clip = clip_of_templates(tokens)
     twin = pickle.loads(pickle.dumps(clip))
     assert twin(x, labels).loss.equal(clip(x, labels).loss)
     with torch.no_grad():
@@ -158,15 +163,27 @@ def test_templates_follow_changes_and_copies():
     twin.refresh()
     twin.gradient_checkpointing_enable()
     assert_step_equals_naive(twin, tokens, x, labels)
-    state = twin.get_extra_state()
-    clip.set_extra_state(state)
+
+
+def test_state_is_of_the_templates_in_their_order():
+    tokens = three_templates(C)
+    state = clip_of_templates(tokens).get_extra_state()
+    clip_of_templates(tokens).set_extra_state(state)
     with pytest.raises(ValueError, match="other prompts"):
-        sk.SkipCLIP(tiny_clip(), tokens.flip(1), skip_layers=1).set_extra_state(state)
+        clip_of_templates(tokens.flip(1)).set_extra_state(state)
+
+
+def test_set_classes_with_fewer_templates():
+    tokens, (x, labels) = three_templates(C), tiny_batch(4, C)
+    clip = clip_of_templates(tokens)
     clip.set_classes(tokens[:5, :2])
     assert_step_equals_naive(clip, tokens[:5, :2], x, labels % 5)
     clip.set_classes(tokens[:, 1:2])
     assert clip.texts.tokens.equal(tokens[:, 1].int())
-    clip.to("meta")
+
+
+def test_templates_move_with_the_model():
+    clip = clip_of_templates(three_templates(C)).to("meta")
     held = [x for prompts in clip.texts.templates for x in prompts.tensors().values()]
     assert {x.device.type for x in (*held, clip.prototypes)} == {"meta"}
 
