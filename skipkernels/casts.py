@@ -39,12 +39,10 @@ class Casts:
     def joint_cast(self, weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
         """Return the casts of the weights [n, …] of a product, one below the other; None if the step must cast them."""
         ids = tuple(map(id, weights))
-        found = self._joint.get(ids)
-        if found is not None:
-            return found if found.dtype == dtype else None
-        # The update writes one cast of each weight, so a weight is in one product, and once.
-        is_new = self._weights.keys() >= set(ids) and self._casts.keys().isdisjoint(ids) and len(set(ids)) == len(ids)
-        if not is_new or dtype not in _DTYPES:
+        joint = self._joint.get(ids)
+        if joint is not None:
+            return joint if joint.dtype == dtype else None
+        if dtype not in _DTYPES or not self._may_join(ids):
             return None
         lengths = [len(weight) for weight in weights]
         joint = weights[0].new_empty(sum(lengths), *weights[0].shape[1:], dtype=dtype)
@@ -52,6 +50,10 @@ class Casts:
         self._casts |= zip(ids, joint.split(lengths), strict=True)
         self._copy(ids)
         return joint
+
+    def _may_join(self, ids: Sequence[int]) -> bool:
+        """Return True for weights that are in no product, once each: the update writes one cast of a weight."""
+        return self._weights.keys() >= set(ids) and self._casts.keys().isdisjoint(ids) and len(set(ids)) == len(ids)
 
     def cast_of(self, weight: Tensor) -> Tensor | None:
         """Return the cast of a weight, for its update; None if it has none."""
