@@ -74,6 +74,18 @@ def load_run(
     )
 
 
+def load_plain(folder: Path, *, trust: bool = False) -> TunedRun:
+    """Load a run in fp32 on the CPU, with all that a CLIP has a place for in its model: LoRA is merged.
+
+    See `Classifier.load` for `trust`. `Method.head` has the rest.
+    """
+    run = load_run(folder, device="cpu", precision="fp32", trust=trust)
+    run.method.merge()
+    run.model.float().eval().requires_grad_(False)
+    described = replace(run.described, preprocessing=preprocessing(run.model))  # of the model, not of the file
+    return run._replace(described=described)
+
+
 def _classes(described: Description, classes: Sequence[str] | None) -> list[str]:
     """Names of the classes to predict, normalized as in training."""
     if classes is None:
@@ -97,15 +109,3 @@ def _method(described: Description, model: nn.Module, tokenizer: Any, test: Test
         tests.insert(0, replace(test, name="trained", classes=described.classes))
     task = Task(described.data, "few-shot", _NO_IMAGES, tuple(tests))  # classifies among all classes
     return kind(model, tokenizer, task, **settings)
-
-
-def load_plain(folder: Path, *, trust: bool = False) -> TunedRun:
-    """Load a run in fp32 on the CPU, with all that a CLIP has a place for in its model: LoRA is merged.
-
-    See `Classifier.load` for `trust`. `Method.head` has the rest.
-    """
-    run = load_run(folder, device="cpu", precision="fp32", trust=trust)
-    run.method.merge()
-    run.model.float().eval().requires_grad_(False)
-    described = replace(run.described, preprocessing=preprocessing(run.model))  # of the model, not of the file
-    return run._replace(described=described)

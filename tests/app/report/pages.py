@@ -1,11 +1,9 @@
-"""Metrics, predictions and pages of a run, and a parser of pages, for tests."""
+"""Metrics, predictions and pages of a run, for tests."""
 
 from __future__ import annotations
 
 import re
-from html.parser import HTMLParser
 from xml.etree import ElementTree
-from xml.etree.ElementTree import Element, TreeBuilder
 
 import torch
 from PIL import Image
@@ -14,8 +12,8 @@ from skipkernels.app.config import TuneConfig
 from skipkernels.app.report.run_page import report_html
 from skipkernels.app.results.predictions import TestPredictions, TopClasses
 from skipkernels.app.results.thumbnails import thumbnail
+from tests.app.report.parsed import Page
 
-VOID = {"meta", "link", "br", "img", "input"}
 NASTY = """</b></script><script>alert("1")</script> & 'quotes' {braces} {{ 7 * 7 }} {0} %s $x$ é 字 <!-- ]]>"""
 ENVIRONMENT = {"finished": "2026-11-26T10:00:00+00:00", "versions": {"torch": "2.13.0"}, "machine": "x86_64"}
 
@@ -89,59 +87,6 @@ def page(changes=None, rows=None, config=None, tests=None, label="alpha") -> str
     return report_html(
         (config or TuneConfig(method="skip", device="cpu")).resolved(), metrics(**(changes or {})), rows, tests
     )
-
-
-class Page:
-    """A page as a tree of elements. An unbalanced tag is an error, and so is an attribute that is given twice."""
-
-    def __init__(self, text: str):
-        parser = _Parser()
-        parser.feed(text)
-        parser.close()
-        assert not parser.open, "all tags are closed"
-        self.root = parser.builder.close()
-
-    @property
-    def text(self) -> str:
-        return text_of(self.root)
-
-    @property
-    def rows(self) -> list[list[str]]:
-        """Texts of the cells of all tables."""
-        return [[text_of(cell) for cell in row] for row in self.root.iter("tr")]
-
-    def section(self, name: str) -> Element | None:
-        """Section of that address; None if the page has none."""
-        return self.root.find(f".//section[@id='{name}']")
-
-
-def text_of(element: Element) -> str:
-    """Text of an element, without scripts and styles."""
-    if element.tag in ("script", "style"):
-        return ""
-    return (element.text or "") + "".join(text_of(child) + (child.tail or "") for child in element)
-
-
-class _Parser(HTMLParser):
-    """Parser that builds the tree of a page."""
-
-    def __init__(self):
-        super().__init__()
-        self.builder, self.open = TreeBuilder(), []
-
-    def handle_starttag(self, tag, attributes):
-        assert len(dict(attributes)) == len(attributes)
-        self.builder.start(tag, {name: value or "" for name, value in attributes})
-        self.open.append(tag)
-        if tag in VOID:
-            self.handle_endtag(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-        self.builder.end(tag)
-
-    def handle_data(self, data):
-        self.builder.data(data.replace("\N{NO-BREAK SPACE}", " "))
 
 
 def assert_complete(text: str) -> None:

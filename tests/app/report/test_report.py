@@ -21,15 +21,14 @@ from skipkernels.app.results.predictions import TestPredictions, TopClasses
 from tests.app.report.pages import (
     ENVIRONMENT,
     NASTY,
-    Page,
     assert_complete,
     metrics,
     page,
     predicted,
     row,
-    text_of,
     top,
 )
+from tests.app.report.parsed import Page, text_of
 
 
 def test_report_contents():

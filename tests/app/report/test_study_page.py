@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from skipkernels.app.report.study_page import study_html
 from skipkernels.app.results.study import MeanAndDeviation, Study
-from tests.app.report.pages import ENVIRONMENT, NASTY, Page
+from tests.app.report.pages import ENVIRONMENT, NASTY
+from tests.app.report.parsed import Page
 
 
 def study() -> Study:

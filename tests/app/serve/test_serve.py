@@ -21,7 +21,7 @@ import skipkernels as sk
 from skipkernels.app.cli.main import main
 from skipkernels.app.serve.output import NONE
 from tests.app.data.pictures import encoded
-from tests.app.report.pages import Page
+from tests.app.report.parsed import Page
 from tests.app.runs import fails
 
 pytest.importorskip("starlette", reason="serve needs the extra web")
