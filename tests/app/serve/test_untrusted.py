@@ -91,18 +91,24 @@ def test_no_code_runs(entry, hostile, run, tmp_path):
 SOURCES = [{"model": "hf-hub:org/name"}, {"model": "ViT-B-32", "pretrained": "/home/me.pt"}]
 
 
-@pytest.mark.parametrize("settings", SOURCES, ids=str)
-@pytest.mark.parametrize("entry", ["load", "predict", "eval", "export", "blend", "resume", "config"])
-def test_source_in_file_is_refused(entry, settings, hostile, run, tmp_path, capsys):
-    """The folder has no model of its own, so its files name one."""
+@pytest.fixture(params=SOURCES, ids=str)
+def source(request, hostile) -> tuple[str, str]:
+    """Setting by which the files of `hostile` name a model, of which there is none in the folder, and its value."""
     (hostile.folder / "open_clip_config.json").unlink()
-    hostile.set(**{"pretrained": None} | settings)
+    hostile.set(**{"pretrained": None} | request.param)
+    return list(request.param.items())[-1]
+
+
+def test_load_refuses_source_in_file(hostile, source):
+    name, value = source
+    with pytest.raises(InputError, match=f"{name} must not be remote .* got '{value}'.*add `trust=True`"):
+        sk.Classifier.load(hostile.folder)
+
+
+@pytest.mark.parametrize("entry", ["predict", "eval", "export", "blend", "resume", "config"])
+def test_command_refuses_source_in_file(entry, hostile, source, run, tmp_path, capsys):
+    name, value = source
     run.task.tests[0].images[0][0].save(tmp_path / "photo.png")
-    name, value = list(settings.items())[-1]
-    if entry == "load":
-        with pytest.raises(InputError, match=f"{name} must not be remote .* got '{value}'.*add `trust=True`"):
-            sk.Classifier.load(hostile.folder)
-        return
     assert ENTRY_POINTS[entry](hostile.folder, tmp_path / "out") == 2
     error = " ".join(capsys.readouterr().err.split())
     assert f"{name} must not be remote" in error and value in error and error.endswith("add --trust.")
