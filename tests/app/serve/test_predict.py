@@ -25,7 +25,6 @@ from skipkernels.app.serve.output import NONE
 from skipkernels.app.train import tune
 from skipkernels.app.train.setup import build_task
 from skipkernels.formatting import csv_line, csv_text
-from tests.app.serve.conftest import CONFIG
 from tests.processes import run_in_processes
 
 
@@ -182,8 +181,8 @@ def test_embeddings_are_those_of_the_rows(run, photos, classifier, tmp_path, cap
     assert classifier.predict([photos / "broken.jpg"], unreadable="skip").embeddings.shape == (0, *expected.shape)
 
 
-def test_thresholds_keep_the_share_of_validation_images_that_is_reported(tmp_path, capsys):
-    config = dataclasses.replace(CONFIG, validation=0.5, out=tmp_path / "run")
+def test_thresholds_keep_the_share_of_validation_images_that_is_reported(tmp_path, config):
+    config = dataclasses.replace(config, validation=0.5, out=tmp_path / "run")
     thresholds = tune(config)["validation"]["thresholds"]
     held = build_task(config.resolved()).validation.images
     classifier = sk.Classifier.load(tmp_path / "run", device="cpu")
