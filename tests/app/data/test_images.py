@@ -194,7 +194,7 @@ def images(tmp_path):
     return Images.of_files(tmp_path, paths, labels)
 
 
-def test_parts_of_images_are_copies(images):
+def test_subsets_have_the_images_labels_and_names_of_their_items(images):
     """In a given order, and with labels in the order of the classes; also parts of parts."""
     parts = {
         "images": (images, [(0, 0), (1, 1), (2, 2), (0, 0), (1, 1), (2, 2)], "012345"),
