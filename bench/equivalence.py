@@ -72,20 +72,20 @@ class Inputs(NamedTuple):
 
 
 class Case(NamedTuple):
-    """Model, blocks skipped in image and text, and rates of text and image."""
+    """Model, blocks skipped in image and text, and learning rates, by default the published ones."""
 
     model: str
     skip: tuple[int, int]
-    rates: tuple[float, float]
+    text_lr: float = 2e-5
+    image_lr: float = 5e-6
 
 
 # vit-tiny has 6 image blocks and 4 text blocks, the small ViT 4 and 4.
-_PUBLISHED_RATES = 2e-5, 5e-6
 _CASES = [
-    *(Case("vit-tiny", skip, (4e-3, 2e-3)) for skip in ((1, 1), (3, 2), (5, 3))),
-    Case("vit-tiny", (3, 2), _PUBLISHED_RATES),
-    *(Case("ViT, 4 blocks", skip, (1e-2, 1e-2)) for skip in ((1, 1), (2, 2), (2, 3))),
-    Case("ViT, 4 blocks", (2, 2), _PUBLISHED_RATES),
+    *(Case("vit-tiny", skip, text_lr=4e-3, image_lr=2e-3) for skip in ((1, 1), (3, 2), (5, 3))),
+    Case("vit-tiny", (3, 2)),
+    *(Case("ViT, 4 blocks", skip, text_lr=1e-2, image_lr=1e-2) for skip in ((1, 1), (2, 2), (2, 3))),
+    Case("ViT, 4 blocks", (2, 2)),
 ]
 
 
@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = []
     for case, precision in itertools.product(_CASES, args.precision):
         skip = "/".join(map(str, case.skip))
-        row = {"model": case.model, "skip_layers": skip, "text_lr": case.rates[0], "image_lr": case.rates[1]}
+        row = {"model": case.model, "skip_layers": skip, "text_lr": case.text_lr, "image_lr": case.image_lr}
         found = compare(case, inputs[case.model].to(_DTYPES[precision]), args.steps)
         rows.append(row | {"precision": precision} | found)
         print(", ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
@@ -188,11 +188,12 @@ def published_training(case: Case, inputs: Inputs, batches: Sequence[tuple[int, 
     ranks = _fixed_ranks(len(inputs.tokens))
     named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
     image, text = ([w for name, w in named if name.startswith("visual.") == visual] for visual in (True, False))
-    groups = [{"params": text, "lr": case.rates[0]}, {"params": image, "lr": case.rates[1]}]
+    rates = case.text_lr, case.image_lr
+    groups = [{"params": weights, "lr": rate} for weights, rate in zip((text, image), rates, strict=True)]
     optimizer = torch.optim.SGD(groups, momentum=_MOMENTUM, weight_decay=_WEIGHT_DECAY)
     losses, kept = [], []
     for epoch, items in track(batches, "published", transient=True):
-        for group, rate in zip(optimizer.param_groups, case.rates, strict=True):
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
             cosine = rate * (1 + math.cos(math.pi * (epoch - _WARMUP_EPOCHS) / epochs)) / 2
             group["lr"] = min(rate, _WARMUP_LR) if epoch < _WARMUP_EPOCHS else cosine
         images, labels = inputs.images[items], inputs.labels[items]
@@ -226,8 +227,8 @@ def skip_clip_training(case: Case, inputs: Inputs, batches: Sequence[tuple[int, 
     generator = torch.Generator().manual_seed(_SEED)
     clip = sk.SkipCLIP(model, inputs.tokens, skip_layers=case.skip, generator=generator, **settings)
     features = torch.cat([clip.encode_lower(images) for images in inputs.images.split(64)])
-    groups = clip.parameter_groups(text_lr=case.rates[0], image_lr=case.rates[1])
-    optimizer = sk.FusedSGD(groups, lr=case.rates[0], momentum=_MOMENTUM, weight_decay=_WEIGHT_DECAY)
+    groups = clip.parameter_groups(text_lr=case.text_lr, image_lr=case.image_lr)
+    optimizer = sk.FusedSGD(groups, lr=case.text_lr, momentum=_MOMENTUM, weight_decay=_WEIGHT_DECAY)
     schedule = cosine_with_warmup(optimizer, epochs=epochs, warmup_epochs=_WARMUP_EPOCHS, warmup_lr=_WARMUP_LR)
     losses, kept, current = [], [], 0
     for epoch, items in track(batches, "skipkernels", transient=True):

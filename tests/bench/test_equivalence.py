@@ -7,7 +7,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from bench import equivalence
 
-CASE = equivalence.Case("ViT", (1, 2), (1e-2, 5e-3))
+CASE = equivalence.Case("ViT", (1, 2), text_lr=1e-2, image_lr=5e-3)
 
 
 @pytest.fixture(scope="module")
