@@ -10,7 +10,6 @@ pass, in turn. Appends to bench/results/DEVICE/fuse.csv.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import itertools
 from collections.abc import Callable, Sequence
@@ -26,7 +25,7 @@ from skipkernels.app.devices import autocast
 from skipkernels.testing import gradients, relative_error, saved_bytes
 
 from . import measure
-from .inputs import Inputs, parser, random_inputs
+from .inputs import Case, Inputs, parser, random_inputs
 from .rows import save
 
 Loss = Callable[[], Tensor]
@@ -72,17 +71,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = options.parse_args(arguments)
     names = list(dict.fromkeys((EAGER, *args.implementations)))
     for model, B, precision in itertools.product(args.model, args.batch, args.precision):
-        save(args, rows_of(args, names, args.part, model, B, precision), "fuse")
+        case = Case(model, batch=B, classes=B, device=args.device)
+        save(args, rows_of(case, names, args.part, precision, args.rounds), "fuse")
 
 
 def rows_of(
-    args: argparse.Namespace, names: Sequence[str], parts: Sequence[str], model: str, B: int, precision: str
+    case: Case, names: Sequence[str], parts: Sequence[str], precision: str, rounds: int
 ) -> list[dict[str, Any]]:
-    """Rows of implementations of a model, on parts of it, with batches of B."""
-    inputs = random_inputs(model, B, B, args.device)
+    """Rows of implementations of a model, on parts of it."""
+    inputs = random_inputs(case.model, case.batch, case.classes, case.device)
     inputs.model.train().requires_grad_(True)
-    case = {"model": model, "B": B, "precision": precision, "rounds": args.rounds}
-    return [row | case for part in parts for row in rows_of_part(names, inputs, part, precision, args.rounds)]
+    columns = {"model": case.model, "B": case.batch, "precision": precision, "rounds": rounds}
+    return [row | columns for part in parts for row in rows_of_part(names, inputs, part, precision, rounds)]
 
 
 def rows_of_part(names: Sequence[str], inputs: Inputs, part: str, precision: str, rounds: int) -> list[dict[str, Any]]:

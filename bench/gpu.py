@@ -118,7 +118,8 @@ def step(args: argparse.Namespace) -> None:
 def full(args: argparse.Namespace) -> None:
     """Time training of a whole CLIP on pairs: with its own blocks, the same compiled, and by `sk.fuse`."""
     names = ("eager", "compile", "fuse-fast")
-    rows = fuse.rows_of(args, names, ("pairs",), args.model, args.batch, args.precision)
+    pairs = case_of(args)._replace(classes=args.batch)
+    rows = fuse.rows_of(pairs, names, ("pairs",), args.precision, args.rounds)
     tell(f"{args.batch} pairs: " + ", ".join(f"{row['implementation']} {row['p50_ms']} ms" for row in rows))
     save(args, rows, "fuse", args.out)
 
