@@ -84,15 +84,17 @@ def test_fuse_no_worse_than_eager(autocast, models):
     assert statistics.fmean(errors["fused"]) <= statistics.fmean(errors["eager"]) + slack
 
 
-@pytest.mark.parametrize(
-    "copied",
-    [
-        copy.deepcopy,
-        lambda model: pickle.loads(pickle.dumps(model)),
-        lambda model: torch.load(_saved(model), weights_only=False),
-    ],
-    ids=["deepcopy", "pickle", "torch.save"],
-)
+def pickled(model: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(model))
+
+
+def saved(model: nn.Module) -> nn.Module:
+    torch.save(model, buffer := io.BytesIO())
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled, saved])
 @pytest.mark.parametrize("wrap", [sk.fuse, lambda m: sk.SkipCLIP(m, tiny_tokens(3), skip_layers=0).model])
 def test_copies_have_the_own_classes(copied, wrap):
     model, (images, _) = tiny_clip(), tiny_batch(3, 3)
@@ -100,13 +102,6 @@ def test_copies_have_the_own_classes(copied, wrap):
     assert [type(x) for x in twin.modules()] == [type(x) for x in tiny_clip().modules()]
     assert twin.state_dict().keys() == model.state_dict().keys() == tiny_clip().state_dict().keys()
     assert_equal(gradients(twin, images), gradients(model, images))
-
-
-def _saved(model: nn.Module) -> io.BytesIO:
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    return buffer
 
 
 def test_compiled_model_with_fused_blocks():
