@@ -96,14 +96,14 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("file", FILES)
-@pytest.mark.parametrize("damage", DAMAGE)
+DAMAGED = [(file, damage) for file in FILES for damage in DAMAGE]
+DAMAGED.remove(("checkpoint.json", "missing"))  # then there is no checkpoint
+
+
+@pytest.mark.parametrize(("file", "damage"), DAMAGED)
 def test_load_names_damaged_file(tmp_path, file, damage):
     save(tmp_path, 1)
     DAMAGE[damage](tmp_path / "checkpoint" / file)
-    if (file, damage) == ("checkpoint.json", "missing"):
-        assert checkpoint.load(tmp_path) is None
-        return
     before = sorted(path.name for path in (tmp_path / "checkpoint").iterdir())
     with pytest.raises(InputError) as caught:
         checkpoint.load(tmp_path)
@@ -112,6 +112,12 @@ def test_load_names_damaged_file(tmp_path, file, damage):
     assert file in message or damage in ("empty", "truncated"), "or why it is not JSON"
     assert "Restore the folder from a copy" in message and "overwrite=True" in message
     assert sorted(path.name for path in (tmp_path / "checkpoint").iterdir()) == before, "nothing is lost"
+
+
+def test_load_without_checkpoint_json(tmp_path):
+    save(tmp_path, 1)
+    (tmp_path / "checkpoint" / "checkpoint.json").unlink()
+    assert checkpoint.load(tmp_path) is None
 
 
 def test_load_executes_no_code(tmp_path):

@@ -157,20 +157,14 @@ def test_check_activation_accepts_one_model_per_tag():
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--pretrained", "laion2b_s34b_b79k", "--model", "ViT-B-32"],
-        ["--model", "hf-hub:org/none"],
-        ["--data", "hf:org/none"],
-    ],
-    ids=" ".join,
+    "arguments", ["--model ViT-B-32 --pretrained laion2b_s34b_b79k", "--model hf-hub:org/none", "--data hf:org/none"]
 )
 def test_download_without_network(monkeypatch, tmp_path, capsys, arguments):
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # of huggingface_hub, before another attempt
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    if "--data" in arguments:
+    flag, *words = arguments.split()
+    if flag == "--data":
         pytest.importorskip("datasets")
-    flag = "--data" if "--data" in arguments else "--model"
-    said = fails(["tune", *arguments, "--out", tmp_path / "run"], capsys)
+    said = fails(["tune", flag, *words, "--out", tmp_path / "run"], capsys)
     assert said.startswith(f"error {flag}: ") and "network available?" in said
