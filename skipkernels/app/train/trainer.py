@@ -58,20 +58,18 @@ class Trainer:
         self.steps = len(self._loader)
         self._weights = [weight for group in groups for weight in group["params"]]
         self._class_sampler = method.class_sampler
-        self.not_graphed: str | None = None
         graph = config.graph and _captures(self._device)
-        self._graphed = self._graphed_step(config.batch_size) if graph else None
+        self._graphed, self.not_graphed = self._graphed_step(config.batch_size) if graph else (None, None)
 
-    def _graphed_step(self, batch_size: int) -> Callable[[Tensor, Tensor], StepOutput] | None:
-        """Return the captured step of the method, or None, with the reason in `not_graphed`."""
+    def _graphed_step(self, batch_size: int) -> tuple[Callable[[Tensor, Tensor], StepOutput] | None, str | None]:
+        """Return the captured step of the method, or the reason why it is not captured; neither if there is none."""
         try:
             step = self._method.graphed(self._optimizer, batch_size)
         except ValueError as error:
-            self.not_graphed = str(error)
-            return None
+            return None, str(error)
         if step is not None and self._scaler.is_enabled():
-            self.not_graphed = "the gradient scaler of fp16 has a host sync in each step."
-        return None if self.not_graphed else step
+            return None, "the gradient scaler of fp16 has a host sync in each step."
+        return step, None
 
     @property
     def epochs(self) -> int:
