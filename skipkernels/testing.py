@@ -16,8 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from .peak_memory import PeakMemory
 
@@ -33,9 +31,6 @@ SLACK = {
     # The same: half a step of fp16 (2⁻¹²).
     torch.float16: 2.5e-4,
 }
-
-# Absolute error of a cosine, computed in at least fp32; that of a logit or log-probability is logit_scale times larger.
-COSINE = {torch.float64: 1e-15, torch.float32: 1.2e-7, torch.bfloat16: 1.2e-7, torch.float16: 1.2e-7}
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:
@@ -104,39 +99,6 @@ def gradient_bytes(loss: torch.Tensor) -> int:
     del found, waiting, node  # they would keep tensors that backward frees
     loss.backward()
     return peak
-
-
-class _AllocatedBytes(TorchDispatchMode):
-    """Count the storages that operators make; `peak` is the most bytes that were alive at the same time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak = 0
-        self._alive: dict[StorageWeakRef, int] = {}
-        self._sum = 0  # of them, and of those that were freed since it exceeded the peak
-
-    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = operator(*args, **kwargs or {})
-        if not operator.is_view:
-            for storage in (tensor.untyped_storage() for tensor in tree_leaves(out) if isinstance(tensor, Tensor)):
-                reference, size = StorageWeakRef(storage), storage.nbytes()
-                self._sum += size - self._alive.get(reference, 0)
-                self._alive[reference] = size
-        if self._sum > self.peak:
-            self._alive = {storage: size for storage, size in self._alive.items() if not storage.expired()}
-            self._sum = sum(self._alive.values())
-            self.peak = max(self.peak, self._sum)
-        return out
-
-
-def allocated_bytes(function: Callable[[], Any]) -> int:
-    """Return the peak bytes of tensors that operators make in one call; exact, unlike resident memory.
-
-    Tensors that an operator changes in place count as well, and its temporary memory does not.
-    """
-    with _AllocatedBytes() as allocated:
-        function()
-    return allocated.peak
 
 
 def peak_bytes(function: Callable[[], Any], device: torch.device = CPU, *, warm_up: bool = True) -> int:

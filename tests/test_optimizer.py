@@ -16,7 +16,8 @@ import skipkernels as sk
 from skipkernels import functional
 from skipkernels import optimizer as optimizer_module
 from skipkernels.ops import launching
-from skipkernels.testing import allocated_bytes, gradient_bytes
+from skipkernels.testing import gradient_bytes
+from tests.allocations import allocated_bytes
 from tests.models import tiny_batch, tiny_clip, tiny_tokens
 
 HYPER = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import skipkernels as sk
 from skipkernels import retrieval
-from skipkernels.testing import allocated_bytes
+from tests.allocations import allocated_bytes
 
 
 def brute_force_recall(image, text, image_of_text, ks):

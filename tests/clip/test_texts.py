@@ -12,7 +12,8 @@ import torch.nn.functional as F
 import skipkernels as sk
 from skipkernels import memory
 from skipkernels.clip.text_features import TextFeatures
-from skipkernels.testing import allocated_bytes, saved_bytes
+from skipkernels.testing import saved_bytes
+from tests.allocations import allocated_bytes
 from tests.clip.clips import IMAGES, LABELS, C, class_weights, make_clip, three_templates
 from tests.models import tiny_batch, tiny_clip, tiny_tokens
 from tests.naive_step import assert_step_equals_naive

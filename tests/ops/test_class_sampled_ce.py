@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from skipkernels.testing import COSINE, peak_bytes, relative_error
+from skipkernels.testing import peak_bytes, relative_error
 from tests.ops.backends import GPU, INTERPRETED, Backend
-from tests.ops.harness import Case, Operator, Results, log_probability_slack, shared_tests
+from tests.ops.harness import COSINE, Case, Operator, Results, log_probability_slack, shared_tests
 from tests.ops.test_class_sampled_logits import OPERATOR as LOGITS
 
 

@@ -6,9 +6,8 @@ import torch
 
 from bench.operators.class_sampled_logits import eager
 from skipkernels.functional import class_sampled_logits
-from skipkernels.testing import COSINE
 from tests.ops.backends import Backend
-from tests.ops.harness import Case, Operator, Results, shared_tests
+from tests.ops.harness import COSINE, Case, Operator, Results, shared_tests
 
 
 def make(B, C, K, D, *, dtype, scale=100.0, seed=0) -> Case:

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 import skipkernels as sk
-from skipkernels.testing import allocated_bytes, gradients, relative_error, saved_bytes
+from skipkernels.testing import gradients, relative_error, saved_bytes
+from tests.allocations import allocated_bytes
 from tests.models import tiny_batch, tiny_clip, tiny_tokens
 
 

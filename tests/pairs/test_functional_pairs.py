@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from open_clip.loss import SigLipLoss
 
 from skipkernels import functional, reference
-from skipkernels.testing import SLACK, allocated_bytes, relative_error, saved_bytes
+from skipkernels.testing import SLACK, relative_error, saved_bytes
+from tests.allocations import allocated_bytes
 
 
 def make_pairs(B, D, dtype=torch.float64, seed=0):
