@@ -77,7 +77,7 @@ def pretended(tmp_path, monkeypatch) -> Path:
     return compiler
 
 
-def test_build_into_the_package_once(pretended, monkeypatch, tmp_path, capsys):
+def test_build_into_the_package_once(pretended, capsys):
     assert _build.main() == 0
     said = capsys.readouterr()
     library = Path(said.out.strip())

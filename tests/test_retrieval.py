@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import skipkernels as sk
 from skipkernels import retrieval
 from tests.allocations import allocated_bytes
 
@@ -37,9 +36,9 @@ def test_recall_equals_brute_force(rows, monkeypatch):
     # Unit vectors of one entry ±1 have exact cosines with many ties.
     axes, signs = torch.randint(0, 6, (70,), generator=rng), torch.randint(0, 2, (70, 1), generator=rng) * 2.0 - 1
     exact = signs * F.one_hot(axes, 6)
-    monkeypatch.setattr(sk.retrieval, "_SCORES", rows * 20)
+    monkeypatch.setattr(retrieval, "_SCORES", rows * 20)
     for image, text in (exact.split([20, 50]), torch.randn(70, 6, generator=rng).split([20, 50])):
-        ours = sk.retrieval.recall(image, text, image_of_text, ks=(1, 3, 10))
+        ours = retrieval.recall(image, text, image_of_text, ks=(1, 3, 10))
         assert tuple(ours) == brute_force_recall(image, text, image_of_text, (1, 3, 10))
 
 
@@ -49,7 +48,7 @@ def test_recall_of_useless_embeddings_is_zero(width, texts):
     """Columns of a matrix product that should be equal differ in the last bits, for some sizes."""
     owner = torch.arange(texts) % 3
     for row in (torch.randn(width, generator=torch.Generator().manual_seed(texts)), torch.full((width,), torch.nan)):
-        found = sk.retrieval.recall(row.expand(3, -1), row.expand(texts, -1), owner, ks=(1, 2))
+        found = retrieval.recall(row.expand(3, -1), row.expand(texts, -1), owner, ks=(1, 2))
         assert found == ({1: 0.0, 2: 0.0}, {1: 0.0, 2: 0.0})
 
 
