@@ -245,17 +245,8 @@ def test_transformers_folder(converted):
     assert (transform(picture) - expected).abs().mean() < 0.03
 
 
-FOUR_CLASSES = {"data": "pictograms:food", "max_classes": 4, "shots": 1, "epochs": 1}
-
-
-def test_tune_model_of_transformers(converted, tmp_path):
-    metrics = tune(small(tmp_path / "run", model=f"local-dir:{converted[0]}", **FOUR_CLASSES))
-    assert metrics["steps"] > 0
-    assert evaluate_run(tmp_path / "run", trust=True) == metrics["tuned"]
-
-
-@pytest.mark.parametrize("make", [metaclip_2, siglip_2])
-def test_tune_other_models_of_transformers(make, converted, tmp_path):
+@pytest.mark.parametrize("make", [hugging_face_clip, metaclip_2, siglip_2])
+def test_tune_models_of_transformers(make, converted, tmp_path):
     clip = make().float()
     clip.text_model.config.eos_token_id = 1
     naflex = transformers.Siglip2ImageProcessor(patch_size=8, max_num_patches=9)
@@ -264,7 +255,9 @@ def test_tune_other_models_of_transformers(make, converted, tmp_path):
         letters = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *"abcdefghijklmnopqrstuvwxyz."]
         vocabulary = {letter: index for index, letter in enumerate(letters)}
         transformers.Siglip2Tokenizer(vocab=vocabulary, padding_side="right").save_pretrained(tmp_path / "model")
-    tune(small(tmp_path / "run", model=f"local-dir:{tmp_path}/model", **FOUR_CLASSES))
+    changes = {"data": "pictograms:food", "max_classes": 4, "shots": 1, "epochs": 1}
+    metrics = tune(small(tmp_path / "run", model=f"local-dir:{tmp_path}/model", **changes))
+    assert evaluate_run(tmp_path / "run", trust=True) == metrics["tuned"]
     sk.export(tmp_path / "run", "hugging-face", tmp_path / "exported", trust=True)
     exported = transformers.AutoModel.from_pretrained(tmp_path / "exported")
     assert type(exported) is type(clip)
