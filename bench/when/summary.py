@@ -7,6 +7,7 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import TypeVar
 
 from ..rows import Row, grouped
 from .accuracy import ACCURACIES
@@ -60,6 +61,7 @@ _OF_TAIL = {
 }
 _OF_OTHERS = {task: (task, "accuracy") for task in ("flags", "flagpack", "tiles")}
 
+Key = TypeVar("Key")
 Table = tuple[list[str], list[list[str]]]
 """Header and lines of cells."""
 
@@ -90,16 +92,15 @@ def difference_table(rows: Sequence[Row]) -> Table:
 
     Bold: the difference is not 0, corrected by Holm's method for the tasks of the line.
     """
-    tasks, found = reported_tasks(rows), []
+    tasks, lines = reported_tasks(rows), []
     for line, other, column in ((line, other, column) for line, other, columns in _COMPARED for column in columns):
         by_task = {task: differences(rows, task, line, other, column) for task in tasks}
-        samples = {task: [*of.values()] for task, of in by_task.items() if len(of) > 1}
-        clear = {task for task, p in zip(samples, corrected([*samples.values()]), strict=True) if p < _CLEAR}
-        texts = {task: interval([*of.values()], "+") for task, of in by_task.items()}
-        cells = [f"**{text}**" if task in clear else text for task, text in texts.items()]
         whole = together(by_task.get(name, {}) for name in _CATEGORIES)
-        found.append([f"{line.name} − {other.name}, {column}", interval(whole, "+"), *cells])
-    return ["", _TOGETHER, *tasks], found
+        samples = {task: [*of.values()] for task, of in by_task.items()}
+        clear, texts = not_zero(samples), {task: interval(sample, "+") for task, sample in samples.items()}
+        cells = [f"**{text}**" if task in clear else text for task, text in texts.items()]
+        lines.append([f"{line.name} − {other.name}, {column}", interval(whole, "+"), *cells])
+    return ["", _TOGETHER, *tasks], lines
 
 
 def default_table(rows: Sequence[Row]) -> Table:
@@ -109,18 +110,21 @@ def default_table(rows: Sequence[Row]) -> Table:
     """
 
     def cell(task: str, column: str) -> str:
-        found = {line: [*differences(rows, task, line, DEFAULT, column).values()] for line in LINES if line != DEFAULT}
-        samples = {line: sample for line, sample in found.items() if len(sample) > 1}
-        probabilities = corrected([*samples.values()])
-        above = [
-            f"{line.name} {interval(sample, '+')}"
-            for (line, sample), p in zip(samples.items(), probabilities, strict=True)
-            if p < _CLEAR and statistics.fmean(sample) > 0
-        ]
-        return f"{', '.join(above) or 'none'} of {len(samples)}" if samples else ""
+        found = {line: differences(rows, task, line, DEFAULT, column) for line in LINES if line != DEFAULT}
+        samples = {line: [*of.values()] for line, of in found.items() if len(of) > 1}
+        above = [line for line in not_zero(samples) if statistics.fmean(samples[line]) > 0]
+        texts = [f"{line.name} {interval(samples[line], '+')}" for line in above]
+        return f"{', '.join(texts) or 'none'} of {len(samples)}" if samples else ""
 
     tasks = [task for task in reported_tasks(rows) if values(rows, task, DEFAULT, "base")]
     return ["", *_OF_HEADS], [[task, *(cell(task, column) for column in _OF_HEADS)] for task in tasks]
+
+
+def not_zero(samples: Mapping[Key, Sequence[float]]) -> list[Key]:
+    """Keys of the samples with a mean that is not 0, corrected for their number by Holm's method."""
+    several = {key: sample for key, sample in samples.items() if len(sample) > 1}
+    probabilities = corrected([*several.values()])
+    return [key for key, probability in zip(several, probabilities, strict=True) if probability < _CLEAR]
 
 
 def settings_table(rows: Sequence[Row]) -> Table:
