@@ -38,11 +38,11 @@ LOSS, GRADIENT = 1e-5, 2e-3  # largest errors, of fp32 as in the tests of the to
 
 
 class Row(NamedTuple):
-    """The result for a model."""
+    """The result for a model: the reason why it is refused, or its disabled reductions and largest errors."""
 
     name: str
     refused: str = ""
-    off: str = ""
+    disabled: str = ""
     loss_error: float = 0.0
     gradient_error: float = 0.0
 
@@ -90,11 +90,15 @@ def compare(name: str, model: Any, tokens: torch.Tensor) -> Row:
     # Gradients that are rounding only are not compared; a key bias, for example, changes nothing.
     largest = max(gradient.norm() for gradient in theirs.values())
     errors = [
-        ((ours[name] - theirs[name]).norm() / theirs[name].norm().clamp_min(1e-4 * largest)).item()
-        for name in ours.keys() & theirs.keys()
+        ((ours[weight] - theirs[weight]).norm() / theirs[weight].norm().clamp_min(1e-4 * largest)).item()
+        for weight in ours.keys() & theirs.keys()
     ]
-    off = [name for name, reduction in clip.reductions.items() if not reduction.enabled]
-    return Row(name, "", ", ".join(off), abs(out.loss.item() - loss.item()) / loss.item(), max(errors))
+    return Row(
+        name,
+        disabled=", ".join(reduction for reduction, state in clip.reductions.items() if not state.enabled),
+        loss_error=abs(out.loss.item() - loss.item()) / loss.item(),
+        gradient_error=max(errors),
+    )
 
 
 def tables_of(rows: Sequence[Row]) -> str:
@@ -102,11 +106,11 @@ def tables_of(rows: Sequence[Row]) -> str:
     handled: dict[str, list[Row]] = {}
     for row in rows:
         if not row.refused:
-            handled.setdefault(row.off or "none", []).append(row)
+            handled.setdefault(row.disabled or "none", []).append(row)
     lines = []
-    for off, of in sorted(handled.items(), key=lambda item: -len(item[1])):
+    for disabled, of in sorted(handled.items(), key=lambda item: -len(item[1])):
         errors = max(row.loss_error for row in of), max(row.gradient_error for row in of)
-        lines.append([off, "; ".join(row.name for row in of), *(f"{error:.0e}" for error in errors)])
+        lines.append([disabled, "; ".join(row.name for row in of), *(f"{error:.0e}" for error in errors)])
     refused = [[row.name, row.refused] for row in rows if row.refused]
     tables = [table(["disabled reductions", "models", "largest error of the loss", "of a gradient"], lines)]
     tables += [table(["refused", "reason"], refused)] if refused else []
