@@ -13,6 +13,7 @@ of its time. The table is written after each entry.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import itertools
 import json
@@ -64,22 +65,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
         args.out.mkdir(parents=True, exist_ok=True)
         path = args.out / path.name
     chosen = read_chosen(path)  # also those of an earlier run, perhaps of other operators
-    end, timed = time.monotonic() + args.seconds, set()
+    timed = 0
+    for op, dtype, case, place, options in entries(args, end=time.monotonic() + args.seconds):
+        candidates = sound(op, dtype, target, place, neighbours(options))
+        chosen[place], report = fastest(case, dtype, args.device, place, [options, *candidates])
+        timed += 1
+        print(f"{_text(place)}, {case.shape} {dtype}: {report}", flush=True)
+        if not args.no_save:
+            path.write_text(json.dumps(table_with(device, chosen), indent=1) + "\n")
+    print(f"result: {timed} entries timed; the table is {path}")
+
+
+def entries(args: argparse.Namespace, end: float) -> Iterator[tuple[str, str, Case, Place, Options]]:
+    """Each entry once: operator, dtype and the first case that takes it, place and options; none after `end`."""
+    seen: set[Place] = set()
     for op, dtype, case in cases(args.op, args.dtype, args.device):
         if time.monotonic() > end:
-            break
+            return
         with defaults_but({}) as taken:
             case.runs[OURS]()
         for place, options in taken.items():
-            if place in timed or time.monotonic() > end:
-                continue
-            timed.add(place)
-            candidates = sound(op, dtype, target, place, neighbours(options))
-            chosen[place], report = fastest(case, dtype, args.device, place, [options, *candidates])
-            print(f"{_text(place)}, {case.shape} {dtype}: {report}", flush=True)
-            if not args.no_save:
-                path.write_text(json.dumps(table_with(device, chosen), indent=1) + "\n")
-    print(f"result: {len(timed)} entries timed; the table is {path}")
+            if place not in seen and time.monotonic() <= end:
+                seen.add(place)
+                yield op, dtype, case, place, options
 
 
 def read_chosen(path: Path) -> dict[Place, Options]:
