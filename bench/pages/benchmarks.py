@@ -14,6 +14,7 @@ OURS = step.OURS
 
 
 def steps() -> str:
+    """Times of a step by implementation and precision, over the number of classes."""
     rows = latest_rows("step", **SHOWN)
     by_case = {(row["implementation"], row["precision"], row["C"]): row for row in rows}
     columns = sorted({row["C"] for row in rows}, key=int)
@@ -31,27 +32,29 @@ def sizes() -> str:
     """The published step and ours with other models and batch sizes."""
     rows = [row for row in latest_rows("step", **MACHINE_SHOWN) if not SHOWN.items() <= row.items()]
     lines = []
-    for case, of in grouped(rows, "model B C precision").items():
+    for (model, B, C, precision), of in grouped(rows, "model B C precision").items():
         found = {row["implementation"]: row for row in of}
         pair = [found.get(name, {}) for name in (step.PUBLISHED, OURS)]
         cells = [timed(row, 1, " ms") if row else "" for row in pair]
         for column in ("saved_mib", "peak_mib"):
             values = [figure(number(row, column), " MiB") for row in pair]
             cells.append(" → ".join(values) if all(values) else values[1])
-        kept = f"{int(found.get(OURS, of[0])['K']):,} of {int(case[2]):,}"
-        lines.append([*case[:2], kept, case[3], *cells])
+        kept = f"{int(found.get(OURS, of[0])['K']):,} of {int(C):,}"
+        lines.append([model, B, kept, precision, *cells])
     header = ["model", "B", "classes", "precision", *(step.PUBLISHED, OURS), "saved for backward", "rise at the peak"]
     return table(header, lines) + origin("step", rows)
 
 
 def classifying() -> str:
+    """Times of a classification by implementation, and of ours over its floor."""
     rows = latest_rows("infer", **MACHINE_SHOWN, model=SHOWN["model"])
-    cases = sorted(
-        grouped((row for row in rows if row["p50_ms"]), "images B C precision").items(),
-        key=lambda item: (*map(int, item[0][:3]), PRECISIONS.index(item[0][3])),
-    )
+
+    def size(row: Row) -> tuple[int, ...]:
+        return int(row["images"]), int(row["B"]), int(row["C"]), PRECISIONS.index(row["precision"])
+
+    measured = sorted((row for row in rows if row["p50_ms"]), key=size)
     lines = []
-    for case, of in cases:
+    for case, of in grouped(measured, "images B C precision").items():
         found = {row["implementation"]: row for row in of}
         floor = times(number(found.get(OURS, {}), "above_floor"))
         if infer.CACHED in found:  # starts from cached features: not the same work, so no speed-up
