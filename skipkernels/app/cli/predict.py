@@ -72,13 +72,18 @@ class PredictCommand:
         images, others = _find_images(self.images)
         check_run(self.run, "predict", err)
         import_torch(err)
-        classifier = self._load()
+        from skipkernels.app.serve import Classifier
+
+        classifier = Classifier.load(
+            self.run,
+            classes=None if self.classes is None else _names(self.classes),
+            templates=self.template,
+            device=self.device,
+            precision=self.precision,
+            trust=self.trust,
+        )
         batches = classifier.predict_batches(
-            images,
-            top=self.top,
-            threshold=self.threshold,
-            batch_size=self.batch_size,
-            unreadable="skip",
+            images, top=self.top, threshold=self.threshold, batch_size=self.batch_size, unreadable="skip"
         )
         results = _Results()
         try:
@@ -93,18 +98,6 @@ class PredictCommand:
             err.print(format_others(others), soft_wrap=True)
         self._print_summary(classifier, results, err)
         return 1 if results.unreadable else 0
-
-    def _load(self) -> Classifier:
-        from skipkernels.app.serve.classifier import Classifier
-
-        return Classifier.load(
-            self.run,
-            classes=None if self.classes is None else _names(self.classes),
-            templates=self.template,
-            device=self.device,
-            precision=self.precision,
-            trust=self.trust,
-        )
 
     def _collect(self, batches: Iterable[Predictions], count: int, results: _Results, err: Terminal) -> None:
         """Append the predictions of all batches, and print the files that could not be read."""

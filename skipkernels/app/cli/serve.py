@@ -52,17 +52,14 @@ class ServeCommand:
             classifier = Classifier.load(self.run, device=self.device, precision=self.precision, trust=self.trust)
             service = Service(classifier, self.run.resolve().name, top=self.top, threshold=self.threshold)
             host, port = listener.getsockname()[:2]
-            if not self._is_local:
+            local = self.host in _LOCAL
+            if not local:
                 err.print("note: everyone in the network of this machine can use the page", soft_wrap=True)
             address = f"[{host}]" if ":" in host else host
             out.print(f"{self.run} is served at http://{address}:{port}/ ; Ctrl-C ends it", soft_wrap=True)
             out.output.flush()
-            _run(make_app(service, [*_LOCAL, "[::1]"] if self._is_local else None), listener)
+            _run(make_app(service, [*_LOCAL, "[::1]"] if local else None), listener)
         return 0
-
-    @property
-    def _is_local(self) -> bool:
-        return self.host in _LOCAL
 
     def _listening(self) -> contextlib.closing[socket.socket]:
         """Return a socket that listens at the address."""

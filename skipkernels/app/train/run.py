@@ -76,9 +76,10 @@ class Run:
         console: Console,
         loggers: Sequence[Logger],
     ):
+        earlier_seconds = 0.0 if folder.checkpoint is None else folder.checkpoint.seconds
+        self.started = time.perf_counter() - earlier_seconds
         self.folder, self.choice, self.command = folder, folder.choice, command
         self.console, self.loggers = console, loggers
-        self.started = time.perf_counter()
         self.memory = PeakMemory(torch.device(config.device))
         self.baseline_memory = self.memory.read()
         if config.model != PACKAGED:
@@ -87,7 +88,6 @@ class Run:
         self.method, self.task = self.setup.method, self.setup.task
         self.display = ProgressDisplay(self.console, title=title_of(config, name_of_run(config)))
         self.rows = [] if folder.checkpoint is None else list(folder.checkpoint.rows)
-        self.seconds_before = 0.0 if folder.checkpoint is None else folder.checkpoint.seconds
 
     @property
     def config(self) -> TuneConfig:
@@ -97,7 +97,7 @@ class Run:
     @property
     def seconds(self) -> float:
         """Seconds since the start of the run, in all processes that continued it."""
-        return self.seconds_before + time.perf_counter() - self.started
+        return time.perf_counter() - self.started
 
     def execute(self) -> dict[str, Any]:
         """Execute all steps; return the contents of metrics.json."""
