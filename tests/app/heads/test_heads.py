@@ -85,6 +85,19 @@ def test_anchored_probe_in_chunks(monkeypatch):
     torch.testing.assert_close(chunked.weight, whole.weight, rtol=0, atol=2 * SCALE * anchored.TOLERANCE)
 
 
+@cases
+def test_linear_probe_is_the_minimum(case):
+    """The gradient is zero. Classes without images have no weight, and are never predicted."""
+    (image, labels, _), l2 = data(*CASES[case]), 0.1
+    known = torch.tensor(CASES[case][0]) > 0
+    head = heads.linear_probe(image, labels, len(known), SCALE, l2)
+    weight, bias = head.weight.requires_grad_(), head.bias.masked_fill(~known, 0.0).requires_grad_()
+    loss = F.cross_entropy(F.normalize(image) @ weight.T + bias, labels, reduction="sum")
+    (loss + l2 / 2 * weight.square().sum()).backward()
+    assert max(weight.grad[known].abs().max(), bias.grad[known].abs().max()) < anchored.TOLERANCE * l2 * SCALE
+    assert not weight[~known].any() and (head.bias[~known] == -torch.inf).all() and head.scale is None
+
+
 @pytest.mark.parametrize(("name", "function"), [("anchored", "anchored_probe"), ("probe", "linear_probe")])
 def test_probes_warn_before_the_minimum_and_commands_do_not(monkeypatch, name, function):
     monkeypatch.setattr(logistic, "ITERATIONS", 20)
