@@ -29,10 +29,7 @@ class Skip(TunedModel):
     """
 
     name = "skip"
-    settings = (
-        *("skip_layers", "keep_ratio", "max_keep", "decay", "tail", "max_tail", "train_text"),
-        *("class_weight", "memory", "cache"),
-    )
+    settings = tuple("skip_layers keep_ratio max_keep decay tail max_tail train_text class_weight memory cache".split())
 
     def __init__(
         self, model: nn.Module, tokenizer: Tokenizer, task: Task, *, skip_layers: int | float = 0.5, **options: Any

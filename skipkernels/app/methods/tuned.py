@@ -60,10 +60,10 @@ class TunedModel(ClipMethod):
         trained, first = self._train_test, self._tokens[self._train_test][:1]
         self.clip = self._skip_clip(trained, first, generator=self._generator, class_weight=class_weight, **settings)
         self.class_sampler = self.clip.sampler
-        self._clips = {
-            test: self.clip if test == trained and len(templates) == 1 else self._skip_clip(test, templates, **settings)
-            for test, templates in self._tokens.items()
-        }
+        self._clips: dict[str, SkipCLIP] = {}  # with all templates, by test
+        for test, templates in self._tokens.items():
+            is_trained = test == trained and len(templates) == 1
+            self._clips[test] = self.clip if is_trained else self._skip_clip(test, templates, **settings)
 
     def _skip_clip(self, test: str, templates: list[Tensor], **settings: Any) -> SkipCLIP:
         """Make a SkipCLIP over the classes of a test, with their prompts [C, L] by template."""
