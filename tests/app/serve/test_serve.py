@@ -12,6 +12,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -206,41 +207,54 @@ def test_server_in_the_network_says_so(run, loaded, capsys, monkeypatch):
     assert "everyone" not in printed.err and "is served at http://127.0.0.1:" in printed.out
 
 
-@pytest.mark.parametrize("seconds", [0, 3], ids=["answered", "in work"])
-def test_ctrl_c_ends_the_server(run, loaded, capsys, monkeypatch, seconds):
-    """A request over the network to a real server, and SIGINT after it, or in one that takes longer than it waits."""
-    answers, original, answer_of = [], uvicorn.Server.run, Service._answer
+def interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.fixture
+def served(run, loaded, capsys, monkeypatch):
+    """Function that serves a request over the network, calls `then`, and returns exit code, errors and answer."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # may be ignored, in a process in the background
+    answers, serve = [], uvicorn.Server.run
+
+    def request(port: int, then: Callable[[], None]) -> None:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/predict", BLACK, timeout=30) as answer:
+                answers.append(answer.read())
+        except urllib.error.HTTPError as error:
+            answers.append(error.read())
+        then()
+
+    def command(then: Callable[[], None] = lambda: None) -> tuple[int, str, bytes]:
+        def serve_request(self, sockets):
+            thread = threading.Thread(target=request, args=(sockets[0].getsockname()[1], then))
+            thread.start()  # its connection waits until the server accepts it
+            try:
+                serve(self, sockets)
+            finally:
+                thread.join()
+
+        monkeypatch.setattr(uvicorn.Server, "run", serve_request)
+        code = main(["serve", str(run.folder), "--port", "0", "--device", "cpu"])
+        return code, capsys.readouterr().err, answers[0]
+
+    yield command
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_ends_the_server(served):
+    code, error, answer = served(then=interrupt)
+    assert (code, error) == (130, "interrupted\n") and b"predictions" in answer
+
+
+def test_ctrl_c_in_a_request_that_takes_longer_than_the_server_waits(served, monkeypatch):
+    answer_of = Service._answer
 
     def answer(self, uploads):
-        if seconds:
-            os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(seconds)
+        interrupt()
+        time.sleep(3)
         return answer_of(self, uploads)
 
-    def used(self, sockets):
-        def use() -> None:
-            try:
-                url = f"http://127.0.0.1:{sockets[0].getsockname()[1]}/predict"
-                with urllib.request.urlopen(urllib.request.Request(url, BLACK), timeout=30) as found:
-                    answers.append(found.read())
-            except urllib.error.HTTPError as error:
-                answers.append(error.read())
-            finally:
-                if not seconds:
-                    os.kill(os.getpid(), signal.SIGINT)
-
-        thread = threading.Thread(target=use)  # its connection waits until the server accepts it
-        thread.start()
-        try:
-            original(self, sockets)
-        finally:
-            thread.join()
-
     monkeypatch.setattr(Service, "_answer", answer)
-    monkeypatch.setattr(uvicorn.Server, "run", used)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # may be ignored, in a process in the background
-    code = main(["serve", str(run.folder), "--port", "0", "--device", "cpu"])
-    signal.signal(signal.SIGINT, before)
-    error = capsys.readouterr().err
-    assert code == 130 and (error == "interrupted\n" or (seconds and error.endswith("exceeded\ninterrupted\n")))
-    assert (b"the server was stopped" if seconds else b"predictions") in answers[0]
+    code, error, answer = served()
+    assert code == 130 and error.endswith("interrupted\n") and b"the server was stopped" in answer
