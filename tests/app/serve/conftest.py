@@ -47,12 +47,6 @@ class Run(NamedTuple):
         return self.task.tests[0].classes
 
 
-@pytest.fixture
-def config() -> TuneConfig:
-    """CONFIG, for a module that is imported in a process without the packaged model."""
-    return CONFIG
-
-
 @pytest.fixture(scope="session")
 def run(tmp_path_factory) -> Run:
     """A run of Skip Tuning; no test changes its folder."""

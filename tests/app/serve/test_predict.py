@@ -9,6 +9,7 @@ import itertools
 import json
 import logging
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from skipkernels.app.serve.output import NONE
 from skipkernels.app.train import tune
 from skipkernels.app.train.setup import build_task
 from skipkernels.formatting import csv_line, csv_text
-from tests.processes import run_in_processes
+from tests.app.serve.conftest import CONFIG
 
 
 def label_of(name: str) -> int:
@@ -109,14 +110,11 @@ def test_classifier_and_predictions_say_whether_they_are_calibrated(calibrated, 
     assert repr(classifier.predict(images, top=2)) == "Predictions(4 images, top 2 of 20 classes, not calibrated)"
 
 
-def classes_of(rank: int, folder: Path) -> int:
-    assert "skipkernels.app.demo.vit_pictogram" not in sys.modules
-    return len(sk.Classifier.load(folder, device="cpu").classes)
-
-
-def test_run_opens_in_a_new_process(run, tmp_path):
+def test_run_opens_in_a_new_process(run):
     """Nothing else has registered the image tower of the packaged model there."""
-    assert run_in_processes(1, tmp_path, classes_of, run.folder) == [len(run.classes)]
+    code = "import sys, skipkernels as sk; print(len(sk.Classifier.load(sys.argv[1], device='cpu').classes))"
+    done = subprocess.run([sys.executable, "-c", code, run.folder], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{len(run.classes)}\n"
 
 
 def test_other_classes_by_their_names(run, photos):
@@ -181,8 +179,8 @@ def test_embeddings_are_those_of_the_rows(run, photos, classifier, tmp_path, cap
     assert classifier.predict([photos / "broken.jpg"], unreadable="skip").embeddings.shape == (0, *expected.shape)
 
 
-def test_thresholds_keep_the_share_of_validation_images_that_is_reported(tmp_path, config):
-    config = dataclasses.replace(config, validation=0.5, out=tmp_path / "run")
+def test_thresholds_keep_the_share_of_validation_images_that_is_reported(tmp_path):
+    config = dataclasses.replace(CONFIG, validation=0.5, out=tmp_path / "run")
     thresholds = tune(config)["validation"]["thresholds"]
     held = build_task(config.resolved()).validation.images
     classifier = sk.Classifier.load(tmp_path / "run", device="cpu")
