@@ -39,50 +39,21 @@ def test_committed_table_is_up_to_date(command, checked):
 
 
 KERNEL = machine_code.Row(
-    op="class_scores",
-    shape="B4-C1000-D512",
-    dtype="bf16",
-    launch=1,
-    kernel="_class_scores_kernel",
-    target="gfx942",
-    constants="BLOCK_C=32",
-    programs=32,
-    num_warps=4,
-    num_stages=2,
-    registers=80,
-    spilled_bytes=0,
-    shared_bytes=14336,
-    matrix_instruction="v_mfma_f32_16x16x16_bf16",
-    triton="3.6.0",
-)
+    op="class_scores", shape="B4-C1000-D512", dtype="bf16", launch=1, kernel="_class_scores_kernel", target="gfx942",
+    constants="BLOCK_C=32", programs=32, num_warps=4, num_stages=2, registers=80, spilled_bytes=0, shared_bytes=14336,
+    matrix_instruction="v_mfma_f32_16x16x16_bf16", triton="3.6.0",
+)  # fmt: skip
 STEP = counts.Row(
-    what=counts.STEP,
-    model="vit-tiny",
-    B=4,
-    C=20,
-    K=11,
-    precision="bf16",
-    memory="min",
-    flops=1000,
-    saved_bytes=2000,
-    gradient_bytes=3000,
-    calls=400,
-    launches=500,
-    triton=80,
-    waits=2,
-    torch="2.13",
-)
+    what=counts.STEP, model="vit-tiny", B=4, C=20, K=11, precision="bf16", memory="min", flops=1000, saved_bytes=2000,
+    gradient_bytes=3000, calls=400, launches=500, triton=80, waits=2, torch="2.13",
+)  # fmt: skip
 # A row of a table, what changes in a new one, and the problem, if it is one.
 COMPARED = [
     (KERNEL, {}, ""),
     (KERNEL, {"registers": 81}, "registers 80 → 81"),
     (KERNEL, {"shared_bytes": 14337}, "shared_bytes 14336 → 14337"),
     (KERNEL, {"registers": 101, "shared_bytes": 28672, "triton": "3.7.0"}, ""),
-    (
-        KERNEL,
-        {"matrix_instruction": "v_mfma_f32_16x16x4_f32"},
-        "v_mfma_f32_16x16x16_bf16 → v_mfma_f32_16x16x4",
-    ),
+    (KERNEL, {"matrix_instruction": "v_mfma_f32_16x16x4_f32"}, "v_mfma_f32_16x16x16_bf16 → v_mfma_f32_16x16x4"),
     (KERNEL, {"launch": 2}, "is missing from aot.csv"),
     (STEP, {}, ""),
     (STEP, {"flops": 1001}, "flops 1,000 → 1,001"),
