@@ -44,6 +44,11 @@ def test_csv_with_splits(images, delimiter):
     assert all(class_of(image) == label for split in SPLITS for image, label in source.images(split))
 
 
+def test_csv_blank_rows_are_skipped(images):
+    (images / "table.csv").write_text("path,label\nimages/cat0.png,cat\n\n , \nimages/dog0.png,dog\n")
+    assert open_source(f"csv:{images / 'table.csv'}").images("train").labels == [0, 1]
+
+
 def test_csv_captions_are_prompts(images):
     data = table(images, "image,caption", lambda name, n: (f"images/{name}{n}.png", f'"a {name}, sitting"'))
     assert open_source(data).prompts == (["a cat, sitting", "a dog, sitting", "a owl, sitting"],)

@@ -212,6 +212,7 @@ CALLS: list[tuple[Callable[[], object], Any, list[str]]] = [
     (lambda: read_labels(Listed([0, 1], labels=[0, 1, 1])), ..., ["Listed", "2 items have 3 labels"]),
     *((lambda label=label: read_labels(Listed([0, label])), ..., ["Listed", "item 1", "an integer", "Number the"])
       for label in ("cat", 1.0, True, None, torch.tensor([1, 2]))),
+    (lambda: list(Images(Listed([0, 1], labels=[0, 2])).each(str)), "dataset", ["Listed: item 1 has the label 1"]),
     (lambda: Images(Listed([0, 1, 2], labels=[0, 2, 2])).subset_classes([2])[0], ...,
      ["Listed: item 1 has the label 1, and the labels of the dataset have 2"]),
 ]  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import threading
+import time
 import warnings
 from pathlib import Path
 
@@ -133,6 +134,14 @@ def test_limit_of_pixels_is_that_of_the_header():
     for content, most in ((six, 5), (tiff_in_a_tile(46_000), PIXELS)):
         with raises_input_error(f"a: must have at most {most:,} pixels. Make it smaller."):
             decode(io.BytesIO(content), "a", max_pixels=most)
+
+
+def test_each_reads_a_dataset_of_the_user_in_one_thread():
+    """It need not be safe in several."""
+    threads = []
+    images = Images(Listed(range(20), lambda label: time.sleep(1e-3)))
+    assert len(list(images.each(lambda image: threads.append(threading.get_ident())))) == 20
+    assert len(set(threads)) == 1
 
 
 def test_read_ahead_ends_with_its_consumer():

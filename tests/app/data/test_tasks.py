@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from skipkernels.app.data import TaskOptions, from_datasets, load_task
+from skipkernels.app.data.unreadable import without_unreadable
 from tests.app.data.pictures import NAMES, class_of, make_coop, make_folders, raises_input_error
 
 
@@ -151,6 +152,15 @@ def test_load_task_validation(tmp_path, validation, count, note):
     assert (len(task.train), len(task.validation.images)) == (6, count)
     assert (task.train[0][0], task.validation.images[0][0]) == ("train", "test")
     assert task.validation.classes == task.tests[0].classes and any(each.endswith(note) for each in task.notes)
+
+
+def test_without_unreadable_counts_the_images_held_out_that_are_left(tmp_path):
+    data = f"imagefolder:{make_folders(tmp_path, dict.fromkeys(['cat', 'dog'], 10))}"
+    task = load(data, "few-shot", shots="all", validation=0.4, train_on_validation=True, test="none")
+    for name in (task.train.names[0], task.train.names[-1]):
+        (tmp_path / name).write_bytes(b"no image")
+    left = without_unreadable(task)
+    assert (task.held_out, left.held_out) == (8, 7) and left.train.names == task.train.names[1:-1]
 
 
 # ---- test images alone -----------------------------------------------------------------------------------------------
