@@ -27,8 +27,9 @@ class Line(NamedTuple):
     @property
     def name(self) -> str:
         """Name in the tables."""
-        method = NAMES.get(self.method, self.method.replace("skip", "Skip Tuning"))
-        return method + ", blended" * self.blended + f" + {self.head}" * bool(self.head)
+        name = NAMES.get(self.method, self.method.replace("skip", "Skip Tuning"))
+        name = f"{name}, blended" if self.blended else name
+        return f"{name} + {self.head}" if self.head else name
 
 
 METHODS = list(EVERY)
