@@ -1,4 +1,4 @@
-"""Listing folders and reading text files."""
+"""Listing folders, checking their images, and reading text files."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import errno
 import os
 
 import pytest
+from PIL import Image
 
 from skipkernels.app.data import Source
-from skipkernels.app.data.check import facts
+from skipkernels.app.data.check import facts, findings
 from skipkernels.app.data.files import find_images, path_inside, read_json, read_text
 from skipkernels.app.data.images import Images
 from tests.app.data.pictures import draw_image, raises_input_error
@@ -42,6 +43,13 @@ def test_find_images_lists_unreadable_images(tmp_path):
     good, broken, loop = (fact.reason for fact in facts(Source("a", ("cat",), ("{}",), splits={"train": images})))
     assert good is None and broken.endswith("b.png: no such file. Was it removed, or is it a broken link?")
     assert f"c.png: can't be read ({os.strerror(errno.ELOOP)})" in loop
+
+
+def test_findings_compare_the_sizes_of_images():
+    """The pixels of all three are equal in memory."""
+    images = Images([(Image.new("L", size), 0) for size in ((2, 3), (3, 2), (2, 3))])
+    found = findings(facts(Source("a", ("cat",), ("{}",), splits={"train": images})))
+    assert [(one.kind, one.name, one.detail) for one in found] == [("duplicate", "2", "0 (train, cat)")]
 
 
 def test_path_inside_is_relative_or_none():

@@ -17,6 +17,7 @@ import torch
 from PIL import EpsImagePlugin, ExifTags, Image
 from torch.utils.data import Subset, TensorDataset
 
+from skipkernels.app.data import map_style
 from skipkernels.app.data.images import Images, read_ahead
 from skipkernels.app.data.map_style import read_labels
 from skipkernels.app.data.reading import PIXELS, decode, read_image, to_rgb
@@ -165,6 +166,13 @@ def test_read_ahead_ends_with_its_consumer():
     assert set(done) <= {0, 1, 2, 3}
 
 
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_read_image_refuses_32_bits_per_channel(tmp_path, dtype):
+    Image.fromarray(np.ones((2, 3), dtype)).save(tmp_path / "a.tiff")
+    with raises_input_error("a.tiff: has 32 bits per channel", "Convert it to 8 or 16 bits"):
+        read_image(tmp_path / "a.tiff")
+
+
 def test_read_image_extreme_ratio(tmp_path):
     """With its shorter side resized to 224, it would have 200 million pixels."""
     for size in ((8000, 2), (2, 8000)):
@@ -261,6 +269,11 @@ def test_read_labels_of_dictionaries():
     for dataset in (rows, Rows(rows)):
         images = Images(dataset)
         assert images.labels == [1, 0] and images[1][0].mode == "RGB" and images[1][1] == 0
+
+
+def test_read_labels_of_a_column_loads_no_item(monkeypatch):
+    monkeypatch.setattr(map_style, "image_and_label", lambda *_: pytest.fail("an item is loaded"))
+    assert read_labels(Rows([{"image": "a", "label": 3}])) == [3]
 
 
 def test_images_take_labels_of_the_dataset_or_of_the_caller():
