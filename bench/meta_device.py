@@ -21,7 +21,9 @@ PRODUCTS = {_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm}
 _ATTENTION = F.scaled_dot_product_attention
 # Matrix products of which autocast casts the inputs.
 _CAST = (torch, "matmul"), (torch, "mm"), (Tensor, "matmul"), (Tensor, "__matmul__"), (Tensor, "mm"), (F, "linear")
-_AUTOCAST = "autocast", "is_autocast_enabled", "get_autocast_dtype"  # take the type of a device
+# Functions that take the type of a device
+_AUTOCAST = [(torch, name) for name in ("autocast", "is_autocast_enabled", "get_autocast_dtype")]
+_AUTOCAST.append((torch.amp, "is_autocast_available"))
 
 
 def _casting(product: Callable[..., Any]) -> Callable[..., Any]:
@@ -60,7 +62,7 @@ def _as_on_the_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
 def meta_as_gpu() -> Iterator[None]:
     """Let the meta device follow the autocast settings of the CPU, since it has none, and use a GPU's attention."""
     patches: list[tuple[Any, str, Any]] = [(owner, name, _casting(getattr(owner, name))) for owner, name in _CAST]
-    patches += [(torch, name, _as_on_the_cpu(getattr(torch, name))) for name in _AUTOCAST]
+    patches += [(owner, name, _as_on_the_cpu(getattr(owner, name))) for owner, name in _AUTOCAST]
     patches.append((F, "scaled_dot_product_attention", _attention))
     with contextlib.ExitStack() as stack:
         for patch in patches:

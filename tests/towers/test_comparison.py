@@ -53,8 +53,12 @@ def test_fuse_compares_each_kind_and_changes_nothing(monkeypatch):
 
 
 def test_fuse_on_the_meta_device():
+    """Such as to count operations."""
     (block,) = sk.fuse(make_block("open_clip").to("meta"))
     assert isinstance(block, FusedBlock)
+    hidden = torch.zeros(2, 3, block.ln_1.weight.shape[0], device="meta", requires_grad=True)
+    block(hidden.to(block.ln_1.weight.dtype)).sum().backward()
+    assert hidden.grad.shape == hidden.shape
 
 
 def test_flash_attention_is_not_compared():
