@@ -32,7 +32,7 @@ def read_cut(memory: Memory, attention: AttentionName, chunk: int, lower_device:
     """Cut of a tower at block 0, from arguments of SkipCLIP."""
     backend = SDPA if attention == "sdpa" else xformers.XFORMERS
     device = None if lower_device is None else torch.device(lower_device)
-    return Cut(memory=memory, backend=backend, chunk=chunk, lower_device=device)
+    return Cut(memory=memory, backend=backend, chunk=int(chunk), lower_device=device)
 
 
 def build(

@@ -5,6 +5,7 @@ A check that other functions share takes the names of function and argument; oth
 
 from __future__ import annotations
 
+from numbers import Integral, Real
 from typing import Any, NoReturn
 
 import torch
@@ -51,7 +52,7 @@ def check_vocabulary(function: str, argument: str, tokens: Tensor, vocabulary: i
 
 def as_label_smoothing(label_smoothing: Any) -> float:
     """Return the label smoothing as a float, or raise if it is not in [0, 1]."""
-    number = isinstance(label_smoothing, (int, float)) and not isinstance(label_smoothing, bool)
+    number = isinstance(label_smoothing, Real) and not isinstance(label_smoothing, bool)
     if not number or not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"SkipCLIP: label_smoothing must be a number in [0, 1]; got {label_smoothing!r}.")
     return float(label_smoothing)
@@ -83,7 +84,7 @@ def check_options(*, memory: Any, attention: Any, trainable: Any, chunk: Any) ->
     check_choice("SkipCLIP", "memory", memory, Memory)
     check_choice("SkipCLIP", "attention", attention, AttentionName)
     check_choice("SkipCLIP", "trainable", trainable, Trainable)
-    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
+    if isinstance(chunk, bool) or not isinstance(chunk, Integral) or chunk < 1:
         raise ValueError(f"SkipCLIP: chunk must be a whole number, at least 1; got {chunk!r}.")
 
 
@@ -101,8 +102,9 @@ def blocks_to_skip(skip: int | float, depth: int, tower: str) -> int:
     >>> blocks_to_skip(0.5, 12, "image"), blocks_to_skip(5, 12, "text")
     (6, 5)
     """
-    number = not isinstance(skip, bool) and isinstance(skip, (int, float))
-    blocks = round(skip * depth) if isinstance(skip, float) and 0.0 <= skip <= 1.0 else skip
+    number = not isinstance(skip, bool) and isinstance(skip, Real)
+    is_share = number and not isinstance(skip, Integral) and 0.0 <= skip <= 1.0
+    blocks = round(skip * depth) if is_share else skip
     if not (number and 0 <= blocks <= depth and blocks == int(blocks)):
         raise ValueError(
             f"SkipCLIP: skip_layers must be a whole number from 0 to {depth} for the {tower} tower, or a fraction of "

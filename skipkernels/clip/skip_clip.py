@@ -121,10 +121,9 @@ class SkipCLIP(nn.Module):
         checks.check_options(memory=memory, attention=attention, trainable=trainable, chunk=chunk)
         checks.refuse_inference_mode("SkipCLIP: cannot be created")
         self.label_smoothing = checks.as_label_smoothing(label_smoothing)
-        share = keep_ratio if train_text else 1.0  # constant class embeddings need no text tower
-        self.sampler = RankSampler(
-            share, max_keep=max_keep, decay=decay, tail=tail, max_tail=max_tail, generator=generator
-        )
+        self.sampler = RankSampler(keep_ratio, max_keep, decay, tail, generator, max_tail)
+        if not train_text:  # constant class embeddings need no text tower
+            self.sampler.keep_ratio = 1.0
         self.model = model
         self.config = getattr(model, "config", None)  # for the model card of transformers' trainer
         self.train_options = TrainOptions(trainable, train_text, train_logit_scale)

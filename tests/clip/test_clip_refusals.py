@@ -29,6 +29,7 @@ CONSTRUCTION: list[tuple[dict[str, Any], str]] = [
     ({"skip_layers": float("nan")}, "SkipCLIP: skip_layers must be"),
     ({"skip_layers": (1, 2, 3)}, "SkipCLIP: skip_layers must be one number or a pair"),
     ({"keep_ratio": 0.0}, "RankSampler: keep_ratio must be above 0"),
+    ({"keep_ratio": 0.0, "train_text": False}, "RankSampler: keep_ratio must be above 0"),
     ({"chunk": "a"}, "SkipCLIP: chunk must be a whole number, at least 1; got 'a'"),
     ({"generator": 0}, "RankSampler: generator must be a torch.Generator; got 0"),
     ({"model": (tiny_clip(), None)}, "SkipCLIP: model must be a CLIP, .*; got tuple. Pass its first"),

@@ -6,6 +6,7 @@ import copy
 import pickle
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -34,6 +35,15 @@ def test_parameter_groups_replaced_parameters():
 def test_skip_layers_fraction_and_pair():
     clip = sk.SkipCLIP(tiny_clip(text={"layers": 2}), tiny_tokens(4), skip_layers=(2, 0.5))
     assert (clip.images.tower.skip, clip.texts.tower.skip) == (2, 1)
+
+
+def test_numbers_of_numpy():
+    options = {"chunk": np.int64(7), "label_smoothing": np.float32(0.25)}
+    clip = sk.SkipCLIP(tiny_clip(), tiny_tokens(4), skip_layers=(np.int64(1), np.float32(0.5)), **options)
+    expected = sk.SkipCLIP(tiny_clip(), tiny_tokens(4), skip_layers=(1, 0.5), chunk=7, label_smoothing=0.25)
+    assert clip.images.tower.cut == expected.images.tower.cut and clip.texts.tower.cut == expected.texts.tower.cut
+    batch = tiny_batch(3, 4)
+    assert clip(*batch).loss.equal(expected(*batch).loss)
 
 
 def test_cut_of_both_towers():
