@@ -23,7 +23,6 @@ from torch.utils.checkpoint import checkpoint
 from . import dtypes, reference
 from .checks import (
     FEATURE_DTYPES,
-    as_casts,
     as_scalar,
     check_device,
     check_dtype,
@@ -31,7 +30,6 @@ from .checks import (
     check_ids,
     check_like,
     check_shape,
-    check_update,
     check_values,
 )
 from .ops.add_layer_norm import add_layer_norm as _add_layer_norm
@@ -44,6 +42,7 @@ from .ops.mlp_activation import mlp_activation as _mlp_activation
 from .ops.pooled_attention import pooled_attention as _pooled_attention
 from .ops.registration import call_and_explain
 from .ops.rotary_embedding import rotary_embedding as _rotary_embedding
+from .ops.sgd_momentum import as_casts, check_update
 from .ops.sgd_momentum import sgd_momentum_ as _sgd_momentum_
 from .ops.shared_prefix_attention import shared_prefix_attention as _shared_prefix_attention
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..checks import FEATURE_DTYPES, check_device, check_dtype
 from . import launching, registration
 from .launching import launch, launch_options, tl, triton
 
@@ -343,3 +344,74 @@ sgd_momentum_ = registration.define(
     fake=_fake,
     launch=_launch,
 )
+
+
+# ---- checks of the public function -----------------------------------------------------------------------------------
+
+
+def check_update(
+    function: str,
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    offsets: Sequence[int] | None,
+) -> None:
+    """Check the lists of weights of one dtype and device, of their gradients and buffers, and of their offsets."""
+    counts = len(weights), len(grads), len(momentum_buffers)
+    if len(set(counts)) > 1:
+        raise ValueError(
+            f"{function}: weight, grad and momentum_buffer must be lists of equal length; got {counts[0]}, {counts[1]} "
+            f"and {counts[2]}."
+        )
+    if offsets is not None and not (
+        len(offsets) == len(weights)
+        and all(0 <= first < 2**63 - x.numel() for first, x in zip(offsets, weights, strict=True))
+    ):
+        raise ValueError(
+            f"{function}: offsets must be an index ≥ 0 for each of {len(weights)} weights, and that of its last "
+            f"element an int64; got {offsets}."
+        )
+    if weights:
+        check_dtype(function, "weight", weights[0], FEATURE_DTYPES, "Only floating-point weights can be trained.")
+    for weight, grad, momentum_buffer in zip(weights, grads, momentum_buffers, strict=True):
+        first = weights[0]
+        # Compared before they are checked: a model has hundreds of tensors.
+        if weight.dtype != first.dtype or weight.device != first.device or weight.layout != torch.strided:
+            check_dtype(function, "weight", weight, [first.dtype], "Use one call per dtype.")
+            check_device(function, "weight", weight, ("the first weight", first))
+        for argument, x in (("grad", grad), ("momentum_buffer", momentum_buffer)):
+            if x.shape != weight.shape:
+                shape, got = list(weight.shape), list(x.shape)
+                raise ValueError(f"{function}: {argument} must be {shape} to match its weight; got {got}.")
+            if x.dtype != weight.dtype or x.device != weight.device or x.layout != torch.strided:
+                check_dtype(function, argument, x, FEATURE_DTYPES, f"Use {argument}.float().")
+                check_device(function, argument, x, ("weight", weight))
+        for argument, x in (("weight", weight), ("momentum_buffer", momentum_buffer)):
+            if not x.is_contiguous() and any(
+                size > 1 and step == 0 for size, step in zip(x.shape, x.stride(), strict=True)
+            ):
+                raise ValueError(f"{function}: {argument} must have memory for each element; got an expanded tensor.")
+
+
+def as_casts(function: str, weights: Sequence[Tensor], casts: Sequence[Tensor | None]) -> list[Tensor]:
+    """Check 16-bit copies of weights; return one for each weight, empty where there is none, or no list without any."""
+    first = next((x for x in casts if x is not None), None)
+    if len(casts) != len(weights):
+        raise ValueError(
+            f"{function}: casts must have a tensor or None for each of {len(weights)} weights; got {len(casts)}."
+        )
+    if first is None:
+        return []
+    check_dtype(function, "weight", weights[0], [torch.float32], "Leave out casts, which are for float32.")
+    check_dtype(function, "casts", first, [torch.bfloat16, torch.float16], "A copy has 16 bits.")
+    for weight, x in zip(weights, casts, strict=True):
+        if x is None:
+            continue
+        check_dtype(function, "casts", x, [first.dtype], "Use one dtype for all.")
+        check_device(function, "casts", x, ("weight", weight))
+        if x.shape != weight.shape or not (x.is_contiguous() and weight.is_contiguous()):
+            raise ValueError(
+                f"{function}: casts must be contiguous copies of contiguous weights; got {list(x.shape)} for a weight "
+                f"{list(weight.shape)}."
+            )
+    return [first.new_empty(0) if x is None else x for x in casts]
