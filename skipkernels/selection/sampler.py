@@ -19,7 +19,7 @@ from torch import Tensor
 from ..ops.classes_at_ranks import classes_at_ranks
 from ..ops.launching import pinned
 from ..options import Tail
-from .probabilities import RankLaw, base_keep
+from .probabilities import Intervals, RankLaw, base_keep
 
 _law = functools.lru_cache(maxsize=8)(RankLaw)  # a pure function, of which most steps need the same tensors
 
@@ -127,16 +127,26 @@ class RankSampler:
                 'would draw other classes than the first time. Use memory="min" instead.'
             )
         self._largest_batch = max(self._largest_batch, max_labels)
-        if self.tail == "fixed" and len(law.q):
-            if self._fixed is None or len(self._fixed) < len(law.q):
-                self._fixed = self._uniform(num_classes - self.law(num_classes, max_labels).keep)
-            # With more labels than `_fixed` was drawn for, more of the first ranks are kept, and the tail loses these.
-            tail = (self._fixed[-len(law.q) :] < law.q).nonzero().squeeze(1)  # [n], places in the tail
-        elif (intervals := law.intervals_of_one_size if one_size else law.intervals).total:
-            tail = intervals.draw(self._uniform().item())  # [n]
+        if self.tail == "fixed":
+            tail = self._fixed_tail(law.q, num_classes - self.law(num_classes, max_labels).keep)
         else:
-            tail = torch.empty(0, dtype=torch.int64, device="cpu")
+            tail = self._resampled_tail(law.intervals_of_one_size if one_size else law.intervals)
         return torch.cat([torch.arange(law.keep, device="cpu"), law.keep + tail])  # [K]
+
+    def _fixed_tail(self, q: Tensor, longest: int) -> Tensor:
+        """Places in the tail [n] int64, of numbers that are drawn once, for the `longest` tail of this batch size."""
+        if len(q) == 0:
+            return torch.empty(0, dtype=torch.int64, device="cpu")
+        if self._fixed is None or len(self._fixed) < len(q):
+            self._fixed = self._uniform(longest)
+        # With more labels than `_fixed` was drawn for, more of the first ranks are kept, and the tail loses these.
+        return (self._fixed[-len(q) :] < q).nonzero().squeeze(1)
+
+    def _resampled_tail(self, intervals: Intervals) -> Tensor:
+        """Places in the tail [n] int64, drawn anew."""
+        if intervals.total == 0:  # no number is drawn
+            return torch.empty(0, dtype=torch.int64, device="cpu")
+        return intervals.draw(self._uniform().item())
 
     def _uniform(self, *shape: int) -> Tensor:
         return torch.rand(shape, generator=self.generator, dtype=torch.float64, device=self.generator.device).cpu()
