@@ -1,7 +1,8 @@
 """Casts of weights: copies in 16 bits, which a captured step multiplies by and its update writes.
 
-Fused blocks find the casts of the step that runs by their weights (`joint_cast`), and so does FusedSGD (`casts_of`): no
-argument passes through the modules of the caller to the blocks, nor through autograd to the hooks of the optimizer.
+Fused blocks find the casts of the step that runs by their weights (`active_joint_cast`), and so does FusedSGD
+(`active_casts`): no argument passes through the modules of the caller to the blocks, nor through autograd to the hooks
+of the optimizer.
 """
 
 from __future__ import annotations
@@ -71,13 +72,13 @@ class Casts:
 _active: dict[int, Casts] = {}  # by the ids of their weights, of one or several models
 
 
-def joint_cast(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
+def active_joint_cast(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
     """Return what `Casts.joint_cast` does, if a step runs that has casts of these weights."""
     casts = _active.get(id(weights[0]))
     return None if casts is None else casts.joint_cast(weights, dtype)
 
 
-def casts_of(weights: Iterable[Tensor]) -> list[Tensor | None]:
+def active_casts(weights: Iterable[Tensor]) -> list[Tensor | None]:
     """Return the cast of each weight, for its update; None if it has none."""
     found = [(weight, _active.get(id(weight))) for weight in weights]
     return [None if casts is None else casts.cast_of(weight) for weight, casts in found]

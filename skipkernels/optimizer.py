@@ -224,7 +224,7 @@ class FusedSGD(torch.optim.Optimizer):
                     weight_decay=self._option(group_index, "weight_decay", device),
                     seed=_step_seed(group, device),
                     offsets=[self._places[weight].offset for weight in part],
-                    casts=casts.casts_of(part),
+                    casts=casts.active_casts(part),
                 )
 
     def _read_places(self) -> dict[Tensor, _Place]:

@@ -108,11 +108,11 @@ def test_steps_of_two_models_have_their_own_casts():
 
     def other() -> None:
         with two.active():
-            found.extend(casts.joint_cast([x], torch.bfloat16) for x in (first, second))
+            found.extend(casts.active_joint_cast([x], torch.bfloat16) for x in (first, second))
 
     with one.active():
         thread = threading.Thread(target=other)
         thread.start()
         thread.join()
-        found += [casts.joint_cast([x], torch.bfloat16) for x in (first, second)]
+        found += [casts.active_joint_cast([x], torch.bfloat16) for x in (first, second)]
     assert found[0] is found[2] and torch.is_tensor(found[0]) and torch.is_tensor(found[1]) and found[3] is None

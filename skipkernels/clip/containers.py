@@ -33,9 +33,8 @@ class Containers:
 
     def check_unchanged(self) -> None:
         """Raise a RuntimeError if the model was altered in a way that SkipCLIP does not follow."""
-        known_and_now = zip(self._known, self._read(), strict=True)
-        changes = (change for (change, known), (_, now) in known_and_now if now != known)
-        if change := next(changes, None) or self._override():
+        changes = [change for (change, known), (_, now) in zip(self._known, self._read(), strict=True) if now != known]
+        if change := changes[0] if changes else self._override():
             raise RuntimeError(
                 f"SkipCLIP: the model was altered after SkipCLIP was made: {change.rstrip('.')}. Undo that, or call "
                 "clip.refresh() to read the model again, and create the optimizer again if parameters were replaced."

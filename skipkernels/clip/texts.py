@@ -140,13 +140,9 @@ class ClassTexts(PromptEncoder):
     def kept_embeddings(self) -> Tensor:
         """Unit-norm embeddings [C, D] of all classes in evaluation mode, without gradient; kept until a change."""
         self.check_contents()
-        autocast, table = autocast_dtype(self.device), None if self.features is None else self.features.table()
-        if self._kept is None or not self._kept.is_valid(autocast, table):
+        if self._kept is None or not self._kept.is_valid(self):
             with torch.inference_mode(False):
-                embeddings = self.compute_embeddings()
-            above = Watch(self.tower.upper_parts)
-            above.start()
-            self._kept = _Kept(embeddings, autocast, table, above)
+                self._kept = _Kept.compute(self)
         return self._kept.embeddings
 
     def step_tensors(self) -> list[Tensor | None]:
@@ -198,12 +194,22 @@ class _Kept(NamedTuple):
     table: FeatureTable | None  # features at the cut, if they are kept
     above: Watch  # of modules and weights above the cut
 
-    def is_valid(self, autocast: torch.dtype | None, table: FeatureTable | None) -> bool:
+    @classmethod
+    def compute(cls, texts: ClassTexts) -> _Kept:
+        """Compute the embeddings, and begin to watch what is above the cut."""
+        table = None if texts.features is None else texts.features.table()
+        above = Watch(texts.tower.upper_parts)
+        kept = cls(texts.compute_embeddings(), autocast_dtype(texts.device), table, above)
+        above.start()
+        return kept
+
+    def is_valid(self, texts: ClassTexts) -> bool:
         """Return True if an evaluation would compute the same embeddings, by contents and settings above the cut.
 
         Contents, since a write through `.data` changes no version. A step compares versions alone, see
         `TextFeatures.table`: it should not read all weights.
         """
-        if self.autocast != autocast or self.table is not table:
+        table = None if texts.features is None else texts.features.table()
+        if self.autocast != autocast_dtype(texts.device) or self.table is not table:
             return False
         return self.above.is_comparable() and not self.above.compare()

@@ -72,10 +72,7 @@ def why_altered(block: Any, own: type, methods: Mapping[str, Any], children: Sub
         modules[path] = module
     if _has_other_children(modules.values()):
         return f"the submodules of a block differ from those of a {own.__name__}"
-    matrices = (x for m in modules.values() for name, x in m._parameters.items() if name != "bias" and x is not None)
-    if len({x.dtype for x in matrices if x.ndim == 2}) > 1:
-        return "the weights of a block have more than one dtype"
-    return None
+    return "the weights of a block have more than one dtype" if _have_dtypes(modules.values()) else None
 
 
 def has_hooks(block: Any) -> bool:
@@ -144,3 +141,9 @@ def _has_other_children(modules: Iterable[Any]) -> bool:
     return any(
         child not in known and name != "parametrizations" for module in known for name, child in module._modules.items()
     )
+
+
+def _have_dtypes(modules: Iterable[Any]) -> bool:
+    """Return True if the matrices of these modules have more than one dtype."""
+    weights = (x for module in modules for name, x in module._parameters.items() if name != "bias" and x is not None)
+    return len({x.dtype for x in weights if x.ndim == 2}) > 1

@@ -63,20 +63,24 @@ def fuse(model: Model, *, memory: FusedMemory = "fast") -> Model:
         if (reason := BLOCKS[name].why_unavailable()) is not None:
             raise UnsupportedModel(f"fuse: {name} {reason}")
     unfuse(model)  # of another `memory`
-    blocks = fuse_blocks(model.modules(), memory)
-    reasons = [block.why_not_fused() for block in blocks]
-    unfuse(nn.ModuleList(block for block, reason in zip(blocks, reasons, strict=True) if reason is not None))
-    found = "; ".join(dict.fromkeys(filter(None, reasons))) or f"the model has none of {', '.join(BLOCKS)}"
-    if None not in reasons:
+    fused, reasons = [], []
+    for block in fuse_blocks(model.modules(), memory):
+        if (reason := block.why_not_fused()) is None:
+            fused.append(block)
+        else:
+            unfuse(block)
+            reasons.append(reason)
+    found = "; ".join(dict.fromkeys(reasons)) or f"the model has none of {', '.join(BLOCKS)}"
+    if not fused:
         remedy = _PEFT_REMEDY if " of peft " in found else ""
         raise UnsupportedModel(f"fuse: no block of {type(model).__name__} can be fused: {found}.{remedy}")
     try:
-        compare_with_own_forward(block for block, reason in zip(blocks, reasons, strict=True) if reason is None)
+        compare_with_own_forward(fused)
     except BaseException:
         unfuse(model)
         raise
-    if any(reasons):
-        warn_caller(f"fuse: {len(reasons) - reasons.count(None)} of {len(reasons)} blocks are not fused: {found}.")
+    if reasons:
+        warn_caller(f"fuse: {len(reasons)} of {len(fused) + len(reasons)} blocks are not fused: {found}.")
     return model
 
 

@@ -43,23 +43,28 @@ class Prompts:
     """
 
     def __init__(self, tokens: Tensor, pooling: Pooling):
+        pooled, needed_length = pooling.positions, int(pooling.positions.max()) + 1
+        self.pooled = pooled
+        self.given_length = tokens.shape[1]
         # 1. Tokens that a pooled token can see
-        self.pooled = pooled = pooling.positions
-        self.given_length, needed_length = tokens.shape[1], int(pooled.max()) + 1
         self.why_not_cropped = pooling.why_not_cropped
         if self.why_not_cropped is None:
             tokens = tokens[:, : pooling.visible_length or needed_length].contiguous()
-        self.tokens, self.prompt_length = tokens, max(tokens.shape[1], needed_length)
+        self.tokens = tokens
+        self.prompt_length = max(tokens.shape[1], needed_length)
         # 2. The prefix
-        self.prefix_length = P = 0 if pooling.why_not_shared else _shared_prefix_length(tokens, pooled)
+        P = 0 if pooling.why_not_shared else _shared_prefix_length(tokens, pooled)
+        self.prefix_length = P
         self.why_not_shared = pooling.why_not_shared
         if P == 0 and self.why_not_shared is None:
             first = int(pooled.min()) == 0
             self.why_not_shared = "a pooled token is the first" if first else "the prompts begin with different tokens"
         # 3. Rows of the prefix and of the suffixes
         lengths = pooled + 1 - P if P else torch.full_like(pooled, self.prompt_length)  # [C]
-        self.suffix_lengths, self.starts = lengths, P + lengths.cumsum(0) - lengths  # [C] each
-        self.row_count, self.max_suffix_length = P + int(lengths.sum()), int(lengths.max())
+        self.suffix_lengths = lengths
+        self.starts = P + lengths.cumsum(0) - lengths  # [C]
+        self.row_count = P + int(lengths.sum())
+        self.max_suffix_length = int(lengths.max())
         self.has_equal_suffixes = bool((lengths == self.max_suffix_length).all())
         self.most_rows = [P, *(P + lengths.sort(descending=True)[0].cumsum(0)).tolist()]
 
@@ -81,11 +86,6 @@ def _shared_prefix_length(tokens: Tensor, pooled: Tensor) -> int:
     """Length of the prefix that all prompts [C, L] share, in front of every pooled token."""
     same = (tokens == tokens[:1]).all(dim=0).long().cumprod(dim=0).sum()  # [C, L] -> [L] -> []
     return min(int(same), int(pooled.min()))
-
-
-def counts_are_known(device: torch.device) -> bool:
-    """Return True if the number of rows can be read on the host; on a GPU that would be a host sync."""
-    return device.type == "cpu"
 
 
 class SelectedPrompts:
@@ -152,3 +152,8 @@ class SelectedPrompts:
         # The backward of `expand` adds the gradients of the prefix in a fixed order.
         prefix = rows[:P].expand(K, P, W)  # [K, P, W]
         return torch.cat([prefix, rows.index_select(0, index.flatten()).view(K, -1, W)], dim=1)  # [K, L, W]
+
+
+def counts_are_known(device: torch.device) -> bool:
+    """Return True if the number of rows can be read on the host; on a GPU that would be a host sync."""
+    return device.type == "cpu"

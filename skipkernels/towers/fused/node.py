@@ -14,7 +14,7 @@ from ..rows import Hidden, RowsOptions
 from . import stages
 from .gradients import Gradients
 from .stages import BlockCall
-from .weights import BlockSettings, GivenWeights, prepare
+from .weights import BlockSettings, GivenWeights, join_and_cast
 
 
 def fused_block(given: GivenWeights, settings: BlockSettings, hidden: Hidden, options: RowsOptions) -> Hidden:
@@ -26,7 +26,7 @@ def fused_block(given: GivenWeights, settings: BlockSettings, hidden: Hidden, op
     if dtype != torch.float64:  # which autocast leaves as it is
         dtype = autocast_dtype(device) or dtype
     with without_autocast(device):
-        call = BlockCall(prepare(given, dtype), settings, options, dtype)
+        call = BlockCall(join_and_cast(given, dtype), settings, options, dtype)
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*hidden, *given.values())):
             return Hidden(*_BlockFunction.apply(call, tuple(given), *hidden, *given.values()))
         return stages.forward(call, hidden, record=False)[0]
@@ -75,7 +75,7 @@ class _BlockFunction(torch.autograd.Function):
         )
         with without_autocast(d_stream.device):
             settings, options, dtype = ctx.options
-            call = BlockCall(prepare(saved_weights, dtype), settings, options, dtype)
+            call = BlockCall(join_and_cast(saved_weights, dtype), settings, options, dtype)
             # 3. What was not saved, computed again; then the stages from the last to the first
             saved = stages.restore(call, tensors[count:], graph)
             d_inputs = stages.backward(call, saved, d_stream, d_branch, gradients)

@@ -82,7 +82,7 @@ class BlockSettings(NamedTuple):
 
 
 @torch.no_grad()
-def prepare(given: Mapping[str, Tensor], dtype: torch.dtype) -> BlockWeights:
+def join_and_cast(given: Mapping[str, Tensor], dtype: torch.dtype) -> BlockWeights:
     """Return the weights as given, but with parts joined, and those of products in their dtype; one launch copies all.
 
     A captured step, and the eager ones before its capture, take the casts that their update renews (`casts.py`).
@@ -91,20 +91,18 @@ def prepare(given: Mapping[str, Tensor], dtype: torch.dtype) -> BlockWeights:
     for name, x in given.items():
         parts_of.setdefault(field_of(name), []).append(x)
     weights: dict[str, Tensor] = {}
-    targets: list[Tensor] = []
-    sources: list[Tensor] = []
+    copies: list[tuple[Tensor, Tensor]] = []  # target and source
     for name, parts in parts_of.items():
         wanted = dtype if name in _OF_PRODUCTS else parts[0].dtype
         if len(parts) == 1 and parts[0].dtype == wanted:
             weights[name] = parts[0]
             continue
-        joint = casts.joint_cast(parts, wanted)
+        joint = casts.active_joint_cast(parts, wanted)
         if joint is None:
             lengths = [len(part) for part in parts]
             joint = parts[0].new_empty(sum(lengths), *parts[0].shape[1:], dtype=wanted)
-            targets += joint.split(lengths)
-            sources += parts
+            copies += zip(joint.split(lengths), parts, strict=True)
         weights[name] = joint
-    if sources:
-        torch._foreach_copy_(targets, sources)
+    if copies:
+        torch._foreach_copy_([target for target, _ in copies], [source for _, source in copies])
     return BlockWeights(**weights)
