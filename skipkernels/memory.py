@@ -29,7 +29,7 @@ def free_bytes(device: torch.device) -> float:
     if device.type == "cuda":
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reserved
-    if sys.platform == "darwin":
+    if sys.platform == "darwin" and device.type in ("cpu", "mps"):
         return _free_on_macos()
     if device.type != "cpu":
         return math.inf
