@@ -66,4 +66,5 @@ def names_of(dataset: Any) -> Sequence[str] | None:
     """Return the class names of a dataset, or of its feature "label", as one of Hugging Face has; None without any."""
     features = getattr(dataset, "features", None)
     label = features.get("label") if isinstance(features, Mapping) else None
-    return getattr(dataset, "classes", getattr(label, "names", None))
+    classes = getattr(dataset, "classes", None)
+    return getattr(label, "names", None) if classes is None else classes

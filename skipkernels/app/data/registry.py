@@ -37,10 +37,15 @@ IN_PYTHON = "dataset"
 """Kind of a dataset that was passed in Python."""
 
 
+def is_in_python(data: str) -> bool:
+    """Return True for the name of a dataset that was passed in Python."""
+    return data.startswith(f"{IN_PYTHON}:")
+
+
 def is_own(data: str) -> bool:
     """Return True if a dataset is the user's own, not a published or packaged one."""
     kind = data.partition(":")[0]
-    return kind == IN_PYTHON or (kind in KINDS and KINDS[kind].own)
+    return is_in_python(data) or (kind in KINDS and KINDS[kind].own)
 
 
 def default_protocol(data: str) -> Protocol:
@@ -85,7 +90,7 @@ def open_source(data: str, root: str | Path | None = None, templates: Templates 
         module, function = record.opener.split(":")
         opener = getattr(importlib.import_module(f".{module}", __package__), function)
         return opener(name, templates=templates, **({"root": root} if record.has_root else {}))
-    if kind == IN_PYTHON:
+    if is_in_python(data):
         raise open_error(f"{name} was passed to tune in Python. Pass it again as `dataset=`.")
     if os.path.exists(data):  # Path.exists raises an error for a name that is too long
         form = "imagefolder" if os.path.isdir(data) else "csv"

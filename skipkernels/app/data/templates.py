@@ -31,13 +31,13 @@ def resolve_templates(dataset: str | None, templates: Templates = None, default:
     if len(chosen) == 1 and chosen[0] in TEMPLATE_SETS:
         return (TEMPLATE_SETS[chosen[0]].get(dataset or "", default),)
     if not chosen:
-        raise InputError(f"must have an item, such as {PHOTO!r}; got none.", "templates", "resolve_templates")
+        raise InputError(f"must have an item, such as {PHOTO!r}; got none.", "templates", "open_source")
     for template in chosen:
         if template.count("{}") != 1 or set("{}") & set(template.replace("{}", "")):
             raise InputError(
                 f"must be {' or '.join(TEMPLATE_SETS)} alone, or templates with one {{}} "
                 f"each, which the class name replaces, and no other braces, such as {PHOTO!r}; got {template!r}.",
                 "templates",
-                "resolve_templates",
+                "open_source",
             )
     return tuple(chosen)

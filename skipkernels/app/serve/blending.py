@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from ..config import CONFIG, TuneConfig
 from ..data import InputError
-from ..data.registry import IN_PYTHON
+from ..data.registry import is_in_python
 from ..data.tasks import VALIDATION
 from ..results.class_metrics import BALANCED
 from ..results.files import existing_run, read_metrics
@@ -127,7 +127,7 @@ def _config_of_run(folder: Path, device: str | None, *, trust: bool) -> TuneConf
             "run",
             "blend",
         )
-    if config.data.partition(":")[0] == IN_PYTHON:
+    if is_in_python(config.data):
         raise InputError(f"{config.data} was passed to tune in Python. Tune it with `blend=0.5`.", function="blend")
     cache = config.cache if config.cache is not None and config.cache.is_dir() else None
     return replace(config, cache=cache, device=device or config.device)

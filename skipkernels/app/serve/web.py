@@ -1,7 +1,7 @@
 """Web page and REST endpoint of a classifier, as an ASGI application.
 
 `GET /` is the page, `POST /predict` classifies images, `GET /classes` and `GET /health` describe the classifier. No
-file is served. Errors are {"error": line}.
+file is served. Errors are {"error": line}, and a line of text for another host.
 """
 
 from __future__ import annotations

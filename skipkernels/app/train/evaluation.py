@@ -17,11 +17,9 @@ from ..results.thumbnails import predictions_with_thumbnails
 from .calibration import calibrate
 from .candidates import Choice
 from .setup import BATCH, RunSetup
-from .trainer import REMEDY
 
 Accuracies = dict[str, float | None]
 """Accuracy in per cent by test and by summary of the protocol; None where a method can't classify the images."""
-_AFTER_EPOCH = f"after this epoch, though its loss and weights are. {REMEDY}"
 
 
 class Evaluation(NamedTuple):
@@ -42,8 +40,8 @@ class Evaluator:
             self._features[VALIDATION] = validation
         self.labels = {name: features.labels for name, features in self._features.items()}
 
-    def evaluate(self, method: Method, when: str = _AFTER_EPOCH) -> Evaluation:
-        """Evaluate a method."""
+    def evaluate(self, method: Method, when: str = "for these weights. Use `precision=fp32`.") -> Evaluation:
+        """Evaluate a method; `when` is the end of the error for logits that are not finite."""
         top, accuracies = {}, {}
         for name in self._features:
             batches = [top_classes(logits) for logits in self._logits(method, name)]
@@ -51,7 +49,7 @@ class Evaluator:
                 continue
             top[name] = TopClasses(*(torch.cat(part).cpu() for part in zip(*batches, strict=True)))
             if not top[name].probabilities.isfinite().all():  # NaN if a logit is
-                raise FloatingPointError(f"tune: logits of the test {name!r} are not finite {when}")
+                raise FloatingPointError(f"logits of the test {name!r} are not finite {when}")
             correct = top[name].classes[:, 0] == self.labels[name]
             accuracies[name] = round(100.0 * correct.float().mean().item(), 4)
         validation = accuracies.pop(VALIDATION, None)

@@ -26,7 +26,7 @@ class Interpolation:
 
     def __init__(self, weights: Iterable[Tensor]):
         self._weights = [(weight.detach(), weight.detach().clone()) for weight in weights]  # now, and before training
-        self._ends: list[tuple[Tensor, Tensor, Tensor]] = []  # weights that changed, with both values
+        self._ends: list[tuple[Tensor, Tensor, Tensor]] | None = None  # weights that changed, with both values
 
     def end(self) -> None:
         """Take the values that the weights have now as those after training."""
@@ -37,6 +37,7 @@ class Interpolation:
     @torch.no_grad()
     def set(self, alpha: float) -> None:
         """Set the weights; alpha 0 are exactly those before training, and 1 those after it."""
+        assert self._ends is not None, "`end` has not been called"
         for weight, before, after in self._ends:
             weight.copy_(_between(before, after, alpha))
 

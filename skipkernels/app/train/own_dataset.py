@@ -13,7 +13,7 @@ from ..config import TuneConfig
 from ..data import InputError, Source, from_datasets
 from ..data.files import file_name
 from ..data.map_style import SizedDataset
-from ..data.registry import IN_PYTHON
+from ..data.registry import IN_PYTHON, is_in_python
 from ..data.splits import listed_source
 
 
@@ -47,7 +47,7 @@ class OwnData:
                 "dataset",
                 function,
             )
-        if self.dataset is not None and config.data != TuneConfig.data and config.data.partition(":")[0] != IN_PYTHON:
+        if self.dataset is not None and config.data != TuneConfig.data and not is_in_python(config.data):
             raise InputError(f"must be left out with dataset; got {config.data!r}.", "data", function)
         for argument, part in given.items():
             if not (hasattr(part, "__len__") and hasattr(part, "__getitem__")) or isinstance(part, Mapping):

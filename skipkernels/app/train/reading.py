@@ -13,7 +13,7 @@ from ...digests import digest_file
 from ...folders import is_locked
 from ..config import CONFIG, TuneConfig
 from ..data import InputError
-from ..data.registry import IN_PYTHON
+from ..data.registry import is_in_python
 from ..results.files import CLASSIFIER, METRICS
 from . import checkpoint
 from .description import Description
@@ -76,6 +76,6 @@ def unfinished(run: Path) -> str | None:
 
 def how_to_resume(run: Path, data: str) -> str:
     """Return the command that continues a run, or the call where the dataset was passed in Python."""
-    if data.partition(":")[0] == IN_PYTHON:
+    if is_in_python(data):
         return f"tune(dataset=…, resume={str(run)!r})"
     return f"skipkernels tune --resume {shlex.quote(str(run))}"

@@ -34,7 +34,7 @@ from .progress import Logger, ProgressDisplay
 from .reading import how_to_resume
 from .search import Search
 from .setup import BATCH, build_run
-from .trainer import Trainer
+from .trainer import REMEDY, Trainer
 from .writing import RunFolder
 
 _log = logging.getLogger("skipkernels")
@@ -202,7 +202,8 @@ class Run:
         )
         while trainer.epochs < config.epochs:
             row = trainer.epoch(self.display.step, self.display.loss)
-            evaluation = images.evaluator.evaluate(self.method)
+            when = f"after this epoch, though its loss and weights are. {REMEDY}"
+            evaluation = images.evaluator.evaluate(self.method, when)
             row["accuracy"], row["validation"] = evaluation.accuracies, evaluation.validation
             if (balanced := images.evaluator.balanced(evaluation)) is not None:
                 row[BALANCED] = balanced

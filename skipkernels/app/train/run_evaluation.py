@@ -15,7 +15,7 @@ from ..console import print_plain
 from ..data import InputError
 from ..data.files import format_names
 from ..data.map_style import SizedDataset
-from ..data.registry import IN_PYTHON
+from ..data.registry import IN_PYTHON, is_in_python
 from ..results.files import existing_run
 from .evaluation import Accuracies, Evaluator
 from .own_dataset import OwnData
@@ -86,7 +86,7 @@ def _config_of_run(folder: Path, own: OwnData, given: dict[str, Any], trust: boo
 
 def _for_tests(config: TuneConfig, own: OwnData, given: dict[str, Any]) -> TuneConfig:
     """Return the configuration with other settings, for test images alone."""
-    if own.dataset is not None and config.data.partition(":")[0] != IN_PYTHON:
+    if own.dataset is not None and not is_in_python(config.data):
         given = {"data": f"{IN_PYTHON}:"} | given  # `OwnData.applied` adds the name of the dataset
     if given.get("data", config.data) != config.data:
         given = {"max_classes": None} | given

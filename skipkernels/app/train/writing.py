@@ -161,7 +161,7 @@ class RunFolder:
     def write_results(self, trained: Trained, metrics: dict[str, Any]) -> None:
         """Write the model, its card, the predictions and the report; last the metrics, which complete the run.
 
-        A report that fails is a note in the metrics.
+        Predictions or a report that fail are a note in the metrics.
         """
         from ..report.run_page import report_html
 
@@ -175,8 +175,10 @@ class RunFolder:
             save(self.path / PREDICTIONS, tests)
             self.write(PREDICTIONS_CSV, "".join(prediction_lines(tests)))
             self.write(REPORT, report_html(config, metrics, trained.rows, tests))
-        except Exception as error:  # any: the results are complete without the report
-            metrics["notes"].append(f"{REPORT} was not written ({type(error).__name__}: {first_line(error)}).")
+        except Exception as error:  # any: the results are complete without these files
+            missing = [x for x in (PREDICTIONS, PREDICTIONS_CSV) if not (self.path / x).exists()] + [REPORT]
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            metrics["notes"].append(f"{', '.join(missing)} {'were' if missing[1:] else 'was'} not written ({reason}).")
         self.write(METRICS, json.dumps(metrics, indent=2) + "\n")
         checkpoint.delete(self.path)
 

@@ -1,4 +1,4 @@
-"""Datasets in CoOp's layout: each of the fifteen with a few images, and errors of invalid ones."""
+"""Datasets in CoOp's layout: with a few images, and errors of invalid ones."""
 
 from __future__ import annotations
 

@@ -140,6 +140,13 @@ def test_open_source_refuses(tmp_path, monkeypatch, data, tree, argument, words)
         open_source(data.format(tmp_path), tmp_path if data.startswith(("coop:", "csv:")) else None)
 
 
+def test_a_folder_named_as_a_dataset_in_python(tmp_path, monkeypatch):
+    (tmp_path / "dataset").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with raises_input_error("no dataset 'dataset'; did you mean imagefolder:dataset?"):
+        open_source("dataset")
+
+
 ONE, TWO = ["a.jpg", 0, "one"], ["b.jpg", 1, "two"]
 SQUARES = [("image", 0), ("image", 1)]
 UNTRAINED = from_datasets("squares", test=SQUARES, classes=["black", "grey"])

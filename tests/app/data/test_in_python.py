@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 from PIL import Image
 
@@ -32,6 +34,13 @@ def test_from_datasets_takes_attributes_of_the_dataset():
     assert source.classes == ("black", "grey")
     assert (source.images("train").labels, source.images("train").names) == ([0, 1], ["a", "b"])
     assert not dataset.loaded
+
+
+def test_from_datasets_takes_names_of_a_feature():
+    """As of a dataset of Hugging Face, which has no classes."""
+    label = SimpleNamespace(names=["black", "grey"])
+    dataset = squares([0, 1], classes=None, features={"label": label})
+    assert from_datasets("squares", train=dataset).classes == ("black", "grey")
 
 
 def test_from_datasets_ignores_a_method_names():
