@@ -101,17 +101,19 @@ def step(args: argparse.Namespace) -> None:
             continue
         try:
             rows = rows_of(args, case, compiles)
-            for row in rows:
-                if compares and row["implementation"] == GRAPHED:
-                    row |= differences(case, args.precision)
         except torch.AcceleratorError:  # the device is lost: no other shape would run
             raise
         except (RuntimeError, SystemExit) as error:  # such as too little memory, or gradients that differ
             tell(f"{name}: {first_line(error)}")
-        else:
-            for row in rows:
-                tell(f"{name}: {row['implementation']} {shown(row)}")
-            save(args, rows, "gpu_step", args.out)
+            continue
+        for row in rows:
+            if compares and row["implementation"] == GRAPHED:
+                try:
+                    row |= differences(case, args.precision)
+                except (RuntimeError, AssertionError) as error:  # the times stay
+                    tell(f"{name}: {first_line(error)}")
+            tell(f"{name}: {row['implementation']} {shown(row)}")
+        save(args, rows, "gpu_step", args.out)
         gc.collect()
 
 

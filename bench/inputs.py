@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from skipkernels.app.data import InputError
+from skipkernels.app.devices import seeded
 from skipkernels.app.train.model import RANDOM, load_model
 
 from . import measure
@@ -72,14 +73,13 @@ def parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
 
 def random_inputs(model: str, images: int, classes: int, device: torch.device) -> Inputs:
     """Random inputs, the same on each call, which leave the random generators as they are."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
-        try:
+    try:
+        with seeded(0, device):
             clip, _, tokenizer = load_model(model, RANDOM, device)
-        except InputError as error:
-            raise SystemExit(str(error)) from None
-        tokens = tokenizer([f"a photo of a {name}." for name in class_names(classes)]).to(device)
-        torch.manual_seed(0)
+    except InputError as error:
+        raise SystemExit(str(error)) from None
+    tokens = tokenizer([f"a photo of a {name}." for name in class_names(classes)]).to(device)
+    with seeded(0, device):
         pixels = torch.randn(images, 3, *clip.visual.image_size, device=device)
         return Inputs(clip, tokens, pixels, torch.randint(classes, (1,), device=device).repeat(images))
 

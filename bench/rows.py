@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from skipkernels.folders import replaced_file
+
 Row = dict[str, str]
 """One line of a CSV file: text by column, "" where there is no value."""
 
@@ -95,14 +97,16 @@ def machine_columns(device: torch.device) -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """Vendor, family and widest vector instructions of the CPU; the model name in a virtual machine says less."""
+    """Model name and widest vector instructions of the CPU; on arm64, which has no name, the numbers of the part."""
     info = Path("/proc/cpuinfo")
     text = info.read_text() if info.exists() else ""
     fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
     fields = {key.strip(): value.strip() for key, value in fields.items()}
     flags = fields.get("flags", "").split()
     extras = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
-    return f"{fields.get('model name', platform.processor() or platform.machine())} ({' '.join(extras)})"
+    numbers = [fields[key] for key in ("CPU implementer", "CPU part") if key in fields]
+    name = fields.get("model name") or " ".join([platform.processor() or platform.machine(), *numbers])
+    return f"{name} ({' '.join(extras)})"
 
 
 def slug(device: str) -> str:
@@ -129,7 +133,7 @@ def append_rows(rows: list[dict[str, Any]], name: str, results: Path | None = No
         with path.open(newline="", encoding="utf-8") as file:
             before = list(csv.DictReader(file))
     columns = list(dict.fromkeys(column for row in (*before[:1], *rows) for column in row))
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with replaced_file(path) as new, new.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows([*before, *rows])

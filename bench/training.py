@@ -88,8 +88,9 @@ class Published:
 
     def compiled(self, precision: str, mode: str = "default") -> Step:
         """The step under torch.compile, already compiled and compared; it keeps as many classes in each step."""
-        function = torch.compile(self._step.__call__, mode=mode)
-        self._step.sampler = _ConstantSize(RankSampler(), self._features.device)
+        published = copy.copy(self._step)  # which keeps its own sampler
+        published.sampler = _ConstantSize(RankSampler(), self._features.device)
+        function = torch.compile(published.__call__, mode=mode)
 
         def loss(class_ids: Tensor | None = None) -> Tensor:
             with autocast(precision, self._features.device):

@@ -15,25 +15,27 @@ SHOWN = MACHINE_SHOWN | {"model": "ViT-B-16", "B": "4"}  # the steps in them
 def figure(value: float | None, unit: str = "") -> str:
     """Three significant digits, or all digits before the point.
 
-    >>> figure(0.2714), figure(12.71, " ms"), figure(48188.4), figure(None, " ms")
-    ('0.271', '12.7 ms', '48,188', '')
+    >>> figure(0.2714), figure(12.71, " ms"), figure(48188.4), figure(9.996), figure(None, " ms")
+    ('0.271', '12.7 ms', '48,188', '10.0', '')
     """
     if value is None:
         return ""
-    return f"{value:,.{max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0}f}{unit}"
+    rounded = abs(float(f"{value:.3g}"))
+    decimals = max(0, 2 - math.floor(math.log10(rounded))) if rounded else 0
+    return f"{value:,.{decimals}f}{unit}"
 
 
 def times(value: float | None) -> str:
     """A ratio, in bold if it is below 1.
 
-    >>> times(2.444), times(38.21), times(0.63), times(0.9971), times(None)
-    ('2.44', '38.2', '**0.63**', '**0.997**', '')
+    >>> times(2.444), times(38.21), times(0.63), times(0.9971), times(0.9996), times(None)
+    ('2.44', '38.2', '**0.63**', '**0.997**', '1.00', '')
     """
     if value is None:
         return ""
-    if value < 1:
+    if round(value, 3) < 1:
         return f"**{value:.{3 if value >= 0.995 else 2}f}**"
-    return f"{value:,.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
+    return f"{value:,.{0 if value >= 99.95 else 1 if value >= 9.995 else 2}f}"
 
 
 def timed(row: Row, divisor: float = 1, unit: str = "") -> str:
@@ -74,7 +76,8 @@ def filled(page: str, name: str, block: str) -> str:
         ValueError: If the page does not have exactly one place for the block.
     """
     begin, end = f"<!-- bench:{name} -->", f"<!-- /bench:{name} -->"
-    if page.count(begin) != 1 or page.count(end) != 1:
-        raise ValueError(f"filled: a page must have {begin} and {end} once; got {page.count(begin)}.")
+    found = page.count(begin), page.count(end)
+    if found != (1, 1) or page.index(end) < page.index(begin):
+        raise ValueError(f"filled: a page must have {begin} and behind it {end} once; got {found[0]} and {found[1]}.")
     before, _, rest = page.partition(begin)
     return f"{before}{begin}\n{block}\n{end}{rest.partition(end)[2]}"

@@ -32,6 +32,21 @@ def test_stages_run_on_the_cpu(stage, printed, machine, capsys, monkeypatch):
     assert printed in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "error", [RuntimeError("failed"), AssertionError("failed")], ids=lambda error: type(error).__name__
+)
+def test_times_stay_if_the_comparison_of_bits_fails(monkeypatch, capsys, error):
+    def differences(case, precision):
+        raise error
+
+    monkeypatch.setattr(gpu, "differences", differences)
+    rows = [{"implementation": gpu_step.GRAPHED, "p50_ms": "", "note": "1 ms"}]
+    monkeypatch.setattr(gpu, "rows_of", lambda args, case, compiles: rows)
+    gpu.main("step --precision fp32 --device cpu --no-save".split())
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.endswith("classes: failed") and second.endswith("skipkernels as a graph 1 ms")
+
+
 def test_all_shapes_within_the_time(monkeypatch, capsys):
     """All of them without torch.compile, then with it; one that gives no time does not stop the others."""
 
