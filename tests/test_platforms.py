@@ -59,6 +59,8 @@ def train(folder: Path) -> float:
 
 def train_without_fp64(rank: int, folder: Path) -> float:
     os.environ["SKIPKERNELS_CPP"] = "0"
+    with WithoutFp64(), pytest.raises(TypeError, match="result in fp64"):  # of a scale, on a device with fp64
+        sk.functional.class_sampled_logits(torch.ones(2, 3), torch.ones(4, 3), 1.0).sum().double()
     dtypes.WITHOUT_FP64 = frozenset({"cpu"})
     with WithoutFp64():
         for name in sk.functional.__all__:

@@ -30,8 +30,10 @@ def test_state_dict_continues_the_draws(tail):
 def test_load_state_dict_without_sampler_warns():
     clip, old = make_clip(), make_clip().state_dict()
     del old["_extra_state"]
+    before = clip.get_extra_state()
     with pytest.warns(UserWarning, match="no sampler and no prototypes"):
         clip.load_state_dict(old)
+    assert clip.get_extra_state().equal(before)
 
 
 # ---- dtypes and devices ----------------------------------------------------------------------------------------------
