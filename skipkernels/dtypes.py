@@ -39,7 +39,7 @@ def accumulation_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type in WITHOUT_FP64 else torch.float64
 
 
-def widened(x: Tensor) -> Tensor:
+def in_accumulation_dtype(x: Tensor) -> Tensor:
     """Convert to the `accumulation_dtype` of the device."""
     return x.to(accumulation_dtype(x.device))
 

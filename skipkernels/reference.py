@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dtypes import at_least_fp32, widened, without_autocast
+from .dtypes import at_least_fp32, in_accumulation_dtype, without_autocast
 
 __all__ = [
     "UNIT_NORM_EPS",
@@ -311,7 +311,7 @@ def _attention(
         if visible is not None:
             scores = scores.masked_fill(~visible, -math.inf)
         out = (scores.softmax(dim=-1) @ v).transpose(1, 2).to(query.dtype)
-    return out, widened(scores.detach()).logsumexp(dim=-1).transpose(1, 2)
+    return out, in_accumulation_dtype(scores.detach()).logsumexp(dim=-1).transpose(1, 2)
 
 
 def _round_at_random(x: Tensor, seed: Tensor | int, first: int) -> Tensor:

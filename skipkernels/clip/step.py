@@ -49,7 +49,10 @@ def cross_entropy(
     options: LossOptions,
     return_logits: bool = False,
 ) -> SkipOutput:
-    """Cross-entropy of images [B, D] over classes [K, D]; targets are positions [B] or probabilities [B, K]."""
+    """Cross-entropy of images [B, D] over classes [K, D]; targets are positions [B] or probabilities [B, K].
+
+    Rows have any norm: the operators divide by it.
+    """
     text = text.to(image.dtype)  # texts that do not train are at least fp32
     weight = None if options.class_weight is None else options.class_weight.index_select(0, class_ids)
     if targets.ndim == 1 and not return_logits:  # the logits are not computed

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..clip import SkipCLIP
 from ..optimizer import FusedSGD
 from ..towers.alterations import global_hooks
-from .checks import has_hooks
+from .checks import has_any_hooks
 
 Result = TypeVar("Result")
 
@@ -95,7 +95,7 @@ class GraphConstants:
         clip = self._clip
         return [
             [None if x is None else (id(x), x.data_ptr(), x.requires_grad) for x in self._tensors()],
-            [(id(m), m.training, has_hooks(m), *map(id, m._modules.values())) for m in self._modules],
+            [(id(m), m.training, has_any_hooks(m), *map(id, m._modules.values())) for m in self._modules],
             [id(clip.texts), clip.images.tower.cut, clip.texts.tower.cut, clip.label_smoothing, global_hooks()],
             [_constant_options(self._optimizer, group) for group in self._optimizer.param_groups],
         ]

@@ -85,10 +85,10 @@ def why_not_capturable(clip: SkipCLIP, optimizer: torch.optim.Optimizer) -> str 
 
 def _first_hooked(model: nn.Module) -> str | None:
     """Name of the first module that has hooks, "the model" for the model itself; None without hooks."""
-    return next((name or "the model" for name, module in model.named_modules() if has_hooks(module)), None)
+    return next((name or "the model" for name, module in model.named_modules() if has_any_hooks(module)), None)
 
 
-def has_hooks(module: nn.Module) -> bool:
+def has_any_hooks(module: nn.Module) -> bool:
     """Return True if a module has hooks of any kind."""
     return any(getattr(module, x) for x in HOOKS)
 

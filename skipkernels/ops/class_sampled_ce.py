@@ -568,7 +568,7 @@ def _fallback(*arguments: Any) -> tuple[Tensor, ...]:
     call = Forward(*arguments)
     loss = _reference(call, call.image, call.text, call.logit_scale)
     logits = reference.class_sampled_logits(call.image, call.text, call.logit_scale, call.class_ids)
-    lse = dtypes.widened(logits).logsumexp(dim=1)  # [B]
+    lse = dtypes.in_accumulation_dtype(logits).logsumexp(dim=1)  # [B]
     image_norm, text_norm = unit_rows.reference_norms(call.image, call.text, call.class_ids)
     denominator = loss.new_ones(())
     if REDUCTIONS[call.reduction] == "mean":

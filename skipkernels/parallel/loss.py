@@ -12,7 +12,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, pad
 
 from .. import functional
 from ..clip.step import LossOptions
-from ..dtypes import wide_dtype, widened
+from ..dtypes import in_accumulation_dtype, wide_dtype
 from .gathers import filled, gather_shares
 
 
@@ -40,14 +40,14 @@ def sharded_cross_entropy(
     of_label = None if weight is None else weight[targets]  # [B]
     smoothing, K = options.label_smoothing, len(class_ids)
     # 1. Share of this process: log-sum-exp over its classes, and logit of the label or 0, [B] each
-    logits = widened(functional.class_sampled_logits(image, text, scale))
+    logits = in_accumulation_dtype(functional.class_sampled_logits(image, text, scale))
     logits = logits[:, : len(positions)]  # [B, K_r]: no column of `text` if K_r = 0
     columns = _own_columns(positions, K)[targets]  # [B]
     target = pad(logits, (1, 0)).gather(1, columns[:, None] + 1)  # column 0 is for the label −1
     shares = [logits.logsumexp(1), target.squeeze(1)]
     if smoothing > 0:
         every_weight = image.new_ones(K) if weight is None else weight
-        shares.append(logits @ widened(every_weight[positions]))
+        shares.append(logits @ in_accumulation_dtype(every_weight[positions]))
     # 2. Shares of all processes, [W, B] each, combined into the loss of each image, [B]
     lse, target, *smooth = gather_shares(torch.stack(shares), group).unbind(1)
     lse = lse.logsumexp(0)
@@ -123,5 +123,5 @@ def _of_own(share: Tensor, positions: Tensor) -> Tensor:
 
 
 def _sum_over_processes(share: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Sum one number of each process, widened, in the order of ranks; see `gather_shares`."""
-    return gather_shares(widened(share), group).sum()
+    """Sum one number of each process, in fp64, in the order of ranks; see `gather_shares`."""
+    return gather_shares(in_accumulation_dtype(share), group).sum()

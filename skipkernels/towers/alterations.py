@@ -75,7 +75,7 @@ def why_altered(block: Any, own: type, methods: Mapping[str, Any], children: Sub
     return "the weights of a block have more than one dtype" if _have_dtypes(modules.values()) else None
 
 
-def has_hooks(block: Any) -> bool:
+def has_changing_hooks(block: Any) -> bool:
     """Return True if a block has hooks of its own that may change values, or expect an ordinary input."""
     return any(hooks and _changing(hooks) for hooks in map(vars(block).get, HOOKS))
 

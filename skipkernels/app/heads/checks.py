@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...checks import FEATURE_DTYPES, check_dtype, check_shape
-from ...dtypes import widened
+from ...dtypes import in_accumulation_dtype
 
 
 def check_labels(function: str, labels: Tensor, classes: int) -> None:
@@ -22,7 +22,7 @@ def unit_rows(function: str, argument: str, embeddings: Tensor) -> Tensor:
     """Unit-norm rows of embeddings [n, D], in fp64 if the device has it; raise unless they are finite and not zero."""
     check_dtype(function, argument, embeddings, FEATURE_DTYPES, f"Use {argument}.float().")
     check_shape(function, argument, embeddings, n=None, D=None)
-    wide = widened(embeddings.detach()).contiguous()  # one order of summation for all layouts
+    wide = in_accumulation_dtype(embeddings.detach()).contiguous()  # one order of summation for all layouts
     norm = wide.norm(dim=1, keepdim=True)
     bad = ~(norm.isfinite() & (norm > 0)).squeeze(1)
     if bad.any():

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...checks import check_shape
-from ...dtypes import wide_dtype, widened
+from ...dtypes import in_accumulation_dtype, wide_dtype
 from .checks import check_labels, check_positive, unit_rows
 from .head import Head
 
@@ -108,7 +108,7 @@ def with_text(
 
 def _centred_rows(head: Head, classes: Tensor) -> Tensor:
     """Rows (weight, bias) of some classes, less their mean, [C', D + 1]."""
-    rows = widened(torch.cat([head.weight, head.bias[:, None]], dim=1)[classes])
+    rows = in_accumulation_dtype(torch.cat([head.weight, head.bias[:, None]], dim=1)[classes])
     return rows - rows.mean(dim=0)
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...dtypes import wide_dtype, widened
+from ...dtypes import in_accumulation_dtype, wide_dtype
 from ..heads import Head
 from ..heads.logistic import logistic_regression
 from .frozen import FrozenModel
@@ -44,7 +44,7 @@ class LinearProbe(FrozenModel):
     def fit(self, inputs: Tensor, labels: Tensor) -> None:
         """Choose l2 and fit, in fp64 if possible, to embeddings [n, D] of all training images with labels [n]."""
         embeddings, classes = self.encode_frozen(inputs), self.task.tests[0].classes
-        image, labels = widened(embeddings), labels.to(embeddings.device)
+        image, labels = in_accumulation_dtype(embeddings), labels.to(embeddings.device)
         is_held_out = self._held_out(labels)
         if is_held_out.any():
             l2 = _choose(image, labels, is_held_out, len(classes))
@@ -77,7 +77,7 @@ def _choose(image: Tensor, labels: Tensor, is_held_out: Tensor, classes: int) ->
         """Accuracy with l2 = 10^exponent, and minus the loss."""
         weight, bias = _fit(train, train_labels, classes, 10**exponent)
         logits = held_out @ weight.T + bias
-        accuracy = widened(logits.argmax(dim=1) == held_out_labels).mean()
+        accuracy = in_accumulation_dtype(logits.argmax(dim=1) == held_out_labels).mean()
         return accuracy.item(), -F.cross_entropy(logits, held_out_labels).item()
 
     best, width = max(_COARSE, key=score), _COARSE[1] - _COARSE[0]

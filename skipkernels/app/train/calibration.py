@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...dtypes import widened
+from ...dtypes import in_accumulation_dtype
 
 WANTED = (("accuracy", 90.0), ("accuracy", 95.0), ("accuracy", 99.0), ("coverage", 95.0))
 """Accuracies, and shares of images that are kept, in per cent, for which thresholds are found."""
@@ -46,7 +46,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float | None:
     """
     if logits.shape[1] == 1:
         return 1.0
-    wide, labels = widened(logits), labels.to(logits.device)
+    wide, labels = in_accumulation_dtype(logits), labels.to(logits.device)
     smoothing = 2 / (len(wide) + 2)
 
     def loss(log_temperature: float) -> float:
@@ -65,7 +65,7 @@ def fit_none_logit(logits: Tensor, temperature: float | None) -> float:
 
     At this energy, "none of these" is as probable as all classes together.
     """
-    return (widened(logits) / (temperature or 1.0)).logsumexp(dim=1).quantile(_NONE_QUANTILE).item()
+    return (in_accumulation_dtype(logits) / (temperature or 1.0)).logsumexp(dim=1).quantile(_NONE_QUANTILE).item()
 
 
 def class_probabilities(logits: Tensor, temperature: float | None, none_logit: float | None) -> Tensor:
@@ -123,7 +123,7 @@ def find_thresholds(probabilities: Tensor, labels: Tensor) -> list[dict[str, Any
         kept = best >= threshold
         if kept.any():
             parts = {"coverage": kept, "accuracy": correct[kept]}
-            shares = {name: round(100 * widened(part).mean().item(), 4) for name, part in parts.items()}
+            shares = {name: round(100 * in_accumulation_dtype(part).mean().item(), 4) for name, part in parts.items()}
             points.append({"threshold": threshold, **shares})
     rows = []
     for wanted, target in WANTED:
