@@ -37,7 +37,7 @@ def test_from_datasets_takes_attributes_of_the_dataset():
 
 
 def test_from_datasets_takes_names_of_a_feature():
-    """As of a dataset of Hugging Face, which has no classes."""
+    """Such a dataset of Hugging Face has no attribute with its classes."""
     label = SimpleNamespace(names=["black", "grey"])
     dataset = squares([0, 1], classes=None, features={"label": label})
     assert from_datasets("squares", train=dataset).classes == ("black", "grey")
