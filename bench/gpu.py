@@ -105,11 +105,15 @@ def step(args: argparse.Namespace) -> None:
             raise
         except (RuntimeError, SystemExit) as error:  # such as too little memory, or gradients that differ
             tell(f"{name}: {first_line(error)}")
-            continue
+            rows = []
+        gc.collect()
         for row in rows:
             if compares and row["implementation"] == GRAPHED:
                 try:
                     row |= differences(case, args.precision)
+                except torch.AcceleratorError:
+                    save(args, rows, "gpu_step", args.out)
+                    raise
                 except (RuntimeError, AssertionError) as error:  # the times stay
                     tell(f"{name}: {first_line(error)}")
             tell(f"{name}: {row['implementation']} {shown(row)}")

@@ -130,11 +130,11 @@ def two_layers(method: Method, features: FeatureCache, tuned: Examples) -> tuple
     def embed(inputs: Tensor) -> Tensor:
         return torch.cat([F.normalize(part, dim=1) for part in (method.embed(inputs), inputs.mean(dim=1))], dim=1)
 
-    def in_accumulation_dtype(text: Tensor) -> Tensor:
+    def widened(text: Tensor) -> Tensor:
         return F.pad(text, (0, image.shape[1] - text.shape[1]))
 
     with torch.no_grad():
         image = torch.cat([embed(inputs) for inputs, _ in features.loader(256, "sequential")])
     both = SimpleNamespace(name=method.name, train=method.train, embed=embed)
-    both.class_embeddings = lambda name: in_accumulation_dtype(method.class_embeddings(name))
-    return both, Examples(image, tuned.labels, in_accumulation_dtype(tuned.text), math.sqrt(2) * tuned.scale)
+    both.class_embeddings = lambda name: widened(method.class_embeddings(name))
+    return both, Examples(image, tuned.labels, widened(tuned.text), math.sqrt(2) * tuned.scale)

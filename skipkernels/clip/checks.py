@@ -37,7 +37,8 @@ def as_tokens(tokens: Any) -> Tensor:
         )
     tokens = tokens[:, 0] if tokens.ndim == 3 and tokens.shape[1] == 1 else tokens
     # A copy; ids beyond int32 stay outside of every vocabulary
-    return tokens.clamp(-1, torch.iinfo(torch.int32).max).to("cpu", torch.int32)
+    of_int32 = torch.iinfo(torch.int32)
+    return tokens.clamp(of_int32.min, of_int32.max).to("cpu", torch.int32)
 
 
 def check_vocabulary(function: str, argument: str, tokens: Tensor, vocabulary: int | None) -> None:

@@ -123,5 +123,5 @@ def _of_own(share: Tensor, positions: Tensor) -> Tensor:
 
 
 def _sum_over_processes(share: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Sum one number of each process, in fp64, in the order of ranks; see `gather_shares`."""
+    """Sum one number of each process in the order of ranks; see `gather_shares`."""
     return gather_shares(in_accumulation_dtype(share), group).sum()

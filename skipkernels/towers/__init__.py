@@ -7,7 +7,9 @@
     block.py              a fused block, which takes rows; fused_classes.py makes its class, fuse.py is `sk.fuse`
     fused/                forward and backward of a fused block
     families/             one file per model family; registry.py chooses by the types of modules
-    alterations.py        why a block cannot be fused
+    alterations.py        why a block cannot be fused; comparison.py compares one with its own forward
+    low_rank.py           the update of a weight by LoRA
+    xformers.py           xformers in place of PyTorch's attention
     watch.py              changes of modules and weights; modes.py sets training and evaluation mode
     reductions.py         which exact reductions are enabled
 
