@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-import os
 import re
 import sys
 from collections.abc import Callable, Collection
@@ -19,7 +18,7 @@ from pydantic_core import PydanticCustomError, to_jsonable_python
 
 from ..formatting import first_line
 from .data.base import InputError
-from .data.files import file_name
+from .data.files import expanded, file_name
 from .data.registry import default_protocol, is_own
 from .devices import resolved_precision, usable_device
 from .methods.registry import AUTO, METHODS
@@ -65,8 +64,7 @@ class TuneConfig(Settings):
     @field_validator("out", "cache", "resume")
     @classmethod
     def _expanded(cls, path: Path | None) -> Path | None:
-        """Expand ~, which a shell leaves in --out=~/run, and a file in cache: ~/features."""
-        return None if path is None else Path(os.path.expanduser(path))
+        return None if path is None else expanded(path)
 
     # ---- defaults ----------------------------------------------------------------------------------------------------
 

@@ -31,6 +31,7 @@ class BlendCommand:
         """Blend, and print the accuracy by alpha. Returns 0."""
         check_run(self.run, "blend", err)
         import_torch(err)
+        from skipkernels.app.data.files import expanded
         from skipkernels.app.data.tasks import VALIDATION
         from skipkernels.app.report.summary import blend_table
         from skipkernels.app.serve.blending import blend, blended_folder
@@ -43,9 +44,8 @@ class BlendCommand:
         if self.alpha == "auto":
             validated = VALIDATION in curve["accuracy"]
             why = ", the best on the validation images" if validated else ", as no validation images can choose it"
-        out.print(
-            f"{self.out or blended_folder(self.run.expanduser())}: alpha {curve['chosen']:g}{why}", soft_wrap=True
-        )
+        folder = expanded(self.out or blended_folder(self.run))
+        out.print(f"{folder}: alpha {curve['chosen']:g}{why}", soft_wrap=True)
         if VALIDATION not in curve["accuracy"]:
             out.print("  not calibrated: no image is held out to fit a temperature", soft_wrap=True)
         return 0

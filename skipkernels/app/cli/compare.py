@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from pathlib import Path
 
 import tyro
@@ -38,15 +37,14 @@ class CompareCommand(Settings):
     def execute(self, out: Terminal, err: Terminal) -> int:
         """Run the comparison, write its files, and print its tables. Returns 0."""
         from skipkernels.app.data import InputError
-        from skipkernels.app.data.files import file_name
+        from skipkernels.app.data.files import expanded, file_name
         from skipkernels.app.methods.registry import METHODS
         from skipkernels.app.results.files import check_writable
 
         config = tune_config(self, out=None, overwrite=False)
         if not 1 <= self.seeds <= 1000:
             raise InputError(f"must be a number of runs from 1 to 1000; got {self.seeds}.", "seeds", "compare")
-        folder = self.out or Path("runs", "compare", file_name(f"{config.data}-{config.model}"))
-        folder = Path(os.path.expanduser(folder))  # --out=~/study, which a shell leaves
+        folder = expanded(self.out or Path("runs", "compare", file_name(f"{config.data}-{config.model}")))
         check_writable(folder, "out", "compare")  # before the work is done
         import_torch(err)
         from skipkernels.app.report.study_page import explained, headline, tables

@@ -19,19 +19,21 @@ class ReportCommand:
     def execute(self, out: Terminal, err: Terminal) -> int:
         """Write the page, and print its path. Returns 0."""
         from skipkernels.app.config import CONFIG
+        from skipkernels.app.data.files import expanded
         from skipkernels.app.results.files import REPORT, existing_run, writing
         from skipkernels.folders import replace_text
 
-        if self.run.is_dir() and not (self.run / CONFIG).is_file():
+        run = expanded(self.run)
+        if run.is_dir() and not (run / CONFIG).is_file():
             from skipkernels.app.report.study_page import study_report
 
-            page = study_report(self.run)
+            page = study_report(run)
         else:
-            existing_run(self.run, "report")
+            existing_run(run, "report")
             from skipkernels.app.report.run_page import run_report
 
-            page = run_report(self.run)
-        path = self.run / REPORT
+            page = run_report(run)
+        path = run / REPORT
         with writing(path, "run", "report"):
             replace_text(path, page)
         out.print(str(path), soft_wrap=True)

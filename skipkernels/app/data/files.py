@@ -29,9 +29,14 @@ def format_names(names: Sequence[str]) -> str:
     return ", ".join(names[:_MAX_NAMES]) + (f" and {rest} more" if rest > 0 else "")
 
 
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """Return a path with "~" expanded, which a shell leaves in --out=~/run; "~USER" of an unknown user is kept."""
+    return Path(os.path.expanduser(path))
+
+
 def absolute_path(path: str | Path) -> Path:
-    """Return an absolute path, with "~" expanded; "~USER" of an unknown user is kept."""
-    return Path(os.path.expanduser(path)).absolute()
+    """Return an absolute path, with "~" expanded."""
+    return expanded(path).absolute()
 
 
 def file_name(text: str) -> str:

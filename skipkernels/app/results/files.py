@@ -12,6 +12,7 @@ from typing import Any
 
 from ..config import CONFIG
 from ..data import InputError
+from ..data.files import expanded
 from ..untrusted import OPEN_CLIP, read_object
 
 METRICS, EPOCHS, REPORT, CARD = "metrics.json", "metrics.jsonl", "report.html", "README.md"
@@ -27,7 +28,7 @@ RUN_FILES = (
 
 def existing_run(folder: str | Path, function: str, argument: str = "run") -> Path:
     """Return the folder of a run, or of an export that can be loaded."""
-    path = Path(os.path.expanduser(folder))
+    path = expanded(folder)
     if not path.is_dir():
         wrong = "is not a folder"
     elif not any((path / name).is_file() for name in (CONFIG, CLASSIFIER)):

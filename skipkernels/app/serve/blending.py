@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from ..config import CONFIG, TuneConfig
 from ..data import InputError
+from ..data.files import expanded
 from ..data.registry import is_in_python
 from ..data.tasks import VALIDATION
 from ..results.class_metrics import BALANCED
@@ -99,7 +100,7 @@ def blend(
 def _folders(run: str | Path, out: str | Path | None) -> tuple[Path, Path]:
     """Return the folder of the run, and that of its blend."""
     folder = existing_run(run, "blend")
-    target = blended_folder(folder) if out is None else Path(out).expanduser()
+    target = blended_folder(folder) if out is None else expanded(out)
     if target.resolve() == folder.resolve():
         raise InputError(f"must not be the folder of the run; got {target}. Choose another.", "out", "blend")
     return folder, target
@@ -183,4 +184,4 @@ def _best(accuracy: Mapping[str, list[float]]) -> float:
 def _command(run: Path, alpha: float, out: str | Path | None) -> str:
     """Command that makes a blend."""
     words = ["skipkernels", "blend", str(run), "--alpha", str(alpha)]
-    return shlex.join([*words, *([] if out is None else ["--out", str(Path(out).expanduser())])])
+    return shlex.join([*words, *([] if out is None else ["--out", str(expanded(out))])])

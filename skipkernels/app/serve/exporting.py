@@ -12,6 +12,7 @@ from ...folders import replace_tensors, replace_text, replaced_files
 from ..config import CONFIG, TuneConfig
 from ..data import InputError
 from ..data.base import check_choice
+from ..data.files import expanded
 from ..results.files import CARD, HEAD, METRICS, check_writable, existing_run, read_metrics, writing
 from ..train.checkpoint import FOLDER as CHECKPOINT
 from ..train.description import Description, write_open_clip_config
@@ -78,7 +79,7 @@ def export(
         >>> model = open_clip.create_model(f"local-dir:{out / 'exported'}")
     """
     check_choice(to, Target, "to", "export")
-    source, folder = existing_run(run, "export"), Path(out).expanduser()
+    source, folder = existing_run(run, "export"), expanded(out)
     _check_folders(source, folder, overwrite=overwrite)
     loaded = load_plain(source, trust=trust)
     with writing(folder, "out", "export"), replaced_files(folder, _earlier_files(folder)) as written:

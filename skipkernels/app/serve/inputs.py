@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..data import InputError
-from ..data.files import find_images
+from ..data.files import expanded, find_images
 from ..data.reading import from_pixels, read_image, to_rgb
 
 ImageInput = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
@@ -41,7 +41,7 @@ def named_images(
 def _listed(images: Any) -> list[Any]:
     """Return a list of images: those of a folder, a single one, or several."""
     if isinstance(images, (str, os.PathLike)):
-        path = Path(images).expanduser()
+        path = expanded(images)
         return [path / name for name, _ in find_images(path, {"": 0})[0]] if path.is_dir() else [path]
     if isinstance(images, (np.ndarray, Tensor)) and images.ndim in (0, 2, 3):
         return [images]

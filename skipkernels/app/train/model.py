@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import logging
-import os
 import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import nn
 
 from ...formatting import first_line
 from ..data import InputError
-from ..data.files import absolute_path
+from ..data.files import absolute_path, expanded
 from ..devices import seeded
 from ..methods.registry import PACKAGED, packaged
 from ..untrusted import OPEN_CLIP, read_open_clip_config
@@ -142,7 +141,7 @@ def _file(pretrained: str | None) -> Path | None:
     """Path of a file of weights; None for a tag."""
     if pretrained is None or Path(pretrained).suffix not in _FILE_TYPES:
         return None
-    return Path(os.path.expanduser(pretrained))
+    return expanded(pretrained)
 
 
 def _load_by_tag(name: str, pretrained: str | None) -> Loaded:

@@ -37,7 +37,6 @@ PROGRAM = """
 import contextlib, io, json, sys
 from skipkernels.__main__ import main
 
-
 for case in json.load(sys.stdin):
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

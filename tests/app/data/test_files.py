@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import errno
 import os
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from skipkernels.app.data import Source
 from skipkernels.app.data.check import facts, findings
-from skipkernels.app.data.files import find_images, path_inside, read_json, read_text
+from skipkernels.app.data.files import expanded, find_images, path_inside, read_json, read_text
 from skipkernels.app.data.images import Images
 from tests.app.data.pictures import draw_image, raises_input_error
+
+
+def test_home_is_expanded_and_an_unknown_user_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert [expanded(path) for path in ("~/a", "~no-user/a", "b/~")] == [
+        tmp_path / "a",
+        Path("~no-user/a"),
+        Path("b/~"),
+    ]
 
 
 def test_find_images_in_subfolders_counts_other_files(tmp_path):

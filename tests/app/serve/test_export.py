@@ -128,6 +128,7 @@ def test_onnx_file_computes_the_module(head_run, photo, tmp_path):
     for package in ("onnx", "onnxscript"):
         pytest.importorskip(package)
     onnxruntime = pytest.importorskip("onnxruntime")
+    assert "down" in load_plain(head_run, trust=True).method.head().state_dict(), "the longest head"
     done = sk.export(head_run, "onnx", tmp_path / "out", trust=True)
     session = onnxruntime.InferenceSession(done.folder / "model.onnx")
     pixels = sk.Classifier.load(head_run, device="cpu", trust=True).transform(Image.open(photo))[None]

@@ -196,12 +196,14 @@ def test_thresholds_keep_the_share_of_validation_images_that_is_reported(tmp_pat
     assert others.none_logit is None
 
 
-def test_command_with_a_threshold(run, photos, capsys):
+def test_command_with_a_threshold(run, photos, tmp_path, capsys):
     part = photos / "part1"
     plain = list(csv.DictReader(io.StringIO(command(capsys, run.folder, part, "--top", 2)[1])))
     threshold = sorted(float(row["probability"]) for row in plain)[len(plain) // 2]
     options = ["--top", 2, "--threshold", threshold - 1e-5]
     code, out, err = command(capsys, run.folder, part, *options)
+    command(capsys, run.folder, part, *options, "--out", tmp_path / "known.csv")
+    assert (tmp_path / "known.csv").read_text() == out
     rows = list(csv.DictReader(io.StringIO(out)))
     below = [float(row["probability"]) < threshold - 1e-5 for row in plain]
     assert code == 0 and 0 < sum(below) < len(rows) and f"classified, {sum(below)} as {NONE};" in err

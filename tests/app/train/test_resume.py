@@ -100,6 +100,7 @@ def test_resume_of_complete_run(run, capsys, monkeypatch):
     assert main(["tune", f"--resume=~/{folder.name}"]) == 0
     assert "trained classes" in capsys.readouterr().out
     assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir()} == before
+    assert main(["report", f"~/{folder.name}"]) == 0
 
 
 def test_resume_writes_the_report_of_a_run_that_was_stopped_before_it(run, copy, monkeypatch):

@@ -26,7 +26,7 @@ from skipkernels.app.methods.base import StepOutput
 from skipkernels.app.methods.lora import LoRA
 from skipkernels.app.report import run_page
 from skipkernels.app.results.files import read_metrics
-from skipkernels.app.train import checkpoint, evaluate_run, tune
+from skipkernels.app.train import checkpoint, evaluate_run, tune, writing
 from skipkernels.app.train.run import Run
 from skipkernels.app.train.writing import RunFolder
 from skipkernels.folders import locked
@@ -157,17 +157,26 @@ def test_infinite_logits_of_pretrained_weights(tmp_path, capsys):
 # ---- report -------------------------------------------------------------------------------------------------------
 
 
-def test_report_failure_is_note(run, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("module", "function", "files"),
+    [
+        (writing, "save", "predictions.safetensors, predictions.csv, report.html were"),
+        (writing, "prediction_lines", "predictions.csv, report.html were"),
+        (run_page, "report_html", "report.html was"),
+    ],
+    ids=["predictions", "table", "report"],
+)
+def test_report_failure_is_note(run, tmp_path, monkeypatch, module, function, files):
     def fail(*_):
         assert not (tmp_path / "metrics.json").exists(), "the metrics, which complete a run, are written last"
         raise MemoryError("too much")
 
-    monkeypatch.setattr(run_page, "report_html", fail)
+    monkeypatch.setattr(module, function, fail)
     console = Console(record=True, file=io.StringIO(), width=200)
     metrics = tune(small(tmp_path), console)
     assert metrics["tuned"] == run[1]["tuned"] and json.loads((tmp_path / "metrics.json").read_text()) == metrics
     note = metrics["notes"][-1]
-    assert note == "report.html was not written (MemoryError: too much)." and note in console.export_text()
+    assert note == f"{files} not written (MemoryError: too much)." and note in console.export_text()
     assert not (tmp_path / "report.html").exists()
 
 
