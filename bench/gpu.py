@@ -93,6 +93,7 @@ def step(args: argparse.Namespace) -> None:
     passes = (False, True) if args.device.type == "cuda" and args.precision == "bf16" else (False,)
     begin = time.monotonic()
     for compiles, (B, C) in itertools.product(passes, shapes):
+        gc.collect()  # of the shape before
         case = case_of(args)._replace(batch=B, classes=C)
         compares = not compiles and (B, C) == shapes[0]
         name = f"{args.precision}, {B} images, {C} classes" + (", compiled" if compiles else "")
@@ -106,7 +107,6 @@ def step(args: argparse.Namespace) -> None:
         except (RuntimeError, SystemExit) as error:  # such as too little memory, or gradients that differ
             tell(f"{name}: {first_line(error)}")
             rows = []
-        gc.collect()
         for row in rows:
             if compares and row["implementation"] == GRAPHED:
                 try:
@@ -118,7 +118,6 @@ def step(args: argparse.Namespace) -> None:
                     tell(f"{name}: {first_line(error)}")
             tell(f"{name}: {row['implementation']} {shown(row)}")
         save(args, rows, "gpu_step", args.out)
-        gc.collect()
 
 
 def full(args: argparse.Namespace) -> None:
