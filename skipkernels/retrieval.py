@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_features, check_ids
+from .dtypes import without_autocast
 from .reference import unit_norm
 
 _SCORES = 1 << 22  # scores in memory at once: 16 MiB in fp32, or 64 images of 65,536 classes
@@ -63,7 +64,7 @@ def recall(image: Tensor, text: Tensor, image_of_text: Tensor, *, ks: Sequence[i
         raise ValueError(f"{name}: image_of_text must be rows of image, 0 to {len(image) - 1}; got {low} to {high}.")
     if min(ks, default=1) < 1:
         raise ValueError(f"{name}: ks must be at least 1; got {list(ks)}.")
-    with torch.autocast(image.device.type, enabled=False):
+    with without_autocast(image.device):
         image, text = (unit_norm(x) for x in (image, text))
         dtype = torch.promote_types(image.dtype, text.dtype)
         image, text = image.to(dtype), text.to(dtype)

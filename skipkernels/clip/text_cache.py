@@ -42,12 +42,13 @@ def table_in_folder(folder: Path, features: TextFeatures) -> FeatureTable:
 
 def _complete(folder: Path, features: TextFeatures) -> FolderTable:
     """Compute the rows that are missing in a folder. If another process writes them, this one waits."""
-    first = features.templates[0].select(torch.zeros(1, dtype=torch.int64, device=features.templates[0].tokens.device))
+    prompts = features.templates[0]
+    first = prompts.select(torch.zeros(1, dtype=torch.int64, device=prompts.tokens.device))
     layout = _layout(features, probe=features.tower.lower(first)[: first.last_rows[0] + 1])
     if is_locked(folder):
         Output(sys.stderr).write(f"{escaped(folder)}: in use by another process. Waiting for it.\n")
     with TableWriter(folder, layout, resume=True, wait=True) as writer:
-        count = sum(len(prompts.tokens) for prompts in features.templates)
+        count = sum(len(each.tokens) for each in features.templates)
         with progress(f"texts → {folder}", count, shown=bool(writer.missing.any())) as advance:
             for chunk in features.chunks(writer.missing):
                 writer.write(chunk.first, chunk.rows.cpu())

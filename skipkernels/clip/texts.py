@@ -137,6 +137,11 @@ class ClassTexts(PromptEncoder):
                 return functional.class_scores(image, prototypes, labels)
             return functional.class_scores(image, prototypes).masked_fill((labels != 0).any(dim=0), torch.inf)
 
+    @property
+    def table(self) -> FeatureTable | None:
+        """Features at the cut as they are now, if they are kept."""
+        return None if self.features is None else self.features.table()
+
     def kept_embeddings(self) -> Tensor:
         """Unit-norm embeddings [C, D] of all classes in evaluation mode, without gradient; kept until a change."""
         self.check_contents()
@@ -148,9 +153,9 @@ class ClassTexts(PromptEncoder):
     def step_tensors(self) -> list[Tensor | None]:
         """Tensors that a step reads, besides those of the model; None in place of features in a folder."""
         layouts = [x for prompts in self.templates for x in prompts.tensors().values()]
-        tables = [] if self.features is None else [self.features.table()]
-        features = [table.features if isinstance(table, MemoryTable) else None for table in tables]
-        return [self.prototypes, *layouts, *features]
+        if (table := self.table) is None:
+            return [self.prototypes, *layouts]
+        return [self.prototypes, *layouts, table.features if isinstance(table, MemoryTable) else None]
 
     def check_contents(self) -> None:
         """Compare contents and settings below the cut, and drop the features if they differ."""
@@ -197,9 +202,8 @@ class _Kept(NamedTuple):
     @classmethod
     def compute(cls, texts: ClassTexts) -> _Kept:
         """Compute the embeddings, and begin to watch what is above the cut."""
-        table = None if texts.features is None else texts.features.table()
         above = Watch(texts.tower.upper_parts)
-        kept = cls(texts.compute_embeddings(), autocast_dtype(texts.device), table, above)
+        kept = cls(texts.compute_embeddings(), autocast_dtype(texts.device), texts.table, above)
         above.start()
         return kept
 
@@ -209,7 +213,6 @@ class _Kept(NamedTuple):
         Contents, since a write through `.data` changes no version. A step compares versions alone, see
         `TextFeatures.table`: it should not read all weights.
         """
-        table = None if texts.features is None else texts.features.table()
-        if self.autocast != autocast_dtype(texts.device) or self.table is not table:
+        if self.autocast != autocast_dtype(texts.device) or self.table is not texts.table:
             return False
         return self.above.is_comparable() and not self.above.compare()

@@ -128,17 +128,17 @@ class RankSampler:
             )
         self._largest_batch = max(self._largest_batch, max_labels)
         if self.tail == "fixed":
-            tail = self._fixed_tail(law.q, num_classes - self.law(num_classes, max_labels).keep)
+            tail = self._fixed_tail(law.q, num_classes, max_labels)
         else:
             tail = self._resampled_tail(law.intervals_of_one_size if one_size else law.intervals)
         return torch.cat([torch.arange(law.keep, device="cpu"), law.keep + tail])  # [K]
 
-    def _fixed_tail(self, q: Tensor, longest: int) -> Tensor:
-        """Places in the tail [n] int64, of numbers that are drawn once, for the `longest` tail of this batch size."""
+    def _fixed_tail(self, q: Tensor, num_classes: int, max_labels: int) -> Tensor:
+        """Places in the tail [n] int64, of numbers that are drawn once, for the longest tail of this batch size."""
         if len(q) == 0:
             return torch.empty(0, dtype=torch.int64, device="cpu")
         if self._fixed is None or len(self._fixed) < len(q):
-            self._fixed = self._uniform(longest)
+            self._fixed = self._uniform(num_classes - self.law(num_classes, max_labels).keep)
         # With more labels than `_fixed` was drawn for, more of the first ranks are kept, and the tail loses these.
         return (self._fixed[-len(q) :] < q).nonzero().squeeze(1)
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...checks import check_shape
+from ...dtypes import without_autocast
 from .checks import check_labels
 
 
@@ -39,7 +40,7 @@ class Head:
 
     def logits(self, image: Tensor) -> Tensor:
         """Logits [B, C] of embeddings [B, D] of any norm."""
-        with torch.autocast(image.device.type, enabled=False):  # bf16 logits at a scale of 100 are half a unit apart
+        with without_autocast(image.device):  # bf16 logits at a scale of 100 are half a unit apart
             image = image.to(self.weight.dtype)
             return (F.normalize(image, dim=-1) if self.normalized else image) @ self.weight.T + self.bias
 
@@ -99,7 +100,7 @@ def cosine_logits(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
 
     `image` x [B, D] may have any norm; `text` t [C, D] has unit norm; `logit_scale`, [] or [1], gets no gradient.
     """
-    with torch.autocast(image.device.type, enabled=False):  # bf16 logits at a scale of 100 are half a unit apart
+    with without_autocast(image.device):  # bf16 logits at a scale of 100 are half a unit apart
         return logit_scale.detach().exp().to(text.dtype) * F.normalize(image.to(text.dtype), dim=-1) @ text.T
 
 
