@@ -93,9 +93,9 @@ def rows_of_part(names: Sequence[str], inputs: Inputs, part: str, precision: str
         model = implementation.model(copy.deepcopy(inputs.model))
         losses[name] = implementation.loss(partial(loss_of, model, inputs, part, precision))
         steps[name] = partial(gradients_of, model, losses[name])
-    expected = steps[EAGER]()
+    expected = in_one_vector(steps[EAGER]())
     for name in names:
-        refuse_if_wrong(name, steps[name](), expected, precision)
+        refuse_if_wrong(name, in_one_vector(steps[name]()), expected, precision)
     saved = {name: saved_bytes(loss) for name, loss in losses.items()}
     seconds = measure.time_alternately(steps, rounds, inputs.images.device)
     rows = []
@@ -118,9 +118,14 @@ def loss_of(model: Any, inputs: Inputs, part: str, precision: str) -> Tensor:
         return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
-def gradients_of(model: Any, loss: Loss) -> Tensor:
-    """Gradient of all weights in one vector."""
-    return torch.cat([gradient.flatten() for gradient in gradients(model, loss()).values()])
+def gradients_of(model: Any, loss: Loss) -> dict[str, Tensor]:
+    """Run a forward and backward pass; return the gradients of all weights."""
+    return gradients(model, loss())
+
+
+def in_one_vector(found: dict[str, Tensor]) -> Tensor:
+    """Gradients of all weights, flat."""
+    return torch.cat([gradient.flatten() for gradient in found.values()])
 
 
 def refuse_if_wrong(name: str, found: Tensor, expected: Tensor, precision: str) -> None:
