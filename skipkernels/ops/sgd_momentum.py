@@ -285,16 +285,20 @@ class GraphTables:
     """Tables that the launches in a captured graph read; they must live as long as the graph.
 
     Addresses of gradients are known during the capture only. Tables are allocated then, and written by `upload` after
-    it: a copy in the graph would run in each replay.
+    it: a copy in the graph would run in each replay. They are not in the memory of the graph: there a replay could
+    write what was freed before the table was allocated.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stream: Any):
+        self._stream = stream  # of the allocations; one that is not captured, and on which the graph is replayed
         self._tables: list[tuple[Tensor, Tensor]] = []  # table on the device, and its numbers
 
     def allocate(self, numbers: Tensor, device: torch.device) -> Tensor:
         """Return a table that `upload` will write."""
-        self._tables.append((torch.empty_like(numbers, device=device), numbers))
-        return self._tables[-1][0]
+        with torch.cuda.stream(self._stream):
+            table = torch.empty_like(numbers, device=device)
+        self._tables.append((table, numbers))
+        return table
 
     def upload(self) -> None:
         """Write the tables, on the current stream."""
@@ -307,14 +311,14 @@ _one_graph = threading.Lock()  # at a time, whatever the threads
 
 
 @contextlib.contextmanager
-def tables_of_graph() -> Iterator[GraphTables]:
+def tables_of_graph(stream: Any) -> Iterator[GraphTables]:
     """Collect the tables of the launches that are captured in this context, also in threads of autograd.
 
-    Other threads wait before theirs.
+    They are allocated on a stream that is not captured. Other threads wait before theirs.
     """
     global _of_graph
     with _one_graph:
-        _of_graph = GraphTables()
+        _of_graph = GraphTables(stream)
         try:
             yield _of_graph
         finally:

@@ -114,7 +114,7 @@ def test_tables_of_a_capture_and_beside_it(monkeypatch):
     monkeypatch.setattr(launching, "runs_beside_host", lambda device: True)
     monkeypatch.setattr(launching, "is_captured", lambda device: captured)
     table = functools.partial(sgd_momentum_module._table, device=torch.device("cpu"))
-    with sgd_momentum_module.tables_of_graph() as tables:
+    with sgd_momentum_module.tables_of_graph(None) as tables:
         beside = table([3, 1], repeat=True)
         captured = True
         own = table([111, 222])
@@ -132,11 +132,11 @@ def test_two_threads_capture_one_after_the_other():
     order = []
 
     def other() -> None:
-        with sgd_momentum_module.tables_of_graph():
+        with sgd_momentum_module.tables_of_graph(None):
             order.append("second")
 
     thread = threading.Thread(target=other)
-    with sgd_momentum_module.tables_of_graph():
+    with sgd_momentum_module.tables_of_graph(None):
         thread.start()
         thread.join(0.05)
         order.append("first")
