@@ -25,6 +25,7 @@ from .eval import EvalCommand
 from .export import ExportCommand
 from .options import registry
 from .predict import PredictCommand
+from .report import ReportCommand
 from .serve import ServeCommand
 from .tune import TuneCommand, command_with_file
 
@@ -35,6 +36,7 @@ COMMANDS: dict[str, Any] = {
     "serve": ServeCommand,
     "blend": BlendCommand,
     "export": ExportCommand,
+    "report": ReportCommand,
     "compare": CompareCommand,
     "check": CheckCommand,
     "doctor": DoctorCommand,

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle
+from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
-from ..config import TuneConfig
+from ..config import CONFIG, TuneConfig
+from ..data import InputError
 from ..data.tasks import VALIDATION
+from ..results.files import METRICS, PREDICTIONS, read_epochs, read_metrics
 from ..results.notes import demonstration_note
-from ..results.predictions import TestPredictions
+from ..results.predictions import TestPredictions, load
 from . import page
 from .formats import finite, number, plural
 from .page import Section
@@ -63,6 +66,17 @@ def report_html(
             Section("cost", "Cost", [cost_table(config, metrics).html]),
         ],
     )
+
+
+def run_report(folder: Path) -> str:
+    """Return the page of a complete run, from its files; without predictions, it has neither classes nor images."""
+    # Nothing that the file names is loaded.
+    config, metrics = TuneConfig.from_yaml(folder / CONFIG, trust=True), read_metrics(folder)
+    tests = load(folder / PREDICTIONS) if (folder / PREDICTIONS).exists() else []
+    try:
+        return report_html(config, metrics, read_epochs(folder), tests)
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{folder / METRICS}: written by another version ({error!r}). Tune again.") from error
 
 
 # ---- the first screen --------------------------------------------------------------------------------------------

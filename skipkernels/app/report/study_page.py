@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
-from ..results.study import ACCURACY, MeanAndDeviation, Study
+from ..results.study import ACCURACY, MeanAndDeviation, Study, read_study
 from . import page
 from .formats import MISSING, joined, number, plural
 from .intervals import LEAST_RUNS, half_interval, range_text, wilson
@@ -39,6 +40,11 @@ def study_html(study: Study) -> str:
             page.reproduction(study.command, {"seeds": seeds}, vars(study), ""),
         ],
     )
+
+
+def study_report(folder: Path) -> str:
+    """Return the page of the comparison in a folder, from its compare.json."""
+    return study_html(read_study(folder))
 
 
 def primary(columns: Iterable[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -15,10 +16,11 @@ from ..data.files import expanded
 from ..untrusted import OPEN_CLIP, read_object
 
 METRICS, EPOCHS, REPORT, CARD = "metrics.json", "metrics.jsonl", "report.html", "README.md"
-PREDICTIONS, CANDIDATES = "predictions.csv", "candidates.json"
+PREDICTIONS, PREDICTIONS_CSV = "predictions.safetensors", "predictions.csv"
+CANDIDATES = "candidates.json"
 CLASSIFIER, MODEL, HEAD = "classifier.json", "model.safetensors", "head.safetensors"
 RUN_FILES = (
-    *(METRICS, REPORT, PREDICTIONS, CARD, CLASSIFIER, MODEL, HEAD),
+    *(METRICS, REPORT, PREDICTIONS, PREDICTIONS_CSV, CARD, CLASSIFIER, MODEL, HEAD),
     *(OPEN_CLIP, EPOCHS, CANDIDATES, CONFIG),
 )
 """All files of a run; the last one marks the others as those of a run."""
@@ -50,6 +52,15 @@ def read_metrics(folder: Path) -> dict[str, Any]:
         raise InputError(
             f"{folder / METRICS}: damaged ({reason}). Restore it from a copy, or tune again in another folder."
         ) from error
+
+
+def read_epochs(folder: Path) -> list[dict[str, Any]]:
+    """Read the metrics.jsonl of a run; empty if it has none, as a blend."""
+    path = folder / EPOCHS
+    try:
+        return [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: damaged ({error}).") from error
 
 
 def check_writable(folder: Path, argument: str = "out", function: str = "tune") -> None:

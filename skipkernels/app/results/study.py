@@ -5,7 +5,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
+
+from ..data import InputError
+from ..untrusted import read_object, validated
 
 STUDY = "compare.json"
 ACCURACY, COST = "accuracy, %", "cost"
@@ -53,3 +57,16 @@ class Study:
     def images(self) -> dict[str, int]:
         """Number of test images by column of accuracies."""
         return self.runs[0]["metrics"]["images"]["tests"]
+
+
+def read_study(folder: Path) -> Study:
+    """Read the compare.json of a comparison."""
+    path = folder / STUDY
+    if not path.is_file():
+        raise InputError(f"{folder} has no results. Name the folder of a run of tune or compare.", "run", "report")
+    try:
+        return validated(Study, read_object(path))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path}: damaged, or of another version ({error}). Compare again.", "run", "report"
+        ) from error

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..data import InputError
+from ..results import predictions
 from ..results.files import PREDICTIONS
 from .runs import Result
 
@@ -63,20 +64,17 @@ def _accuracies(results: Sequence[Result], test: str) -> dict[str, dict[int, flo
 def _read(results: Sequence[Result], folder: Path) -> dict[str, Right] | None:
     """Read the predictions of the runs; None if one has none, or if the runs have other test images."""
     found: dict[str, Right] = {}
-    labels: list[tuple[str, str]] | None = None  # test and label of each image
-    for result in results:
-        path = folder / result.folder / PREDICTIONS
-        if not path.is_file():  # they are written with the report of a run, which may fail
-            return None
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        of_run = [(row["test"], row["label"]) for row in rows]
-        if labels not in (None, of_run):
-            return None
-        labels, of_variant = of_run, found.setdefault(result.variant, {})
-        for test in dict.fromkeys(row["test"] for row in rows):
-            right = np.array([int(row["predicted"] == row["label"]) for row in rows if row["test"] == test])
-            of_variant[test] = of_variant.get(test, 0) + right
+    labels: dict[str, list[int]] = {}
+    try:
+        for result in results:
+            for test in predictions.load(folder / result.folder / PREDICTIONS):
+                if labels.setdefault(test.name, test.labels.tolist()) != test.labels.tolist():
+                    return None
+                right = (test.last.classes[:, 0] == test.labels).long().numpy()
+                of_variant = found.setdefault(result.variant, {})
+                of_variant[test.name] = of_variant.get(test.name, 0) + right
+    except InputError:  # a run may have no predictions: they are written with its report, which may fail
+        return None
     return found
 
 

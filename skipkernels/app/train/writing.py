@@ -28,13 +28,14 @@ from ..results.files import (
     METRICS,
     MODEL,
     PREDICTIONS,
+    PREDICTIONS_CSV,
     REPORT,
     RUN_FILES,
     check_writable,
     read_metrics,
     writing,
 )
-from ..results.predictions import prediction_lines
+from ..results.predictions import prediction_lines, save
 from ..untrusted import OPEN_CLIP
 from . import checkpoint
 from .candidates import Choice
@@ -171,10 +172,11 @@ class RunFolder:
         self.write(CARD, model_card(config, described, metrics, use=use))
         try:
             tests = trained.evaluator.predictions(trained.zero_shot, trained.tuned)
-            self.write(PREDICTIONS, "".join(prediction_lines(tests)))
+            save(self.path / PREDICTIONS, tests)
+            self.write(PREDICTIONS_CSV, "".join(prediction_lines(tests)))
             self.write(REPORT, report_html(config, metrics, trained.rows, tests))
         except Exception as error:  # any: the results are complete without these files
-            missing = [x for x in (PREDICTIONS, REPORT) if not (self.path / x).exists()]
+            missing = [x for x in (PREDICTIONS, PREDICTIONS_CSV) if not (self.path / x).exists()] + [REPORT]
             reason = f"{type(error).__name__}: {first_line(error)}"
             metrics["notes"].append(f"{', '.join(missing)} {'were' if missing[1:] else 'was'} not written ({reason}).")
         self.write(METRICS, json.dumps(metrics, indent=2) + "\n")

@@ -30,7 +30,7 @@ CASES = {
     "tune --resume nope": "error --resume must be the folder of a run; nope is not a folder.",
     "export nope --to onnx --out new": NO_RUN,
     "predict nope photos": NO_RUN,
-    **{f"{command} nope": NO_RUN for command in ("eval", "blend")},
+    **{f"{command} nope": NO_RUN for command in ("eval", "blend", "report")},
     "eval ~no-user/run": "error RUN must be the folder of a run; ~no-user/run is not a folder.",
 }
 PROGRAM = """

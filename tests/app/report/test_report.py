@@ -1,7 +1,8 @@
-"""Contents of report.html: sentences, tables, galleries and plots, with dashes for missing values."""
+"""Contents of report.html: sentences, tables, galleries and plots, with dashes for missing values; made again."""
 
 from __future__ import annotations
 
+import shutil
 from typing import NamedTuple
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from skipkernels.app.cli.main import main
 from skipkernels.app.config import TuneConfig
+from skipkernels.app.report.run_page import run_report
 from skipkernels.app.report.table import change_cell
 from skipkernels.app.results.class_metrics import metrics_of_test
 from skipkernels.app.results.predictions import TestPredictions, TopClasses
@@ -275,7 +277,17 @@ def test_report_incomplete_rows():
     assert_complete(text)
 
 
-def test_report_of_a_run(run):
-    found = Page((run[0] / "report.html").read_text())
+def test_report_command_repeats_the_page(run, tmp_path, capsys):
+    folder, _ = run
+    expected = (folder / "report.html").read_text()
+    assert run_report(folder) == expected
+    assert main(["report", str(folder)]) == 0 and (folder / "report.html").read_text() == expected
+    found = Page(expected)
     assert found.root.find(".//img") is not None
     assert "skipkernels tune --shots 2 --max-classes 24 --method skip --epochs 2" in found.text
+    (tmp_path / "run").mkdir()
+    for name in ("config.yaml", "metrics.json"):
+        shutil.copy(folder / name, tmp_path / "run")
+    assert "skipkernels tune" in run_report(tmp_path / "run"), "without predictions and rows"
+    assert main(["report", str(tmp_path)]) == 2
+    assert "has no results. Name the folder of a run" in capsys.readouterr().err

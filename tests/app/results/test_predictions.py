@@ -1,4 +1,4 @@
-"""Predictions of a run: their CSV, and the metrics by class."""
+"""Predictions of a run: their file, their CSV, and the metrics by class."""
 
 from __future__ import annotations
 
@@ -9,9 +9,38 @@ from collections import Counter
 import pytest
 import torch
 
+from skipkernels.app.data import InputError
+from skipkernels.app.results import predictions
 from skipkernels.app.results.class_metrics import class_metrics, metrics_of_test, most_frequent_errors
-from skipkernels.app.results.predictions import TopClasses
+from skipkernels.app.results.files import PREDICTIONS
+from skipkernels.app.results.predictions import TestPredictions, TopClasses
 from skipkernels.formatting import csv_text
+from tests.app.report.pages import NASTY, predicted
+
+
+def values(test: TestPredictions) -> tuple:
+    """All that predictions hold; of the classes of each image, ids and probabilities."""
+    tops = [top and [part.tolist() for part in top] for top in (test.zero_shot, test.tuned)]
+    return test.name, test.classes, test.images, test.thumbnails, test.labels.tolist(), tops
+
+
+def test_predictions_round_trip_and_damage(tmp_path):
+    path, tests = tmp_path / PREDICTIONS, [predicted(NASTY, "caf\udce9"), predicted("new")]
+    tests[1].tuned = None
+    predictions.save(path, tests)
+    assert [values(test) for test in predictions.load(path)] == [values(test) for test in tests]
+    data = path.read_bytes()
+    for damaged in (
+        data[:-9],
+        data[: len(data) // 2],
+        b"",
+        data.replace(b'format":"2', b'format":"3'),
+        data.replace(b"beta", b"bet\\"),  # in the JSON of the metadata
+        data[:-1] + bytes([data[-1] ^ 1]),  # a bit of the last probability
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match="damaged"):
+            predictions.load(path)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import io
 import json
 from pathlib import Path
@@ -17,6 +16,7 @@ from skipkernels.app.cli.main import main
 from skipkernels.app.config import TuneConfig
 from skipkernels.app.data import InputError
 from skipkernels.app.methods.skip import Skip
+from skipkernels.app.results import predictions
 from skipkernels.app.results.files import PREDICTIONS
 from skipkernels.app.train import evaluate_run
 from skipkernels.app.train.calibration import fit_none_logit, fit_temperature
@@ -74,13 +74,11 @@ def test_blend_is_a_run(run, blended, images):
 
 def test_predictions_are_those_of_the_blend(run, blended):
     """Also those before tuning, which are those of the run."""
-    before, after = (
-        list(csv.DictReader((folder / PREDICTIONS).read_text().splitlines())) for folder in (run.folder, blended)
-    )
-    for test, accuracy in metrics_of(blended)["tuned"].items():
-        right = [row["predicted"] == row["label"] for row in after if row["test"] == test]
-        assert not right or 100 * sum(right) / len(right) == pytest.approx(accuracy, abs=1e-3)
-    assert [row["zero_shot"] for row in after] == [row["zero_shot"] for row in before]
+    before = {test.name: test for test in predictions.load(run.folder / PREDICTIONS)}
+    for test in predictions.load(blended / PREDICTIONS):
+        correct = (test.tuned.classes[:, 0] == test.labels).float().mean().item()
+        assert 100 * correct == pytest.approx(metrics_of(blended)["tuned"][test.name], abs=1e-3)
+        assert test.zero_shot.classes.equal(before[test.name].zero_shot.classes)
 
 
 def test_page_and_card_name_the_blend(run, blended):
@@ -90,6 +88,7 @@ def test_page_and_card_name_the_blend(run, blended):
     assert metrics["command"].endswith(f"\nskipkernels blend {run.folder} --alpha {ALPHA} --out {blended}")
     assert metrics["validation"] is None, "all images trained"
     assert f"\nskipkernels blend RUN --alpha {ALPHA}\n```" in (blended / "README.md").read_text()
+    assert main(["report", str(blended)]) == 0 and (blended / "report.html").read_text() == page
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from PIL import Image
 
 import skipkernels as sk
 from skipkernels.app.data import InputError
+from skipkernels.app.report.run_page import run_report
 from skipkernels.app.results.files import read_metrics
 from skipkernels.app.train import evaluate_run
 from skipkernels.app.train.candidates import Choice
@@ -100,6 +101,7 @@ DAMAGES = [
         {"metrics.json": '{"status": "com'},
         read=read_metrics,
     ),
+    Damage(r"metrics.jsonl: damaged \(Expecting", {"metrics.jsonl": "{"}, read=run_report),
     Damage(r"candidates.json: damaged \(not a JSON object\)", {"candidates.json": "[]"}, read=Choice.read),
     Damage(r"candidates.json: damaged \(asked: Field required\)", {"candidates.json": "{}"}, read=Choice.read),
 ]

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from skipkernels.app.report.study_page import explained, headline, tables
+from skipkernels.app.results import predictions
 from skipkernels.app.results.files import PREDICTIONS
-from skipkernels.app.results.predictions import TestPredictions, TopClasses, prediction_lines
+from skipkernels.app.results.predictions import TestPredictions, TopClasses
 from skipkernels.app.results.study import ACCURACY, COST, Study
 from skipkernels.app.studies.compare import study_of
 from skipkernels.app.studies.runs import Result
@@ -41,7 +42,7 @@ def study(tmp_path):
                 test = TestPredictions(
                     "all", ["a", "b"], torch.ones(len(ids), dtype=torch.long), top, None, [""] * len(ids)
                 )
-                (folder / PREDICTIONS).write_text("".join(prediction_lines([test])))
+                predictions.save(folder / PREDICTIONS, [test])
                 metrics = {"protocol": "few-shot", "tuned": {"all": 100 * sum(correct) / len(correct)}}
                 metrics |= {"images": {"tests": {"all": len(correct)}}, "seconds": None}
                 results.append(Result(variant, seed, metrics, folder.name))

@@ -17,6 +17,7 @@ from skipkernels.app.studies import runs
 from skipkernels.app.studies.compare import compare, study_of, write_study
 from skipkernels.app.studies.rates import MULTIPLIERS, SEED
 from skipkernels.app.studies.runs import run_variants
+from tests.app.runs import fails
 from tests.processes import forkserver
 
 QUIET = Console(quiet=True)
@@ -166,3 +167,10 @@ def test_compare_command(tmp_path, capsys, in_process):
     page = (tmp_path / "report.html").read_text()
     assert "skipkernels compare --shots 2 --max-classes 6 --device cpu" in page
     assert "--methods zero-shot linear-probe --seeds 1" in page
+    assert main(["report", str(tmp_path)]) == 0 and (tmp_path / "report.html").read_text() == page
+
+
+@pytest.mark.parametrize(("text", "reason"), [("{", "not JSON"), ("{}", "title: Field required")])
+def test_report_of_a_damaged_comparison(tmp_path, capsys, text, reason):
+    (tmp_path / "compare.json").write_text(text)
+    assert f"compare.json: damaged, or of another version ({reason}" in fails(["report", tmp_path], capsys)

@@ -22,7 +22,7 @@ from tests.app.data.pictures import make_folders
 from tests.app.runs import fails, files, losses, results, rows, small
 
 FILES = {"config.yaml", "metrics.json", "metrics.jsonl", "model.safetensors", "report.html", "predictions.csv"}
-FILES |= {"classifier.json", "open_clip_config.json", "README.md"}
+FILES |= {"classifier.json", "open_clip_config.json", "README.md", "predictions.safetensors"}
 
 
 def test_tune_files_and_metrics(run):

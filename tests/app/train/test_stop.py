@@ -160,10 +160,11 @@ def test_infinite_logits_of_pretrained_weights(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("module", "function", "files"),
     [
+        (writing, "save", "predictions.safetensors, predictions.csv, report.html were"),
         (writing, "prediction_lines", "predictions.csv, report.html were"),
         (run_page, "report_html", "report.html was"),
     ],
-    ids=["predictions", "report"],
+    ids=["predictions", "table", "report"],
 )
 def test_report_failure_is_note(run, tmp_path, monkeypatch, module, function, files):
     def fail(*_):
