@@ -387,7 +387,8 @@ class SkipCLIP(nn.Module):
         fuse_blocks([*self.images.tower.blocks, *self.texts.tower.blocks])  # which replaced others
         self.images.below.compare()  # then calls with features computed before raise
         self.texts.check_contents()
-        check_trained(self.images.tower, self.texts.tower, self.train_options)
+        if any(p.requires_grad for p in self.parameters()):  # a frozen copy, such as a teacher, only evaluates
+            check_trained(self.images.tower, self.texts.tower, self.train_options)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Convert or move everything; prototypes and class weights stay at least fp32."""

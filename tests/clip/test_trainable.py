@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -42,6 +44,15 @@ def test_another_skipclip_froze_the_first_block():
         first.eval()
     first.refresh()
     OPEN_CLIP.check_step(first)
+
+
+def test_frozen_copy_evaluates():
+    clip = OPEN_CLIP.cut(1, tiny_clip())
+    teacher = copy.deepcopy(clip).requires_grad_(False)
+    images = OPEN_CLIP.images()
+    assert teacher.eval().predict(images).equal(clip.predict(images))
+    with pytest.raises(RuntimeError, match="the first block above the cut was frozen"):
+        teacher.train().parameter_groups(text_lr=0.1, image_lr=0.1)
 
 
 @pytest.mark.parametrize("kept", ["ln_", "bias"])
