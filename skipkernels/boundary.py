@@ -67,5 +67,7 @@ def _run_chunk(lower: Callable[[Tensor], Tensor], samples: Tensor) -> Tensor:
 def _lost_gradient(of: str) -> LostGradient:
     return LostGradient(
         f"run_frozen: no gradient passes the cut, and {of} requires grad. To train it, use skip_layers=0 for this "
-        "tower, (0, …) for images or (…, 0) for texts; otherwise detach it, or set its requires_grad to False."
+        "tower, (0, …) for images or (…, 0) for texts; otherwise detach it, or set its requires_grad to False. A model "
+        "of transformers with gradient_checkpointing_enable() makes its embeddings require grad: call its "
+        'gradient_checkpointing_disable() and disable_input_require_grads(), and use memory="min".'
     )

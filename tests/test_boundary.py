@@ -11,6 +11,7 @@ from torch import nn
 
 import skipkernels as sk
 from skipkernels import run_frozen
+from tests.hugging_face_models import hugging_face_clip
 from tests.models import tiny_batch, tiny_clip, tiny_tokens
 
 C = 7
@@ -135,3 +136,13 @@ def test_lost_gradient_of_a_context_is_an_error():
         sk.SkipCLIP(prompted.model, tiny_tokens(C), skip_layers=1)
     prompted.context.requires_grad_(False)
     assert clip(images, labels).loss.isfinite()
+
+
+def test_lost_gradient_of_checkpointing_names_its_remedy():
+    """`gradient_checkpointing_enable()` of transformers calls `enable_input_require_grads()`."""
+    model, (images, labels) = hugging_face_clip(), tiny_batch(3, C)
+    model.enable_input_require_grads()
+    with pytest.raises(RuntimeError, match=r"gradient_checkpointing_disable\(\) and disable_input_require_grads\(\)"):
+        sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1)
+    model.disable_input_require_grads()
+    assert sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1)(images, labels).loss.isfinite()

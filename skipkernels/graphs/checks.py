@@ -11,6 +11,7 @@ from ..clip import SkipCLIP
 from ..clip.checks import check_labels, described
 from ..dtypes import autocast_dtype
 from ..optimizer import FusedSGD, world_size
+from ..selection import RankSampler
 from ..towers.alterations import HOOKS, global_hooks
 from ..towers.rows import SDPA
 
@@ -74,6 +75,8 @@ def why_not_capturable(clip: SkipCLIP, optimizer: torch.optim.Optimizer) -> str 
         return 'attention="xformers" has a host sync. Use "sdpa".'
     if any(x is None for x in clip.texts.step_tensors()):
         return "text_cache, as large as here, is read on the host. Leave it out."
+    if type(clip.sampler).select is not RankSampler.select:
+        return "a graph takes the ranks that RankSampler.draw returns, and does not call select() of another sampler."
     if clip.sampler.generator.device.type != "cpu":
         return "the generator must be on the CPU."
     if torch.cuda.get_allocator_backend() != "native":  # it waits for no stream that `record_stream` does not name

@@ -337,6 +337,11 @@ def _hooked_optimizer(clip: sk.SkipCLIP) -> torch.optim.Optimizer:
     return optimizer
 
 
+def _own_sampler(clip: sk.SkipCLIP) -> torch.optim.Optimizer:
+    clip.sampler.__class__ = type("Own", (RankSampler,), {"select": lambda *_: None})
+    return _fused(clip)
+
+
 # The optimizer of a SkipCLIP, and words of the reason against a capture
 NOT_CAPTURABLE: list[tuple[Callable[[sk.SkipCLIP], torch.optim.Optimizer], str]] = [
     (_sgd, "SGD is not capturable. Construct it with fused=True"),
@@ -344,6 +349,7 @@ NOT_CAPTURABLE: list[tuple[Callable[[sk.SkipCLIP], torch.optim.Optimizer], str]]
     (lambda clip: torch.optim.AdamW(clip.model.parameters()), "AdamW is not capturable. Construct it with capturable="),
     (_hooked_module, "visual.ln_post has hooks"),
     (_hooked_optimizer, "FusedSGD has step hooks"),
+    (_own_sampler, "a graph takes the ranks that RankSampler.draw returns"),
 ]
 
 
