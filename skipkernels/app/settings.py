@@ -108,8 +108,8 @@ class Settings:
         "of heads on the pretrained model and Skip Tuning with three learning rates; else skip.",
     )
     preset: Preset = "default"
-    """reference: settings of the published code, such as --tail fixed and the paper's schedule. --decay is 0.3 in each
-    protocol, as in its configuration; the memory that the paper reports for ImageNet follows from 0.1."""
+    """reference: settings of the published code, such as --tail fixed; its random crops need --refresh epoch. --decay is
+    0.3 in each protocol, as in its configuration; the memory that the paper reports for ImageNet follows from 0.1."""
     tail: Tail | None = None
     """Each step compares its images with the classes most similar to them and, at random, a few of the others, the
     tail. resample: draw other ranks of the tail in every step, the default. fixed: draw them once, as published."""
@@ -147,7 +147,7 @@ class Settings:
     # Schedule and optimizer, by default those of the method
 
     epochs: int | None = None
-    """Passes over the training images. For skip 20; for pictogram-tiny 8. 0: only fit a --head."""
+    """Passes over the training images. For skip 20, with few-shot 40; for pictogram-tiny 8. 0: only fit a --head."""
     batch_size: int | None = option(None, ge=1)
     """Images per step. For skip 4; for pictogram-tiny 16."""
     sampler: SamplerKind | None = None
@@ -160,9 +160,10 @@ class Settings:
     optimizer: OptimizerName | None = None
     """sgd: fused SGD with momentum. adamw: that of PyTorch. By default sgd for skip; adamw for pictogram-tiny."""
     text_lr: float | None = option(None, ge=0)
-    """Learning rate of the text tower. For skip 2e-5; for pictogram-tiny 3e-4."""
+    """Learning rate of the text tower. For skip 2e-5 with base-to-new, else 1e-5; for pictogram-tiny 3e-4."""
     image_lr: float | None = option(None, ge=0)
-    """Learning rate of the image tower. For skip 5e-6; for pictogram-tiny 3e-4."""
+    """Learning rate of the image tower. For skip 5e-6 with base-to-new, 1e-5 with few-shot, else 1e-6; for
+    pictogram-tiny 3e-4."""
     warmup_epochs: int | None = option(None, ge=0)
     """Epochs at the warm-up rate, before the cosine schedule."""
     warmup_lr: float | None = option(None, ge=0)

@@ -8,6 +8,7 @@ import pytest
 
 from skipkernels.app.cli.main import COMMANDS, main
 from skipkernels.app.cli.options import SETTINGS
+from skipkernels.published import RATES
 
 
 def shown(capsys, arguments: str) -> str:
@@ -32,6 +33,17 @@ def test_help_of_tune_has_the_basic_options(capsys, monkeypatch):
     basic = {"--data", "--shots", "--model", "--pretrained", "--method", "--head", "--blend", "--epochs", "--out"}
     found = options(shown(capsys, "tune --help"))
     assert found == basic | {"--overwrite", "--resume", "--config", "--print-config"}
+
+
+def test_help_names_the_defaults_of_skip(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    out = shown(capsys, "tune --help-all")
+    new, few, other = (RATES[protocol] for protocol in ("base-to-new", "few-shot", "cross-dataset"))
+    assert new.epochs == other.epochs and few.text_lr == other.text_lr
+    text, image = (f"{new.text_lr:.0e}", f"{few.text_lr:.0e}"), (f"{rates.image_lr:.0e}" for rates in (new, few, other))
+    assert f"For skip {new.epochs}, with few-shot {few.epochs}; for" in out
+    assert "For skip {} with base-to-new, else {}; for".format(*text).replace("e-0", "e-") in out
+    assert "For skip {} with base-to-new, {} with few-shot, else {}; for".format(*image).replace("e-0", "e-") in out
 
 
 @pytest.mark.parametrize("command", COMMANDS)
