@@ -116,8 +116,7 @@ def _config_of_run(folder: Path, device: str | None, *, trust: bool) -> TuneConf
     config = TuneConfig.from_yaml(folder / CONFIG, trust=trust)
     if not config.method_class().trains_model:
         raise InputError(
-            f"must be of a method that tunes the weights of the model, skip or full; got {config.method}, "
-            "which adds weights to it.",
+            f"must be of a method that tunes the weights of the model, skip or full; got {config.method}.",
             "run",
             "blend",
         )

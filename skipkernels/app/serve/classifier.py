@@ -76,8 +76,8 @@ class Classifier:
     ) -> Classifier:
         """Load the classifier of a run, or of a folder that `export` or `blend` wrote.
 
-        The training data are not needed. The base model is needed only for the folder of a method that adds weights
-        to it, such as lora.
+        The training data are not needed. The base model is needed only for the folder of zero-shot, or of a method
+        that adds weights to it, such as lora.
 
         Args:
             run: Run folder.
