@@ -6,7 +6,6 @@ call `extend_cfg(cfg)` where the project extends its configuration; `set_publish
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .. import published
-from ..checks import warn_caller
 from ..clip import SkipCLIP
 from ..features import BatchSampler
 from .dassl_settings import DEFAULTS, extend_cfg, option, problems, rate, set_published, template
@@ -101,15 +99,11 @@ class SkipKernels(TrainerX):
     def load_clip(self) -> tuple[nn.Module, Callable[[list[str]], Tensor]]:
         """Return the CLIP of MODEL.BACKBONE.NAME on the CPU, and its tokenizer.
 
-        The project's own package `clip` loads it, if there is one and it knows the name, unless MODEL.INIT_WEIGHTS is
-        set. Otherwise open_clip does, with these weights, a file or a name; by default with OpenAI's for names such as
-        "ViT-B/16".
+        open_clip loads it with MODEL.INIT_WEIGHTS, a file or a name; by default with OpenAI's weights for names such as
+        "ViT-B/16" and "ViT-L/14@336px".
         """
         name, weights = self.cfg.MODEL.BACKBONE.NAME, self.cfg.MODEL.INIT_WEIGHTS
-        clip = _own_clip()
-        if not weights and hasattr(clip, "available_models") and name in clip.available_models():
-            return clip.load(name, device="cpu")[0], clip.tokenize
-        config = name.replace("/", "-")
+        config = name.replace("/", "-").replace("@", "-").removesuffix("px")
         if config in open_clip.list_openai_models():
             config, weights = f"{config}-quickgelu", weights or "openai"
         described = (open_clip.get_model_config(config) or {}).get("text_cfg", {})
@@ -148,13 +142,3 @@ class SkipKernels(TrainerX):
             path = Path(directory, "model", "model-best.pth.tar" if epoch is None else f"model.pth.tar-{epoch}")
             weights = load_checkpoint(str(path))["state_dict"]
             self.model.load_state_dict(weights | {"_extra_state": self.model.get_extra_state()})
-
-
-def _own_clip() -> Any:
-    """Return the package `clip`, None if it is not there or, with a warning, if what it imports is not."""
-    try:
-        return importlib.import_module("clip")
-    except ImportError as error:
-        if error.name != "clip":
-            warn_caller(f"SkipKernels: the package clip cannot be imported ({error}), so open_clip loads the model.")
-        return None

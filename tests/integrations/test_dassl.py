@@ -179,16 +179,6 @@ def loaded(dassl: Any, problem: Problem, name: str = "ViT-B/16", weights: str = 
 
 
 @pytest.fixture
-def own_clip(monkeypatch) -> Any:
-    """The project's own package `clip`."""
-    clip: Any = ModuleType("clip")
-    clip.available_models, clip.tokenize = lambda: ["ViT-B/16"], "tokenize"
-    clip.load = lambda name, device: (f"{name} on {device}", "transform")
-    monkeypatch.setitem(sys.modules, "clip", clip)
-    return clip
-
-
-@pytest.fixture
 def created(monkeypatch) -> dict[str, str]:
     """Weights of the models that open_clip creates, by name; none is created."""
     found: dict[str, str] = {}
@@ -196,35 +186,20 @@ def created(monkeypatch) -> dict[str, str]:
     return found
 
 
-def test_open_clip_loads_if_the_own_package_cannot_be_imported(dassl, problem, monkeypatch):
-    monkeypatch.setitem(sys.modules, "clip.clip", None)
-    monkeypatch.delitem(sys.modules, "clip", raising=False)
-    with pytest.warns(UserWarning, match=r"clip cannot be imported \(.*clip\.clip.*\), so open_clip loads the model"):
-        model, tokenize = loaded(dassl, problem, "pictogram-tiny")
+def test_open_clip_loads_the_model(dassl, problem):
+    model, tokenize = loaded(dassl, problem, "pictogram-tiny")
     assert isinstance(model, open_clip.CLIP)
     assert tokenize("a").shape == (1, problem.tokens.shape[1])
 
 
-def test_own_package_loads_the_names_that_it_knows(dassl, problem, own_clip):
-    assert loaded(dassl, problem) == ("ViT-B/16 on cpu", "tokenize")
-
-
-def test_error_of_the_own_package_is_raised(dassl, problem, own_clip):
-    def unloadable(name: str, device: str) -> None:
-        raise ImportError("no ftfy")
-
-    own_clip.load = unloadable
-    with pytest.raises(ImportError, match="no ftfy"):
-        loaded(dassl, problem)
-
-
-def test_open_clip_loads_if_the_package_is_of_another_project(dassl, problem, monkeypatch, created):
-    monkeypatch.setitem(sys.modules, "clip", ModuleType("clip"))
-    loaded(dassl, problem)
-    assert created == {"ViT-B-16-quickgelu": "openai"}
-
-
-def test_open_clip_loads_other_weights(dassl, problem, own_clip, created):
-    """The package would ignore them."""
-    loaded(dassl, problem, weights="weights.pt")
-    assert created == {"ViT-B-16-quickgelu": "weights.pt"}
+@pytest.mark.parametrize(
+    ("name", "weights", "expected"),
+    [
+        ("ViT-B/16", "", {"ViT-B-16-quickgelu": "openai"}),
+        ("ViT-L/14@336px", "", {"ViT-L-14-336-quickgelu": "openai"}),
+        ("ViT-B/16", "weights.pt", {"ViT-B-16-quickgelu": "weights.pt"}),
+    ],
+)
+def test_weights_are_those_of_openai_unless_others_are_named(dassl, problem, created, name, weights, expected):
+    loaded(dassl, problem, name, weights)
+    assert created == expected and open_clip.get_model_config(*expected)["quick_gelu"]
