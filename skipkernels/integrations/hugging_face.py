@@ -6,9 +6,7 @@ the state of its class sampler, so a run that is resumed from a checkpoint of th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +15,6 @@ from torch import Tensor, nn
 from ..clip import SkipCLIP, check_clip
 from ..labels import whole_number
 from ..optimizer import FusedSGD
-from ..retrieval import largest
 
 
 def trainer_arguments(
@@ -26,7 +23,6 @@ def trainer_arguments(
     text_lr: float,
     image_lr: float,
     optimizer: type[torch.optim.Optimizer] = torch.optim.SGD,
-    top_k: int | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Arguments of `Trainer` for a SkipCLIP: optimizer, data collator, predictions and their accuracy.
@@ -40,8 +36,6 @@ def trainer_arguments(
         text_lr: Learning rate of the text tower.
         image_lr: Learning rate of the image tower.
         optimizer: Class of the optimizer; default SGD.
-        top_k: Predictions are the classes with the top_k largest logits, int64 [n, top_k], which the trainer holds for
-            the whole dataset; default: the logits [n, C].
         options: Further arguments of the optimizer, such as `momentum`. For `FusedSGD`, `in_backward` defaults to
             False: the trainer clips gradients after backward (`max_grad_norm=1.0`), which updates in backward exclude.
 
@@ -69,8 +63,8 @@ def trainer_arguments(
         # A factory instead of a class: the trainer calls it, then its result with the model.
         "optimizer_cls_and_kwargs": (lambda: make_optimizer, {}),
         "data_collator": collate,
-        "preprocess_logits_for_metrics": class_logits if top_k is None else partial(top_classes, top_k=top_k),
-        "compute_metrics": Accuracy(top_k),
+        "preprocess_logits_for_metrics": class_logits,
+        "compute_metrics": accuracy,
     }
 
 
@@ -147,37 +141,6 @@ def class_logits(outputs: tuple[Tensor, ...] | Tensor, labels: Tensor | None) ->
     return outputs if isinstance(outputs, Tensor) else outputs[0]
 
 
-def top_classes(outputs: tuple[Tensor, ...] | Tensor, labels: Tensor | None, *, top_k: int) -> Tensor:
-    """Return the classes of the top_k largest logits, int64 [B, top_k]; of equal ones, the lower class first."""
-    logits = class_logits(outputs, labels)
-    if not 1 <= top_k <= logits.shape[1]:
-        raise ValueError(
-            f"trainer_arguments: top_k must be a number of classes, from 1 to {logits.shape[1]}; got {top_k}."
-        )
-    return largest(logits, top_k)[1]
-
-
-class Accuracy:
-    """Return {"accuracy": …} of an `EvalPrediction` with logits [n, C] and labels [n], arrays or tensors.
-
-    With top_k the predictions are classes [n, top_k], and there is also {"top_5_accuracy": …} for top_k = 5. With
-    `batch_eval_metrics` of the trainer it counts hits from batch to batch.
-    """
-
-    def __init__(self, top_k: int | None = None):
-        self.top_k = top_k
-        self._hits: list[Any] = []  # [top_k] of each batch
-        self._count = 0
-
-    def __call__(self, predictions: Any, compute_result: bool = True) -> dict[str, float]:
-        """Return the accuracy of all predictions since the last result, or nothing if there are more batches."""
-        classes, labels = predictions.predictions, predictions.label_ids
-        classes = classes.argmax(axis=1)[:, None] if self.top_k is None else classes
-        self._hits.append((classes == labels[:, None]).sum(axis=0))
-        self._count += len(labels)
-        if not compute_result:
-            return {}
-        shares = [float(hits) / self._count if self._count else math.nan for hits in sum(self._hits)]
-        self._hits, self._count = [], 0
-        names = {"accuracy": shares[0]}
-        return names if self.top_k is None else names | {f"top_{self.top_k}_accuracy": sum(shares)}
+def accuracy(predictions: Any) -> dict[str, float]:
+    """Return {"accuracy": …} of an `EvalPrediction` with logits [n, C] and labels [n]."""
+    return {"accuracy": float((predictions.predictions.argmax(axis=1) == predictions.label_ids).mean())}

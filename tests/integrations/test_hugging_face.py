@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import TensorDataset
-from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 import skipkernels as sk
 from skipkernels.integrations import hugging_face
@@ -59,46 +58,27 @@ def test_resume_within_an_epoch(trained, short, tmp_path):
     assert losses(resumed) == losses(whole)
 
 
-@pytest.mark.parametrize("top_k", [None, 3])
-@pytest.mark.parametrize("by_batch", [False, True], ids=["whole", "by-batch"])
-def test_accuracy(top_k, by_batch, trained, short, tmp_path):
+def test_accuracy(trained, short, tmp_path):
     """A quarter of the images have the class of rank 0 as their label, and so on to rank 3."""
     clip = trained[0].model
     ranked = clip.predict(short.images).argsort(dim=1, descending=True)  # [n, C]
     dataset = TensorDataset(short.images, ranked[torch.arange(len(ranked)), torch.arange(len(ranked)) % 4])
-    args = runner.arguments(short, tmp_path, batch_eval_metrics=by_batch, per_device_eval_batch_size=5)
-    trainer = Trainer(clip, **hugging_face.trainer_arguments(args, **short.rates(), top_k=top_k))
-    for _ in range(2):  # nothing is left of the first evaluation
-        found = trainer.evaluate(dataset)
-        assert found["eval_accuracy"] == 0.25
-        assert found.get("eval_top_3_accuracy") == (None if top_k is None else 0.75)
-    predictions = trainer.predict(dataset).predictions
-    if top_k:
-        assert predictions.tolist() == ranked[:, :3].tolist()
-    else:
-        torch.testing.assert_close(torch.from_numpy(predictions), clip.predict(short.images), rtol=1e-4, atol=1e-4)
+    args = runner.arguments(short, tmp_path, per_device_eval_batch_size=5)
+    trainer = Trainer(clip, **hugging_face.trainer_arguments(args, **short.rates()))
+    assert trainer.evaluate(dataset)["eval_accuracy"] == 0.25
+    predictions = torch.from_numpy(trainer.predict(dataset).predictions)
+    torch.testing.assert_close(predictions, clip.predict(short.images), rtol=1e-4, atol=1e-4)
 
 
-def test_top_classes_of_equal_logits_and_accuracy_of_nothing():
-    assert hugging_face.top_classes(torch.zeros(1, 99), None, top_k=3).tolist() == [[0, 1, 2]]
-    nothing = EvalPrediction(np.zeros((0, 9)), np.zeros(0, dtype=np.int64))
-    assert math.isnan(hugging_face.Accuracy()(nothing)["accuracy"])
-
-
-@pytest.mark.parametrize("top_k", [None, 3])
-def test_predict_without_labels(top_k, trained, short, tmp_path):
+def test_predict_without_labels(trained, short, tmp_path):
     """Batches of five and of one image."""
     clip, args = trained[0].model, runner.arguments(short, tmp_path, per_device_eval_batch_size=5)
-    ours = hugging_face.trainer_arguments(args, **short.rates(), top_k=top_k)
-    trainer = Trainer(hugging_face.Predictor(clip), **ours)
+    trainer = Trainer(hugging_face.Predictor(clip), **hugging_face.trainer_arguments(args, **short.rates()))
     logits = clip.predict(short.images[:11])
     for dataset in (short.images[:11], [{"pixel_values": image} for image in short.images[:11]]):
         found = trainer.predict(dataset)
         assert found.label_ids is None
-        if top_k:
-            assert found.predictions.tolist() == logits.topk(3).indices.tolist()
-        else:
-            torch.testing.assert_close(torch.from_numpy(found.predictions), logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(torch.from_numpy(found.predictions), logits, rtol=1e-4, atol=1e-4)
 
 
 def groups(trainer: Trainer) -> list[tuple[str, float, float, set[int]]]:

@@ -37,11 +37,6 @@ class Case:
         problem = problem or self.problem
         return Trainer(model, train_dataset=problem.dataset, **hugging_face_runner.plug(problem, self.folder))
 
-    def predict(self, top_k: int) -> None:
-        args = hugging_face_runner.arguments(self.problem, self.folder)
-        ours = hugging_face.trainer_arguments(args, **self.problem.rates(), top_k=top_k)
-        Trainer(self.clip, **ours).predict(self.problem.dataset)
-
     def train_on_features(self) -> None:
         problem = self.problem._replace(images=self.clip.encode_lower(self.problem.images), skip_layers=0)
         self.trainer(problem.clip(), problem).train()
@@ -74,7 +69,6 @@ CALLS: list[tuple[Callable[[Case], object], type[Exception], str]] = [
      "args must be transformers.TrainingArguments; got SkipCLIP"),
     (lambda case: case.trainer(nn.Linear(1, 1)).create_optimizer(), TypeError,
      "trainer_arguments: clip must be a SkipCLIP; got Linear"),
-    (lambda case: case.predict(top_k=13), ValueError, "top_k must be a number of classes, from 1 to 12; got 13"),
     (Case.train_on_features, ValueError, r"features can't be cached; got \[2, 65"),
     (lambda case: SkipModule(nn.Linear(1, 1), text_lr=1, image_lr=1), TypeError,
      "SkipModule: clip must be a SkipCLIP; got Linear"),
