@@ -69,16 +69,6 @@ class SkipModule(LightningModule):
         self.save_hyperparameters({"text_lr": text_lr, "image_lr": image_lr} | options)
         self._options = list(options)
 
-    @property
-    def lr(self) -> float:
-        """Learning rate of the text tower, for `Tuner.lr_find`. Setting it scales that of the image tower alike."""
-        return self.hparams["text_lr"]
-
-    @lr.setter
-    def lr(self, rate: float) -> None:
-        text_lr, image_lr = self.hparams["text_lr"], self.hparams["image_lr"]
-        self.hparams.update(text_lr=rate, image_lr=rate * image_lr / text_lr if text_lr else rate)
-
     def forward(self, x: Tensor) -> Tensor:
         """Logits [B, C] over all classes; see `SkipCLIP.predict`."""
         return self.clip.predict(x)

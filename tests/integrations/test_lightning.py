@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.tuner import Tuner
 from torch.optim.lr_scheduler import ExponentialLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -81,18 +78,6 @@ def test_several_validation_loaders(short, tmp_path):
         for number, (values, rows) in enumerate(zip(logged, (slice(4), slice(4, 8)), strict=True)):
             loss = torch.nn.functional.cross_entropy(module(short.images[rows]), short.labels[rows]).item()
             assert values[f"{name}_loss/dataloader_idx_{number}"] == pytest.approx(loss, rel=1e-4)
-
-
-def test_learning_rate_finder(short, tmp_path):
-    """It restores weights and class sampler, and sets both rates; they keep their ratio."""
-    module, trainer = module_of(short), runner.trainer(tmp_path)
-    before = copy.deepcopy(module.state_dict())
-    finder = Tuner(trainer).lr_find(module, DataLoader(short.dataset, 2), num_training=12, min_lr=1e-4)
-    assert all(state.equal(before[name]) for name, state in module.state_dict().items())
-    rate = finder.suggestion(skip_begin=1, skip_end=1)
-    module.lr = rate
-    trainer.fit(module, DataLoader(short.dataset, 2))
-    assert [group["lr"] for group in trainer.optimizers[0].param_groups] == [rate, rate / 2]
 
 
 def test_schedules(short, tmp_path):
