@@ -2,7 +2,6 @@
 
     python -m bench.gpu_model              write bench/results/gpu_model.csv
     python -m bench.gpu_model --no-save    print only
-    python -m bench.gpu_model --kernels    print only what the kernels of our step in bf16, with 1,000 classes, take
 
 The steps run on the meta device, and every launch is recorded with the bytes of its tensors, its FLOPs and the shape of
 its product (`bench.recording`). A launch takes
@@ -168,27 +167,9 @@ def cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     return [*header, "published over graph"], lines
 
 
-def show_kernels(batch: int) -> None:
-    """Print launches, bytes and time of each kernel of our step, and its time without START and GAP, at full speed."""
-    by_name: dict[str, list[Launch]] = {}
-    for launch in launches_of_ours(batch, 1000, "bf16"):
-        by_name.setdefault(launch.name, []).append(launch)
-    lines = []
-    for name, launches in sorted(by_name.items(), key=lambda item: -graph(item[1])):
-        megabytes = round(sum(launch.nbytes for launch in launches) / 1e6)
-        lines.append((name, len(launches), megabytes, *(round(1e6 * f(launches)) for f in (graph, floor))))
-    tables.show(["kernel", "launches", "MB", "graph, µs", "floor, µs"], lines, f"{TITLE}; {batch} images")
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = command(__doc__)
-    parser.add_argument("--kernels", action="store_true", help="the kernels of our step in bf16, with 1,000 classes")
-    args = parser.parse_args(arguments)
+    args = command(__doc__).parse_args(arguments)
     measure.keep_freed_memory()
-    if args.kernels:
-        for batch in BATCHES:
-            show_kernels(batch)
-        return
     rows = [row_of(*case) for case in product(BATCHES, CLASSES, PRECISIONS)]
     tables.show(*cells(rows), TITLE)
     if not args.no_save:
