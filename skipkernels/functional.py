@@ -570,7 +570,7 @@ def contrastive_loss(image: Tensor, text: Tensor, logit_scale: Tensor | float, *
     name = "contrastive_loss"
     check_features(name, "image", image, B=None, D=None)
     check_like(name, "text", text, ("image", image))
-    labels = torch.arange(len(image), device=image.device)
+    labels = torch.arange(image.shape[0], device=image.device)
     image_to_text = class_sampled_ce(image, text, labels, logit_scale, reduction=reduction)
     return (image_to_text + class_sampled_ce(text, image, labels, logit_scale, reduction=reduction)) / 2
 
@@ -615,7 +615,7 @@ def pairwise_sigmoid(
     check_ids(name, "labels", labels, ("image", image), B=image.shape[0])
     scale = as_scalar(name, "logit_scale", logit_scale, ("image", image), dtypes.wide_dtype(image.dtype))
     bias = as_scalar(name, "logit_bias", logit_bias, ("image", image), dtypes.wide_dtype(image.dtype))
-    B, N = len(image), len(text)
+    B, N = image.shape[0], text.shape[0]
     check_values(name, "labels", labels, (labels >= -1) & (labels < N), f"rows of text, 0 to {N - 1}, or no text (-1)")
     rows = max(1, PAIRS_IN_MEMORY // N)
     if rows >= B:
@@ -635,7 +635,7 @@ def _sum_over_pairs(image: Tensor, text: Tensor, labels: Tensor, scale: Tensor, 
     """Compute `pairwise_sigmoid` from the logits [B, N] of all pairs."""
     logits = class_sampled_logits(image, text.to(image.dtype), scale)
     logits = logits + bias.reshape(()).to(logits.dtype)
-    own = labels[:, None] == torch.arange(len(text), device=text.device)
+    own = labels[:, None] == torch.arange(text.shape[0], device=text.device)
     return -F.logsigmoid(torch.where(own, logits, -logits)).sum()
 
 
@@ -662,5 +662,5 @@ def pairwise_sigmoid_loss(
     name = "pairwise_sigmoid_loss"
     check_features(name, "image", image, B=None, D=None)
     check_like(name, "text", text, ("image", image))
-    labels = torch.arange(len(image), device=image.device)
+    labels = torch.arange(image.shape[0], device=image.device)
     return pairwise_sigmoid(image, text, labels, logit_scale, logit_bias) / image.shape[0]

@@ -54,7 +54,7 @@ def class_sampled_ce(
     """Cross-entropy of images against a sample of the rows of a class bank, see `functional.class_sampled_ce`."""
     logits = class_sampled_logits(image, text, logit_scale, class_ids)
     # Labels outside the bank or the sample get position K, for which cross_entropy raises an error.
-    C, K = len(text), logits.shape[1]
+    C, K = text.shape[0], logits.shape[1]
     position = torch.arange(K, device=text.device)  # [K]
     if class_ids is not None:
         position = class_ids.new_full((C,), K).scatter(0, class_ids, position)  # [C]
@@ -90,7 +90,7 @@ def class_scores(image: Tensor, prototypes: Tensor, labels: Tensor | None = None
 def contrastive_loss(image: Tensor, text: Tensor, logit_scale: Tensor | float, reduction: str = "mean") -> Tensor:
     """Symmetric contrastive loss of B pairs of an image and a text, see `functional.contrastive_loss`."""
     logits = class_sampled_logits(image, text, logit_scale)
-    labels = torch.arange(len(logits), device=logits.device)
+    labels = torch.arange(logits.shape[0], device=logits.device)
     both = (F.cross_entropy(z, labels, reduction=reduction) for z in (logits, logits.T))
     return sum(both, start=logits.new_zeros(())) / 2
 
@@ -111,8 +111,8 @@ def pairwise_sigmoid_loss(
     image: Tensor, text: Tensor, logit_scale: Tensor | float, logit_bias: Tensor | float
 ) -> Tensor:
     """Sigmoid loss of B pairs of an image and a text, see `functional.pairwise_sigmoid_loss`."""
-    labels = torch.arange(len(image), device=image.device)
-    return pairwise_sigmoid(image, text, labels, logit_scale, logit_bias) / len(image)
+    labels = torch.arange(image.shape[0], device=image.device)
+    return pairwise_sigmoid(image, text, labels, logit_scale, logit_bias) / image.shape[0]
 
 
 def add_layer_norm(

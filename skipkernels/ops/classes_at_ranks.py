@@ -128,7 +128,7 @@ def _fallback(scores: Tensor, ranks: Tensor, labels: Tensor | None) -> tuple[Ten
 
 
 def _fake(scores: Tensor, ranks: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-    return ranks.new_empty(len(ranks)), ranks.new_empty(0 if labels is None else len(labels))
+    return ranks.new_empty(ranks.shape), ranks.new_empty(0 if labels is None else labels.shape)
 
 
 classes_at_ranks = registration.define(

@@ -108,7 +108,7 @@ def _fallback(
 def _fake(
     class_ids: Tensor, starts: Tensor, lengths: Tensor, prefix_length: int, row_count: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    K = len(class_ids)
+    K = class_ids.shape[0]
     return class_ids.new_empty(row_count), class_ids.new_empty(K + 1), class_ids.new_empty(K)
 
 

@@ -49,6 +49,19 @@ def test_contrastive_loss_does_not_save_the_logits():
     assert saved_bytes(lambda: functional.contrastive_loss(*make_pairs(300, 8, torch.float32))) < 4 * 300 * 300
 
 
+def test_losses_export_with_any_batch():
+    class Losses(torch.nn.Module):
+        def forward(self, image, text):
+            contrastive = (module.contrastive_loss(image, text, 10.0) for module in (functional, reference))
+            sigmoid = (module.pairwise_sigmoid_loss(image, text, 10.0, -10.0) for module in (functional, reference))
+            return [*contrastive, *sigmoid]
+
+    inputs, others = (tuple(x.detach() for x in make_pairs(B, 16)[:2]) for B in (5, 3))
+    batch = {0: torch.export.Dim("batch", max=256)}
+    exported = torch.export.export(Losses(), inputs, dynamic_shapes=(batch, batch)).module()
+    torch.testing.assert_close(exported(*others), Losses()(*others))
+
+
 def test_pairwise_sigmoid_compiles_into_one_graph():
     def loss(image, text, labels):
         return functional.pairwise_sigmoid(image, text, labels, 10.0, -10.0)
