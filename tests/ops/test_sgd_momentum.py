@@ -7,6 +7,7 @@ import functools
 import itertools
 import threading
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -74,7 +75,7 @@ def test_is_the_reference(backend, dtypes):
     for options in ({"momentum": 0.0}, {"weight_decay": 0.0}):
         assert ours.step(**options) == theirs.step(reference.sgd_momentum_, **options)
     if dtypes[0] == torch.bfloat16:
-        for seed in (0, -1, 2**64 - 1, torch.tensor(1 << 62, device=backend.device)):
+        for seed in (0, -1, 2**64 - 1, np.int64(-3), torch.tensor(1 << 62, device=backend.device)):
             assert ours.step(seed=seed) == theirs.step(reference.sgd_momentum_, seed=seed)
         assert theirs.step(seed=1) != ours.step()
 
