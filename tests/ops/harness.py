@@ -70,7 +70,7 @@ class Operator:
     make: Callable[..., Case]
     eager: Callable[..., Any]
     sizes: str  # names of the sizes of a shape, for the ids of tests
-    shapes: Sequence[tuple[Any, ...]]  # of the comparison with eager
+    shapes: Sequence[tuple[Any, ...]]  # of the comparison with eager; other tests take the third and the fourth
     small: tuple[Any, ...]  # shape of a call that takes milliseconds on every backend
     large: Sequence[tuple[Any, ...]]  # shapes that several threads share
     features: tuple[str, ...]  # inputs that autocast casts
