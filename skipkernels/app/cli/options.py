@@ -66,6 +66,7 @@ def check_run(run: Path, function: str, err: Terminal) -> None:
 def import_torch(err: Terminal) -> None:
     """Import PyTorch and open_clip, which takes seconds; a terminal shows a line meanwhile."""
     with err.status("loading PyTorch"):
+        import numpy  # noqa: F401, I001 -- here: an import by torch's C++ code discards the exception of Ctrl-C
         import open_clip  # noqa: F401
 
 

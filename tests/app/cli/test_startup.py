@@ -84,6 +84,28 @@ def test_version(results):
     assert results["--version"][1] == f"skipkernels {skipkernels.__version__}\n"
 
 
+def test_interrupt_during_import_of_numpy_ends_command(tmp_path):
+    """The C++ code of torch discards any exception of this import."""
+    code = """if True:
+        import signal, sys
+
+        class Interrupting:
+            def find_spec(self, name, path=None, target=None):
+                if name == "numpy.linalg":
+                    sys.meta_path.remove(self)
+                    signal.raise_signal(signal.SIGINT)
+
+        sys.meta_path.insert(0, Interrupting())
+        from skipkernels.__main__ import main
+
+        sys.exit(main())
+    """
+    command = [sys.executable, "-c", code, "tune", "--method", "zero-shot", "--max-classes", "4", "--out", "run"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 130 and done.stderr.splitlines()[-1] == "interrupted"
+    assert not list(tmp_path.iterdir())
+
+
 # ---- threads that wait ---------------------------------------------------------------------------------------------
 
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
