@@ -61,6 +61,7 @@ __all__ = [
     "unfuse",
 ]
 
+_CLI_PACKAGES = ("pydantic", "rich", "tyro", "yaml", "jinja2")  # the extra `cli` in pyproject.toml
 _SUBMODULES = ("functional", "ops", "pairs", "parallel", "reference", "retrieval")
 _find = lazy_names(
     __name__,
@@ -85,7 +86,12 @@ _find = lazy_names(
 def __getattr__(name: str) -> Any:
     if name in _SUBMODULES:
         return importlib.import_module(f"skipkernels.{name}")
-    value = globals()[name] = _find(name)
+    try:
+        value = globals()[name] = _find(name)
+    except ModuleNotFoundError as error:
+        if error.name in _CLI_PACKAGES:
+            error.msg = f"skipkernels.{name} needs {error.name}: pip install 'skipkernels[cli]'"
+        raise
     return value
 
 

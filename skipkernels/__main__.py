@@ -8,9 +8,7 @@ import os
 import sys
 
 import skipkernels
-from skipkernels import _build
-
-_CLI_PACKAGES = ("pydantic", "rich", "tyro", "yaml", "jinja2")  # the extra `cli` in pyproject.toml
+from skipkernels import _CLI_PACKAGES, _build
 
 
 def main() -> int:

@@ -86,6 +86,9 @@ features, labels = next(iter(cache.loader(batch_size=3)))
 optimizer = torch.optim.SGD(clip.parameter_groups(text_lr=1e-3, image_lr=1e-3), momentum=0.9)
 loss = clip(features, labels).loss
 loss.backward(); optimizer.step()
+for name in ("tune", "Classifier"):
+    try: getattr(sk, name)
+    except ModuleNotFoundError as error: print(error)
 print(loss.isfinite().item(), sorted(BLOCKED & set(sys.modules)))
 """
 
@@ -113,6 +116,8 @@ def test_core_without_the_packages_of_the_command_line(core):
     assert equal == "True" and scores.startswith("[inf, 0.707") and reason.startswith("False ")
     assert "Triton is not installed" in reason or "no Triton kernel" in reason
     assert core[-1] == "True []"
+    for name, line in zip(("tune", "Classifier"), core[-3:-1], strict=True):
+        assert re.fullmatch(rf"skipkernels\.{name} needs \w+: pip install 'skipkernels\[cli\]'", line)
 
 
 @pytest.mark.parametrize("package", ["pydantic", "rich", "tyro", "yaml", "jinja2"])
