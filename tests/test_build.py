@@ -150,7 +150,8 @@ def test_setup_without_kernels_is_a_pure_wheel(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name == f"skipkernels-{skipkernels.__version__}-py3-none-any.whl"
     names = {Path(name).name for name in zipfile.ZipFile(wheel).namelist()}
-    assert {"functional.py", *(path.name for path in _build.source_dir().iterdir())} <= names
+    sources = (path.name for path in _build.source_dir().iterdir())
+    assert {"functional.py", "LICENSE", "LICENSES-pictograms", *sources} <= names
     assert not [name for name in names if name.endswith(".so")]
 
 
