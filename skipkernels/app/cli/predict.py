@@ -116,8 +116,6 @@ class PredictCommand:
         """Write or print the results."""
         from skipkernels.app.serve.output import csv_lines, write_embeddings, write_lines
 
-        if self.embeddings is not None:
-            write_embeddings(self.embeddings, results.embeddings)
         lines = csv_lines(results.rows, threshold=self.threshold is not None)
         if self.out is not None:
             write_lines(self.out, lines)
@@ -125,6 +123,8 @@ class PredictCommand:
             out.print("".join(lines), end="", soft_wrap=True)
         else:
             out.file.writelines(lines)
+        if self.embeddings is not None:  # last: they are large, and an error must not cost the predictions
+            write_embeddings(self.embeddings, results.embeddings)
 
     def _print_summary(self, classifier: Classifier, results: _Results, err: Terminal) -> None:
         from skipkernels.app.report.formats import plural

@@ -11,7 +11,7 @@ import numpy as np
 from ...folders import replaced_file
 from ...formatting import csv_line
 from ..data import InputError
-from ..results.files import check_writable
+from ..results.files import check_writable, writing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,12 +70,13 @@ def check_file(path: Path, command: str, argument: str = "out", suffix: str = ".
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
     """Write lines, with the bytes of a file name that is not in UTF-8."""
-    with replaced_file(path) as new, new.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-        file.writelines(lines)
+    with writing(path), replaced_file(path) as new:
+        with new.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+            file.writelines(lines)
 
 
 def write_embeddings(path: Path, parts: Sequence[Tensor]) -> None:
     """Write embeddings of images, batches [B, D] in fp32, as a .npy file [N, D]."""
     rows = np.concatenate(parts) if parts else np.empty((0, 0), np.float32)
-    with replaced_file(path) as new, new.open("wb") as file:
+    with writing(path, "embeddings"), replaced_file(path) as new, new.open("wb") as file:
         np.save(file, rows)

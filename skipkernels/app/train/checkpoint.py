@@ -69,8 +69,8 @@ def save(
     with _disk_errors(folder):
         folder.mkdir(exist_ok=True)
         replace_tensors(model, weights)
-        with replaced_file(state) as new:
-            torch.save(training, new)
+        with replaced_file(state) as new, new.open("wb") as file:  # of a path, torch.save hides the cause of an error
+            torch.save(training, file)
         files = {path.name: digest_file(path) for path in _files_of(run, rows)}
         replace(described, weights=model.name, weights_xxh3=files[model.name]).write(folder)
         index = {"settings": settings, "rows": rows, "seconds": seconds, "files": files}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import errno
 import io
 import itertools
 import json
@@ -12,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -229,6 +231,14 @@ def test_command_writes_what_is_done_after_an_error(run, photos, tmp_path, capsy
     done = len(list(csv.DictReader(out.open())))
     assert code == 1 and f"{done} of {len(run.task.tests[0].images) + 1} images are classified" in err
     assert done == len(np.load(tmp_path / "found.npy")) and 4 < done <= 8
+
+
+def test_full_disk_for_embeddings_keeps_predictions(run, photos, tmp_path, capsys, monkeypatch):
+    table, array = tmp_path / "found.csv", tmp_path / "found.npy"
+    monkeypatch.setattr(np, "save", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    code, _, err = command(capsys, run.folder, photos / "part1", "--out", table, "--embeddings", array)
+    assert code == 2 and f"error --embeddings: {array} can't be written: No space left on device." in err
+    assert len(list(csv.DictReader(table.open()))) == len(list((photos / "part1").glob("*.*")))
 
 
 def test_command_keeps_earlier_results_if_nothing_is_classified(run, photos, tmp_path, capsys, monkeypatch):
