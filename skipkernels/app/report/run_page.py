@@ -27,14 +27,14 @@ from .summary import (
     accuracy_table,
     blend_table,
     candidate_table,
+    capitalised,
     choice,
-    classifier,
     cost_table,
     headline,
     kept_epoch,
 )
 from .table import Row, Table
-from .words import name_of_test, title_of
+from .words import before_text, name_of_test, title_of
 
 _FIXED = (
     "Test images that only the tuned model classifies correctly, with the three most probable classes by each model. "
@@ -52,7 +52,7 @@ def report_html(
 ) -> str:
     """Return the page, from metrics.json, metrics.jsonl and the predictions."""
     return page.page_html(
-        title_of(config, classifier(metrics)),
+        title_of(config, capitalised(metrics["classifier"])),
         metrics["environment"]["finished"],
         headline(metrics),
         [*_notes(config, metrics), accuracy_table(metrics).html, part("text", _INTERVALS), *_candidates(metrics)],
@@ -61,7 +61,7 @@ def report_html(
             Section("broken", "Broken by tuning", galleries(tests, TestPredictions.broken, _BROKEN, "worse")),
             Section("classes", "Classes", page.groups({name_of_test(test.name): classes(test) for test in tests})),
             Section("thresholds", "Thresholds", _thresholds(metrics["validation"])),
-            Section("training", "Training", _curves(metrics, rows)),
+            Section("training", "Training", _curves(config, metrics, rows)),
             page.reproduction(metrics["command"], _data(config, metrics), metrics["environment"], config.to_yaml()),
             Section("cost", "Cost", [cost_table(config, metrics).html]),
         ],
@@ -125,7 +125,7 @@ def _thresholds(validation: Mapping[str, Any] | None) -> list[Markup]:
     return [part("text", measured), Table("wanted", ["threshold", "kept, %", "right, %"], rows).html]
 
 
-def _curves(metrics: Metrics, rows: list[dict[str, Any]]) -> list[Markup]:
+def _curves(config: TuneConfig, metrics: Metrics, rows: list[dict[str, Any]]) -> list[Markup]:
     """Plots of loss and accuracy over the epochs, and the table of a blend."""
 
     def line(name: str, colour: str, values: Iterable[tuple[float, float | None]]) -> Line:
@@ -140,6 +140,8 @@ def _curves(metrics: Metrics, rows: list[dict[str, Any]]) -> list[Markup]:
     validation = line(name_of_test(VALIDATION), "zero", ((row["epoch"], row.get("validation")) for row in rows))
     plots = [plot("training loss", [loss]), plot("accuracy, %", [*tests, validation])] if rows else []
     found = [part("plots", plots)] if any(plots) else []
+    if rows and (before := before_text(config, blended="alpha" in metrics)):
+        found.append(part("text", f"Epochs are those of the trained model{before}."))
     return [*found, *([blend_table(metrics).html] if "blend" in metrics else [])]
 
 

@@ -10,7 +10,7 @@ from ..data.tasks import VALIDATION
 from .formats import finite, number, percent, plural
 from .intervals import range_text, wilson
 from .table import Cell, Row, Table, change_cell, facts_table
-from .words import name_of_test
+from .words import before_text, name_of_test
 
 BEST = 5
 """Candidates that are shown at first."""
@@ -89,9 +89,9 @@ def kept_epoch(config: TuneConfig, metrics: Metrics) -> str | None:
     best, validation = metrics["best_epoch"], metrics["validation"]
     if best is None or "alpha" in metrics:
         return None
-    name, accuracy = held_out_accuracy(metrics, balanced=config.balances)
+    name = "balanced accuracy" if config.balances else "accuracy"
     images = plural(validation["images"], "validation image")
-    return f"Epoch {best} of {metrics['epochs']} is kept, the best on {images} ({name} {percent(accuracy)})."
+    return f"Epoch {best} of {metrics['epochs']} is kept, the best on {images} by {name}{before_text(config)}."
 
 
 def choice(metrics: Metrics) -> str | None:
@@ -100,8 +100,9 @@ def choice(metrics: Metrics) -> str | None:
         return None
     because = f": {metrics['chosen_because']}" if metrics["chosen_because"] else ""
     repeated = "was trained again, on" if metrics["steps"] else "was fitted again, to"
-    again = "" if metrics["classifier"] == "zero-shot" else f" Then it {repeated} all images."
-    return f"{classifier(metrics)} was chosen{because}.{again}"
+    name = next(each["name"] for each in metrics["candidates"] if each["chosen"])  # before `skipkernels blend`
+    again = "" if name == "zero-shot" else f" Then it {repeated} all images."
+    return f"{capitalised(name)} was chosen{because}.{again}"
 
 
 # ---- tables, also of the terminal ------------------------------------------------------------------------------------
@@ -193,7 +194,6 @@ def counted(metrics: Metrics, test: str) -> str:
     return classes if test in ("base", "new", "all") else f"{classes} of {test}"
 
 
-def classifier(metrics: Metrics) -> str:
+def capitalised(name: str) -> str:
     """Name of what classifies, for the beginning of a sentence."""
-    name = metrics["classifier"]
     return name[:1].upper() + name[1:]

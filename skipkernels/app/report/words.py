@@ -83,6 +83,16 @@ def shots_text(shots: Shots) -> str:
     return "all training images" if shots == "all" else f"{plural(int(shots), 'image')} of each class"
 
 
+def before_text(config: TuneConfig, *, blended: bool = False) -> str:
+    """Return which changes of the trained model its epochs do not have yet; `blended` after training.
+
+    >>> before_text(TuneConfig(method="skip", head="anchored", blend=0.5).resolved())
+    ', before its blend and its head'
+    """
+    later = ["blend"] * (blended or config.blend != 1) + ["head"] * (config.head != "none")
+    return f", before its {' and its '.join(later)}" if later else ""
+
+
 def title_of(config: TuneConfig, *between: str) -> str:
     """Return the title of a page, from a resolved configuration: model, data, other texts, and training images."""
     assert config.shots is not None

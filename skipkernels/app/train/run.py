@@ -20,7 +20,7 @@ from ..console import print_plain
 from ..data import InputError, Source
 from ..heads import choose_l2
 from ..methods.registry import PACKAGED
-from ..report.words import name_of_run, title_of
+from ..report.words import before_text, name_of_run, title_of
 from ..results import notes
 from ..results.class_metrics import BALANCED
 from ..results.files import CANDIDATES
@@ -191,9 +191,8 @@ class Run:
         """Train by epochs, and return to the weights of the best one on the validation images."""
         config = self.config
         assert config.epochs
-        later = ["blend"] * (config.blend != 1) + ["head"] * (config.head != "none")
-        if later:
-            print_plain(self.console, f"epochs are those of the trained model, before its {' and its '.join(later)}")
+        if before := before_text(config):
+            print_plain(self.console, f"epochs are those of the trained model{before}")
         self.display.begin(
             epochs=config.epochs,
             steps_per_epoch=trainer.steps,

@@ -109,6 +109,10 @@ SHOWN = {
         ),
     ),
     "classifier in the title": Shown({"classifier": "probe ×3"}, "pictograms · Probe ×3 · all training images"),
+    "a blend of the chosen candidate": Shown(
+        {"candidates": [candidate("probe", 62.5, 60.0, chosen=True)], "classifier": "probe, blended at 0.5"},
+        "Probe was chosen. Then it was trained again, on all images.",
+    ),
     "candidates of one accuracy": Shown(
         {"candidates": [candidate("zero-shot", 50.0, 50.0, chosen=True)], "classifier": "zero-shot"},
         "Zero-shot was chosen.",
@@ -116,7 +120,7 @@ SHOWN = {
         absent="trained again",
     ),
     "candidates without a test": Shown(
-        NO_TEST | {"validation": HELD, "candidates": [candidate("probe", 62.5, 60.0)]},
+        NO_TEST | {"validation": HELD, "candidates": [candidate("probe", 62.5, 60.0, chosen=True)]},
         "They chose the candidate, and then trained. No images were kept for a test",
         absent="the epoch",
     ),
@@ -193,7 +197,7 @@ def test_command_prints_the_tables_of_the_report(tmp_path, capsys, monkeypatch):
         "1,234.5 s",
         "cpu, fp32",
         "Probe was chosen: of its accuracy.",
-        "Epoch 2 of 2 is kept, the best on 40 validation images (accuracy 62.5 %).",
+        "Epoch 2 of 2 is kept, the best on 40 validation images by accuracy.",
         "2 trained classes, balanced",
     ):
         assert text in printed  # fmt: skip
@@ -239,9 +243,26 @@ def test_report_plots():
     assert base == "0.0,47.0 260.0,10.5 520.0,0.0 520.0,0.0" and new.endswith("260.0,230.0 520.0,230.0 520.0,230.0")
     assert validation == "260.0,125.5 260.0,125.5", "a dot"
     assert [each.text for each in accuracy.iter("text")] == ["62", "51", "40", "0", "epoch 2"]
-    assert "Epoch 2 of 2 is kept, the best on 40 validation images (accuracy 62.5 %)" in found.text
+    assert "Epoch 2 of 2 is kept, the best on 40 validation images by accuracy." in found.text
     assert ["0.5", "75.0", "–"] in found.rows, "of the blend"
     assert "● trained classes ● new classes ● validation images" in found.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "alpha", "text"),
+    [
+        ({}, {}, None),
+        ({"blend": 0.5}, {}, ", before its blend"),
+        ({"head": "anchored"}, {}, ", before its head"),
+        ({"head": "anchored"}, {"alpha": 0.3}, ", before its blend and its head"),
+    ],
+)
+def test_report_says_what_epochs_lack(changes, alpha, text):
+    config = TuneConfig(method="skip", **changes)
+    found = Page(page({"best_epoch": 2, "validation": HELD} | alpha, [row(1), row(2)], config=config)).text
+    assert (f"Epochs are those of the trained model{text}." in found) == (text is not None)
+    kept = f"Epoch 2 of 2 is kept, the best on 40 validation images by accuracy{text or ''}."
+    assert (kept in found) == (not alpha)
 
 
 def test_report_method_without_epochs():
