@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ...options import Shots
 from ..config import TuneConfig
 from ..methods.registry import METHOD_NAMES
 from .formats import plural
@@ -74,13 +73,21 @@ def name_of_test(test: str) -> str:
     return _TESTS.get(test, test)
 
 
-def shots_text(shots: Shots) -> str:
-    """Return the number of training images.
+def shots_text(config: TuneConfig) -> str:
+    """Return how many images train in a run of a resolved configuration.
 
-    >>> shots_text("all"), shots_text(1), shots_text(16)
-    ('all training images', '1 image of each class', '16 images of each class')
+    >>> from dataclasses import replace
+    >>> config = TuneConfig(data="imagefolder:photos", method="skip", device="cpu")
+    >>> shots_text(replace(config, shots="all").resolved()), shots_text(replace(config, shots=1).resolved())
+    ('all training images', 'at most 1 image of each class')
+    >>> shots_text(replace(config, train_on_validation=True).resolved())
+    'at most 16 images of each class, besides validation images'
     """
-    return "all training images" if shots == "all" else f"{plural(int(shots), 'image')} of each class"
+    assert config.shots is not None
+    if config.shots == "all":
+        return "all training images"
+    validating = config.validation != "none" and (config.chooses or config.train_on_validation)
+    return f"at most {plural(config.shots, 'image')} of each class{', besides validation images' * validating}"
 
 
 def before_text(config: TuneConfig, *, blended: bool = False) -> str:
@@ -95,6 +102,4 @@ def before_text(config: TuneConfig, *, blended: bool = False) -> str:
 
 def title_of(config: TuneConfig, *between: str) -> str:
     """Return the title of a page, from a resolved configuration: model, data, other texts, and training images."""
-    assert config.shots is not None
-    at_most = "at most " if config.own_data and config.shots != "all" else ""  # a class may have fewer
-    return " · ".join([f"{config.model} on {config.data}", *between, at_most + shots_text(config.shots)])
+    return " · ".join([f"{config.model} on {config.data}", *between, shots_text(config)])

@@ -9,6 +9,7 @@ from ...formatting import escaped
 from ..config import TuneConfig
 from ..methods.registry import PACKAGED
 from ..report.summary import accuracy_table, headline
+from ..report.words import shots_text
 from ..results.notes import demonstration_note
 from .description import NOT_CALIBRATED, Description
 
@@ -52,17 +53,10 @@ def model_card(
         demonstration=demonstration_note(config.model),
         headline=headline(metrics),
         accuracies=accuracy_table(metrics),
-        shots=_shots(config, metrics["images"]["train"], len(described.classes)),
+        shots=f", {shots_text(config)}" if config.shots != "all" else "",
         shown=_SHOWN,
         classes_in="`classes.json`" if head_code else _CLASSES_IN.get(use, "`classifier.json`"),
         not_calibrated=NOT_CALIBRATED,
         command=command if metrics["command"] else "",
     )
     return text + "\n"
-
-
-def _shots(config: TuneConfig, images: int, classes: int) -> str:
-    if not isinstance(config.shots, int):
-        return ""
-    whole = images == config.shots * classes
-    return f", {config.shots} per class" if whole else f", fewer than {config.shots} of some classes"

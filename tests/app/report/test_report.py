@@ -203,10 +203,19 @@ def test_command_prints_the_tables_of_the_report(tmp_path, capsys, monkeypatch):
         assert text in printed  # fmt: skip
 
 
-@pytest.mark.parametrize(("data", "shots"), [("pictograms", "16 images"), ("imagefolder:photos", "at most 16 images")])
-def test_report_title_has_the_number_of_training_images(data, shots):
-    text = Page(page(config=TuneConfig(data=data, method="skip", shots=16))).text
-    assert f"pictogram-tiny on {data} · Skip Tuning · {shots} of each class · " in text
+@pytest.mark.parametrize(
+    ("changes", "besides"),
+    [
+        ({}, ""),
+        ({"data": "pictograms", "train_on_validation": True}, ""),
+        ({"train_on_validation": True}, ", besides validation images"),
+        ({"train_on_validation": True, "validation": "none"}, ""),
+    ],
+)
+def test_report_title_has_the_number_of_training_images(changes, besides):
+    config = TuneConfig(**{"data": "imagefolder:photos", "method": "skip", "shots": 16} | changes)
+    title = f"pictogram-tiny on {config.data} · Skip Tuning · at most 16 images of each class{besides} · "
+    assert title in Page(page(config=config)).text
 
 
 def test_report_galleries_show_top_classes_and_shape():
