@@ -37,7 +37,7 @@ if ! output=$("$python" -m bench.gpu check --device cuda $STEP 2>&1); then
   reason=$(grep -m 1 -E '^[^ ]*rror: ' <<<"$output" || tail -n 1 <<<"$output")
   cat >&2 <<END
 bench/gpu.sh: $python cannot run the stages: $reason
-  a package is absent: $python -m pip install -e ".[cli,test]"
+  a package is absent: $python -m pip install -c <($python -m pip list --format=freeze | grep ^torch) -e ".[cli,test]"
   a PyTorch without CUDA on a machine with a GPU: install torch and torchvision for its CUDA, see pytorch.org
   another Python: PYTHON=.venv/bin/python bench/gpu.sh
   without a GPU: STEP="--device cpu --model vit-tiny --skip-layers 3 --classes 20 --rounds 1" bench/gpu.sh

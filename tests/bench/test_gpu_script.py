@@ -67,6 +67,7 @@ ENDS = {
     "program": (f"{LATER}exit 127", "full", "full: {}/python is not installed (0 s)"),
     "stage": ("exit 0", "steps", "no stage steps; expected some of: machine tests step step_fp32 full "),
     "package": ("echo ModuleNotFoundError: x; exit 1", "step", "cannot run the stages: ModuleNotFoundError: x"),
+    "its remedy": ("echo ModuleNotFoundError: x; exit 1", "step", "pip list --format=freeze | grep ^torch) -e "),
     "Python": ("exit 127", "step", "PYTHON="),
 }
 
