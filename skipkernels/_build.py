@@ -69,7 +69,7 @@ def load() -> Extension:
     try:
         library = Path(asked).absolute() if asked else library_path()
         if not library.is_file():
-            raise FileNotFoundError("not built")
+            raise FileNotFoundError(f"SKIPKERNELS_CPP names no file: {library}" if asked else "not built")
         torch.ops.load_library(library)
         return Extension(library)
     except OSError as error:

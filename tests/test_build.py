@@ -57,6 +57,13 @@ def test_library_of_a_process(tmp_path, library, kernel, warning):
         assert re.search(f"{warning}.*Build them once with `skipkernels build`", message)
 
 
+def test_a_missing_library_is_named(monkeypatch):
+    """To build that of the package would not help."""
+    monkeypatch.setenv("SKIPKERNELS_CPP", "no/such.so")
+    with pytest.warns(RuntimeWarning, match=r"\(SKIPKERNELS_CPP names no file: /.*no/such\.so\)"):
+        assert _build.load.__wrapped__().path is None
+
+
 # A compiler that makes files with nothing but its arguments in them, so that a build is cheap.
 PRETENDED = """#!/bin/sh
 for argument; do test "$last" = -o && echo "$@" > "$argument"; last=$argument; done
