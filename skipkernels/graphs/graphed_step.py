@@ -219,7 +219,7 @@ class GraphedStep:
     def _capture(self, static: _StaticStep) -> _Graph:
         renew_accumulators(self._clip.trainable_parameters())
         torch.clear_autocast_cache()  # casts of the caller would be constants of the graph
-        with tables_of_graph(torch.cuda.current_stream()) as tables:
+        with tables_of_graph(self._held_weights(), static.pixel_values.device) as tables:
             graph, out = capture_graph(lambda: self._step(static), static.streams.step)
         tables.upload()
         return _Graph(graph, out, tables, GraphConstants(self._clip, self._optimizer))

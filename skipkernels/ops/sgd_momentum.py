@@ -259,7 +259,7 @@ def _table(numbers: Sequence[int], device: torch.device, *, repeat: bool = False
     captured = _of_graph
     # The stream decides: other threads may launch on streams that are not captured.
     if captured is not None and launching.is_captured(device):
-        return captured.allocate(_on_host(numbers, repeat), device)
+        return captured.allocate(_on_host(numbers, repeat))
     return _kept_table(tuple(numbers), repeat, device, launching.current_stream(device))
 
 
@@ -282,21 +282,29 @@ def _kept_table(numbers: tuple[int, ...], repeat: bool, device: torch.device, st
 
 
 class GraphTables:
-    """Tables that the launches in a captured graph read; they must live as long as the graph.
+    """Tables that the launches in a captured graph read, for one update of `weights`; must live as long as the graph.
 
-    Addresses of gradients are known during the capture only. Tables are allocated then, and written by `upload` after
-    it: a copy in the graph would run in each replay. They are not in the memory of the graph: there a replay could
-    write what was freed before the table was allocated.
+    Addresses of gradients are known during the capture only, and `upload` writes the tables after it: a copy in the
+    graph would run in each replay. Their memory is from before the capture: in that of the graph a replay could write
+    what was freed before a table was allocated.
     """
 
-    def __init__(self, stream: Any):
-        self._stream = stream  # of the allocations; one that is not captured, and on which the graph is replayed
+    def __init__(self, weights: Sequence[Tensor], device: torch.device):
+        # A launch has at least one weight, and three tables, each with up to one number that is not used.
+        programs = (-(-(LANES + x.numel()) // launch_options("sgd_momentum", x)["BLOCK"]) for x in weights)
+        size = len(weights) * (COLUMNS + 4) + sum(programs)
+        self._unused = torch.empty(size, dtype=torch.int64, device=device)
         self._tables: list[tuple[Tensor, Tensor]] = []  # table on the device, and its numbers
 
-    def allocate(self, numbers: Tensor, device: torch.device) -> Tensor:
+    def allocate(self, numbers: Tensor) -> Tensor:
         """Return a table that `upload` will write."""
-        with torch.cuda.stream(self._stream):
-            table = torch.empty_like(numbers, device=device)
+        table = self._unused[: len(numbers)]
+        if len(table) < len(numbers):
+            raise RuntimeError(
+                "sgd_momentum_: a graph can only update the weights of its optimizer; got others. Let one optimizer "
+                "hold them all."
+            )
+        self._unused = self._unused[-(-len(numbers) // 2) * 2 :]  # 16 bytes, as a kernel is compiled for
         self._tables.append((table, numbers))
         return table
 
@@ -311,14 +319,14 @@ _one_graph = threading.Lock()  # at a time, whatever the threads
 
 
 @contextlib.contextmanager
-def tables_of_graph(stream: Any) -> Iterator[GraphTables]:
+def tables_of_graph(weights: Sequence[Tensor], device: torch.device) -> Iterator[GraphTables]:
     """Collect the tables of the launches that are captured in this context, also in threads of autograd.
 
-    They are allocated on a stream that is not captured. Other threads wait before theirs.
+    They update `weights`, on a device. Other threads wait before theirs.
     """
     global _of_graph
     with _one_graph:
-        _of_graph = GraphTables(stream)
+        _of_graph = GraphTables(weights, device)
         try:
             yield _of_graph
         finally:

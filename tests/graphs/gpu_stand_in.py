@@ -9,9 +9,9 @@ checked:
 
 - *Streams* must wait for each other: see `streams.py`.
 - *Graphs.* A capture records operators with the addresses and numbers that they have then; a replay runs these. It
-  launches nothing: what it wrote is restored. Memory that is allocated in a capture belongs to the graph, unless it is
-  allocated on the stream of the caller, which is not captured. A replay begins with undefined values in the memory of
-  the graph, where an allocation may have what was freed before it, and reads other memory only while it is in use.
+  launches nothing: what it wrote is restored. Memory that is allocated in a capture belongs to the graph. A replay
+  begins with undefined values there, since an allocation may have what was freed before it, and reads other memory only
+  while it is in use.
 - *The update* reads its tables, as the Triton kernel does: they must have the addresses of its tensors by then.
 
 What a GPU would not report is a `Fault`.
@@ -179,13 +179,11 @@ class Gpu(TorchDispatchMode):
     @contextlib.contextmanager
     def stream(self, stream: Stream) -> Iterator[None]:
         """Replace `torch.cuda.stream`."""
-        of_node, self._of_node = self._of_node, None
         self._streams.append(stream)
         self._begins.append((torch.autograd._get_sequence_nr(), stream))
         try:
             yield
         finally:
-            self._of_node = of_node
             self._streams.pop()
             self._begins.append((torch.autograd._get_sequence_nr(), self._streams[-1]))
 
@@ -211,7 +209,7 @@ class Gpu(TorchDispatchMode):
         new = _new_of(out, args, kwargs)
         for tensor in new:
             self._memory.allocate(tensor, self.current_stream())
-            if self._graph is not None and self.current_stream() is not self._streams[0]:
+            if self._graph is not None:
                 self._graph.own(tensor)
         if function._opname.startswith(_ALLOCATES) or not (written or new):  # no launch: an allocation or a view
             return out

@@ -115,13 +115,16 @@ def test_tables_of_a_capture_and_beside_it(monkeypatch):
     monkeypatch.setattr(launching, "runs_beside_host", lambda device: True)
     monkeypatch.setattr(launching, "is_captured", lambda device: captured)
     table = functools.partial(sgd_momentum_module._table, device=torch.device("cpu"))
-    with sgd_momentum_module.tables_of_graph(None) as tables:
+    with sgd_momentum_module.tables_of_graph([torch.empty(5)], torch.device("cpu")) as tables:
         beside = table([3, 1], repeat=True)
         captured = True
-        own = table([111, 222])
+        own, other = table([111, 222, 333]), table([444])
+        with pytest.raises(RuntimeError, match="^sgd_momentum_: a graph can only update the weights of its optimizer"):
+            table([0] * 20)
     assert beside.tolist() == [0, 0, 0, 1]
     tables.upload()
-    assert own.tolist() == [111, 222]
+    assert own.tolist() == [111, 222, 333] and other.tolist() == [444]
+    assert own.data_ptr() + 32 == other.data_ptr()
     assert table([3, 1], repeat=True) is beside
     with pytest.raises(
         RuntimeError, match=r"^sgd_momentum_: a captured graph can only read tensors of an earlier call"
@@ -133,11 +136,11 @@ def test_two_threads_capture_one_after_the_other():
     order = []
 
     def other() -> None:
-        with sgd_momentum_module.tables_of_graph(None):
+        with sgd_momentum_module.tables_of_graph([], torch.device("cpu")):
             order.append("second")
 
     thread = threading.Thread(target=other)
-    with sgd_momentum_module.tables_of_graph(None):
+    with sgd_momentum_module.tables_of_graph([], torch.device("cpu")):
         thread.start()
         thread.join(0.05)
         order.append("first")
