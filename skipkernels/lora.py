@@ -76,7 +76,7 @@ def add_lora(
         for tower in towers:
             for block in tower.upper_blocks:
                 _update_block(block, chosen, rank, alpha, generator)
-        clip.refresh()
+        _read_again(clip)
     except BaseException:
         _remove(clip.model, merge=False)
         _train_as_before(clip)
@@ -93,7 +93,7 @@ def merge_lora(clip: SkipCLIP) -> None:
     _check_updated("merge_lora", clip)
     _remove(clip.model, merge=True)
     _train_as_before(clip)
-    clip.refresh()
+    _read_again(clip)
 
 
 def save_lora(clip: SkipCLIP, folder: str | Path) -> None:
@@ -209,6 +209,13 @@ def _train_as_before(clip: SkipCLIP) -> None:
     clip.train_options = clip.train_options._replace(trainable=trainable)
     for name, parameter in clip.model.named_parameters():
         parameter.requires_grad_(name in names)
+
+
+def _read_again(clip: SkipCLIP) -> None:
+    """Read the model again; image features at the cut stay valid or stale, since nothing changed below it."""
+    below = clip.images.below
+    clip.refresh()
+    clip.images.below = below
 
 
 def _update_block(block: Any, targets: frozenset[str], rank: int, alpha: float, generator: torch.Generator) -> None:

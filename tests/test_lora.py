@@ -159,6 +159,17 @@ def test_add_lora_changes_nothing_before_training():
     assert not clip.predict(features).allclose(logits)  # with new class embeddings too
 
 
+def test_image_features_stay_stale():
+    clip = sk.SkipCLIP(tiny_clip(), tiny_tokens(C), skip_layers=1)
+    features = clip.encode_lower(tiny_batch(3, C)[0])
+    with torch.no_grad():
+        clip.model.visual.conv1.weight.mul_(1.1)
+    for change in (lambda: sk.add_lora(clip, 2), lambda: sk.merge_lora(clip)):
+        change()
+        with pytest.raises(RuntimeError, match="weights below the cut have changed since features"):
+            clip.predict(features)
+
+
 def test_merge_lora_restores_the_model():
     model, (images, labels) = tiny_clip(), tiny_batch(3, C)
     for name, parameter in model.named_parameters():
