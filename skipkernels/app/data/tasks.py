@@ -167,4 +167,5 @@ def _class_sizes(train: Images, test: TestSet) -> list[str]:
     sizes = class_sizes_note(labels, test.classes)
     if sizes is None:
         return []
-    return [f"{sizes} Read the balanced accuracy; --class-weight balanced lets each class count the same."]
+    remedy = "--prior balanced with a head, or --class-weight balanced without one, lets each class count the same."
+    return [f"{sizes} Read the balanced accuracy; {remedy}"]

@@ -35,5 +35,6 @@ def without_unreadable(task: Task) -> Task:
         return task
     last = task.train.names[len(task.train) - task.held_out :]  # of the images that were chosen for validation
     held_out = len(set(train.names) & set(last))
-    note = f"{task.name}: skipped {len(skipped)} images that can't be read: {format_names(skipped)}."
+    names = f"skipped {len(skipped)} images that can't be read: {format_names(skipped)}."
+    note = f"{task.name}: {names} The numbers in other notes include them."
     return replace(task, train=train, tests=tests, validation=validation, notes=(*task.notes, note), held_out=held_out)

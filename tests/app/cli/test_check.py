@@ -59,7 +59,8 @@ def test_check_and_tune_name_classes_of_different_size(data, capsys):
     note = "classes differ in size: of 36 train{} images cat has 27 and dog 9."
     assert note.format("") in check(capsys, data)[1]
     task = build_task(TuneConfig(data=f"imagefolder:{data}", protocol="few-shot", shots="all", validation="none"))
-    assert any(note.format("ing") in each for each in task.notes)
+    (found,) = (each for each in task.notes if note.format("ing") in each)
+    assert "--prior balanced with a head, or --class-weight balanced without one" in found
 
 
 def test_class_sizes_count_absent_classes_and_classes_of_one_name():

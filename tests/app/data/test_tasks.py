@@ -161,6 +161,7 @@ def test_without_unreadable_counts_the_images_held_out_that_are_left(tmp_path):
         (tmp_path / name).write_bytes(b"no image")
     left = without_unreadable(task)
     assert (task.held_out, left.held_out) == (8, 7) and left.train.names == task.train.names[1:-1]
+    assert left.notes[-1].endswith("The numbers in other notes include them.")
 
 
 # ---- test images alone -----------------------------------------------------------------------------------------------
