@@ -200,7 +200,7 @@ def _disk_errors(folder: Path) -> Iterator[None]:
         named = error.filename if isinstance(error.filename, str) else folder
         raise CacheError(
             f"{named}: cannot be read or written ({error.strerror or error}). Finished rows stay. Free space, check "
-            "the disk or choose another folder, and continue with `resume=True`."
+            "the disk or choose another folder, and run it again, FeatureCache.build with resume=True."
         ) from error
 
 
