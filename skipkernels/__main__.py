@@ -16,8 +16,6 @@ def main() -> int:
     if sys.argv[1:] == ["--version"]:
         sys.stdout.write(f"skipkernels {skipkernels.__version__}\n")
         return 0
-    if sys.argv[1:] == ["build"]:  # also without the extra `cli`
-        return _build.main()
     for descriptor in range(3):  # a file of the run must not get the descriptor of a closed stream
         try:
             os.fstat(descriptor)
@@ -26,11 +24,13 @@ def main() -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr has: escape what the encoding lacks
     _set_passive_wait()
-    for package in _CLI_PACKAGES:
-        if importlib.util.find_spec(package) is None:
-            sys.stderr.write(f"skipkernels: the command line needs {package}: pip install 'skipkernels[cli]'\n")
-            return 1
     try:
+        if sys.argv[1:] == ["build"]:  # also without the extra `cli`
+            return _build.main()
+        for package in _CLI_PACKAGES:
+            if importlib.util.find_spec(package) is None:
+                sys.stderr.write(f"skipkernels: the command line needs {package}: pip install 'skipkernels[cli]'\n")
+                return 1
         from skipkernels.app.cli import main as cli  # here, so that Ctrl-C may interrupt its imports
 
         return cli.main()

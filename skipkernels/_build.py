@@ -73,7 +73,7 @@ def load() -> Extension:
         torch.ops.load_library(library)
         return Extension(library)
     except OSError as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error.__cause__ or error).splitlines()[0]  # the cause says what does not fit, such as the libc
         warnings.warn(
             f"skipkernels: no C++ kernels ({reason}), so PyTorch runs the operators: the same numbers, slower. Build "
             "them once with `skipkernels build`; SKIPKERNELS_CPP=0 silences this.",
@@ -89,10 +89,10 @@ def library_path() -> Path:
 
 
 def main(out: Path | None = None) -> int:
-    """Build the library, by default that of the package unless it is there, and print its path, or why it failed."""
+    """Build the library, by default that of the package unless it loads, and print its path, or why it failed."""
     try:
         library = library_path() if out is None else out.absolute()
-        if out is not None or not library.is_file():
+        if out is not None or not _loads(library):
             sys.stderr.write("building the C++ kernels, one to three minutes\n")
             build(library)
     except (OSError, BuildError) as error:
@@ -100,6 +100,12 @@ def main(out: Path | None = None) -> int:
         return 1
     sys.stdout.write(f"{library}\n")
     return 0
+
+
+def _loads(library: Path) -> bool:
+    """Return True if the library is there and loads, in a process that a damaged one may crash."""
+    load = [sys.executable, "-c", "import sys, torch; torch.ops.load_library(sys.argv[1])", str(library)]
+    return library.is_file() and subprocess.run(load, capture_output=True).returncode == 0
 
 
 def build(library: Path) -> None:
@@ -113,11 +119,10 @@ def build(library: Path) -> None:
     """
     compiler = _compiler()
     library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        built, copy = Path(folder, "_C.so"), library.with_name(f"{library.name}.{os.getpid()}.new")
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:  # also checks that it can be written
+        built = Path(folder, "_C.so")
         _run_ninja(compiler, built)
-        shutil.copyfile(built, copy)
-        os.replace(copy, library)  # never a part of a library, also if two processes build it
+        os.replace(built, library)  # never a part of a library, also if two processes build it
 
 
 def source_dir() -> Path:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 from PIL import Image
@@ -104,6 +105,12 @@ def test_interrupt_during_import_of_numpy_ends_command(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 130 and done.stderr.splitlines()[-1] == "interrupted"
     assert not list(tmp_path.iterdir())
+
+
+def test_interrupt_of_build_has_no_traceback(monkeypatch):
+    monkeypatch.setattr(entry.sys, "argv", ["skipkernels", "build"])
+    monkeypatch.setattr(entry._build, "main", Mock(side_effect=KeyboardInterrupt))
+    assert entry.main() == 130
 
 
 # ---- threads that wait ---------------------------------------------------------------------------------------------
