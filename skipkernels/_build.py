@@ -95,7 +95,7 @@ def main(out: Path | None = None) -> int:
         if out is not None or not _loads(library):
             sys.stderr.write("building the C++ kernels, one to three minutes\n")
             build(library)
-    except (OSError, BuildError) as error:
+    except (ImportError, OSError, BuildError) as error:  # ImportError: of torch
         sys.stderr.write(f"skipkernels build: {error}\n")
         return 1
     sys.stdout.write(f"{library}\n")

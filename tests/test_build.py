@@ -113,6 +113,7 @@ def test_compiler_with_arguments_and_further_flags(pretended, monkeypatch, tmp_p
     [
         ("CXX", r"no C\+\+ compiler found \(CXX=/no/such/compiler\)"),
         ("CXXFLAGS", r"CXX or CXXFLAGS cannot be split into words \(No closing quotation\)"),
+        ("torch", "import of torch halted"),
         ("ninja", r"ninja is not installed \(pip install ninja\)"),
         ("folder", "Not a directory|File exists"),
         ("sources", "No such file or directory: .*csrc"),
@@ -123,8 +124,8 @@ def test_failed_build_is_printed(pretended, monkeypatch, tmp_path, capfd, case, 
     out = None
     if case == "error":
         pretended.write_text("#!/bin/sh\necho broken header; exit 1")
-    elif case == "ninja":
-        monkeypatch.setitem(sys.modules, "ninja", None)
+    elif case in ("torch", "ninja"):
+        monkeypatch.setitem(sys.modules, case, None)
     elif case == "folder":
         out = tmp_path / "a compiler" / "kernels.so"
     elif case == "sources":
