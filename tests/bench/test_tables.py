@@ -6,6 +6,7 @@ both is for `python -m bench.aot --check` and `--widths`, and for `python -m ben
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import re
@@ -90,6 +91,18 @@ def test_compare_finds_other_counts(row, changes, problem):
 def test_limits_of_a_kernel(changes, problem):
     found = list(machine_code.problems_of(KERNEL._replace(**changes), (32,), has_dot=True))
     assert len(found) == bool(problem) and problem in "".join(found)
+
+
+@pytest.mark.parametrize(("target", "missing"), [("sm_75", False), ("sm_90", True)])
+def test_kernels_that_no_call_reaches_are_problems_of_targets_in_the_table(monkeypatch, capsys, target, missing):
+    """Others have the first calls alone."""
+    monkeypatch.setattr(aot.launching.triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(aot, "jobs_of", lambda *_: iter(()))
+    monkeypatch.setattr(aot, "compile_all", lambda jobs: [])
+    monkeypatch.setattr(sys, "argv", ["aot", "--target", target])
+    with contextlib.suppress(SystemExit):
+        aot.main()
+    assert ("is reached by no call" in capsys.readouterr().out) == missing
 
 
 def test_kernels_that_no_call_reaches_are_found(monkeypatch):
