@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -62,3 +64,16 @@ def test_public_call_leaves_nothing_behind(call, tmp_path):
         thread.join(10)  # a pool is not waited for
     left, clips_left = alive()
     assert left <= threads and clips_left == clips
+
+
+def test_iterators_that_are_held_at_exit_end_in_silence():
+    code = """
+import torch, skipkernels as sk
+from skipkernels.app.data.images import read_ahead
+features = sk.FeatureCache.in_memory([(torch.zeros(3, 2, 2), 0)] * 9)
+batches = iter(features.loader(2, "random", prefetch=2))
+numbers = read_ahead(abs, 9, workers=1, ahead=4)
+print(len(next(batches)), next(numbers))
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("2 0\n", "")

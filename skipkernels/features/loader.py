@@ -136,4 +136,6 @@ def _read_in_thread(batches: Iterator[Any], depth: int) -> Generator[Any, None, 
             yield batch
             del batch  # so that its memory can be freed
     finally:
-        thread.shutdown(cancel_futures=True)
+        for reading in waiting:  # `cancel_futures` fails at the exit of the process
+            reading.cancel()
+        thread.shutdown()

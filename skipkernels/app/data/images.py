@@ -183,11 +183,13 @@ def read_ahead(
             return error
 
     pool = ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1))
+    pending = deque(pool.submit(attempt, index) for index in range(min(ahead, count)))
     try:
-        pending = deque(pool.submit(attempt, index) for index in range(min(ahead, count)))
         for index in range(count):
             yield pending.popleft().result()
             if index + ahead < count:
                 pending.append(pool.submit(attempt, index + ahead))
     finally:  # without waiting: this generator may be collected in one of these threads
-        pool.shutdown(wait=False, cancel_futures=True)
+        for reading in pending:  # `cancel_futures` fails at the exit of the process
+            reading.cancel()
+        pool.shutdown(wait=False)
