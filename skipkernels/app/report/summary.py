@@ -66,12 +66,11 @@ def headline(metrics: Metrics) -> str:
         return " ".join(filter(None, found))
     if metrics["validation"] is None:
         return "All images trained, none were kept for a test: there is no accuracy."
+    sentence = _sentence(metrics, VALIDATION, plural(metrics["validation"]["images"], "validation image"))
+    if not metrics["candidates"] and metrics["best_epoch"] is None:  # they chose nothing
+        return f"{sentence} No images were kept for a test."
     chose = "the candidate, and then trained" if metrics["candidates"] else "the epoch"
-    images = plural(metrics["validation"]["images"], "validation image")
-    return (
-        f"{_sentence(metrics, VALIDATION, images)} They chose {chose}. No images were kept for a test: expect less on "
-        "others."
-    )
+    return f"{sentence} They chose {chose}. No images were kept for a test: expect less on others."
 
 
 def _sentence(metrics: Metrics, test: str, of: str) -> str:

@@ -88,10 +88,15 @@ class Shown(NamedTuple):
 CANDIDATES = ["accuracy, %", "loss", "takes new names"]
 SHOWN = {
     "no test images": Shown(
-        NO_TEST | {"validation": HELD},
+        NO_TEST | {"validation": HELD, "best_epoch": 2},
         "On the 40 validation images, the accuracy went from 50.0 % to 62.5 % (95 % interval 47.0–75.8). They chose "
         "the epoch. No images were kept for a test: expect less on others.",
         (["validation images", "40", "50.0 (35.2–64.8)", "62.5 (47.0–75.8)", "+12.5"],),
+    ),
+    "no test images, and nothing to choose": Shown(
+        NO_TEST | {"validation": HELD},
+        "62.5 % (95 % interval 47.0–75.8). No images were kept for a test.",
+        absent="expect less",
     ),
     "candidates of two accuracies": Shown(
         {
