@@ -84,9 +84,11 @@ def choose_images(source: Source, options: TaskOptions) -> Chosen:
     without = [name for label, name in enumerate(source.classes) if not sizes[label]]
     if without:
         raise InputError(f"{source.name} has no training images of {format_names(without)}. Add some.", "data")
-    if options.shots != "all" and (note := _few_shot_note(sizes, source.classes, options.shots)) is not None:
-        notes.append(note)
     shots = max(sizes.values()) if options.shots == "all" else options.shots
+    if options.train_on_validation and options.validates_on_split(source):
+        sizes.update(source.images("val").labels)
+    if options.shots != "all" and (note := _few_shot_note(sizes, source.classes, shots)) is not None:
+        notes.append(note)
 
     if options.validates_on_split(source):
         train, held_out, where = _few(images, shots, options.seed), source.images("val"), "its val split"

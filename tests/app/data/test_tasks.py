@@ -140,6 +140,15 @@ def test_load_task_notes_on_validation(trains, notes):
     assert (len(task.train), task.held_out, task.validation is None) == ((43, 8, True) if trains else (35, 0, False))
 
 
+def test_load_task_counts_the_images_of_a_val_split_that_train():
+    items = [("image", label) for label in (0, 0, 1, 1, 1)]
+    source = from_datasets("pets", train=items, val=items, test=items, classes=["dog", "cat"])
+    options = {"shots": 5, "validation": "auto"}
+    task = load(source, "few-shot", **options, train_on_validation=True)
+    assert task.notes == ("pets: 1 of 2 classes have fewer than 5 training images, all of which are used: dog (4).",)
+    assert "dog (2), cat (3)" in load(source, "few-shot", **options).notes[0]
+
+
 @pytest.mark.parametrize(
     ("validation", "count", "note"),
     [("auto", 6, "validation on 6 images of its val split."), ("split", 6, "validation on 6 images of its val split."),
