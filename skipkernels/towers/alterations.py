@@ -13,6 +13,7 @@ from torch.nn.modules import module as modules_of_torch
 from torch.nn.utils import parametrize
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_OBSERVERS = ("torch.", "transformers.utils.output_capturing")
 _GLOBAL_HOOKS = [getattr(modules_of_torch, f"_global{name}") for name in HOOKS]
 
 # ---- what a block must have ------------------------------------------------------------------------------------------
@@ -75,9 +76,9 @@ def why_altered(block: Any, own: type, methods: Mapping[str, Any], children: Sub
     return "the weights of a block have more than one dtype" if _have_dtypes(modules.values()) else None
 
 
-def has_changing_hooks(block: Any) -> bool:
-    """Return True if a block has hooks of its own that may change values, or expect an ordinary input."""
-    return any(hooks and _changing(hooks) for hooks in map(vars(block).get, HOOKS))
+def changing_hooks(module: Any) -> list[Any]:
+    """Hooks of a module that may change values, or expect an ordinary input."""
+    return [hook for hooks in map(vars(module).get, HOOKS) if hooks for hook in _changing(hooks)]
 
 
 def global_hooks() -> list[Any]:
@@ -88,9 +89,10 @@ def global_hooks() -> list[Any]:
 def _changing(hooks: Mapping[int, Any]) -> list[Any]:
     """Hooks that may change values, or expect an ordinary input.
 
-    Those of FSDP2 and of PyTorch's tools such as `FlopCounterMode` only observe, and take any structure of tensors.
+    Those of FSDP2, of PyTorch's tools such as `FlopCounterMode`, and those that transformers leaves on a model after a
+    call with `output_hidden_states`, only observe, and take any structure of tensors.
     """
-    return [hook for hook in hooks.values() if not str(getattr(hook, "__module__", "")).startswith("torch.")]
+    return [hook for hook in hooks.values() if not str(getattr(hook, "__module__", "")).startswith(_OBSERVERS)]
 
 
 def _why_child(module: Any, path: str, child: Child) -> str | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..checks import warn_caller
 from ..options import FusedMemory
-from .alterations import Submodules, has_changing_hooks, why_altered
+from .alterations import Submodules, changing_hooks, why_altered
 from .rows import Hidden, Rotary, RowsOptions, Sequences
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def why_takes_no_rows(block: Any) -> str | None:
         return f"a block is a {type(block).__name__}, which runs its own forward"
     if "forward" in vars(block):
         return "forward() of a block was replaced"
-    if has_changing_hooks(block):
+    if changing_hooks(block):
         return "a block has hooks"
     if getattr(block, "gradient_checkpointing", False):
         return "a block has gradient checkpointing of transformers"

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..digests import digests
-from .alterations import HOOKS, global_hooks
+from .alterations import changing_hooks, global_hooks
 from .base import Part
 from .block import FusedBlock
 
@@ -103,7 +103,7 @@ class Watch:
 
     def is_comparable(self) -> bool:
         """Return False if contents and settings do not determine the result: with hooks, or shards of FSDP2."""
-        hooked = any(getattr(module, name) for module in self._modules for name in HOOKS)
+        hooked = any(map(changing_hooks, self._modules))
         return not (hooked or global_hooks() or self._is_sharded())
 
     def _is_sharded(self) -> bool:
@@ -124,7 +124,6 @@ def _settings_of(module: nn.Module) -> list[Any]:
     attributes = vars(module)
     # Of a fused block also if FSDP2 has put its class in front
     kind: Any = module.caller_class if isinstance(module, FusedBlock) else type(module)
-    hooks = [dict(found) for name in HOOKS if (found := attributes[name])]
     replaced = [name for name in ("forward", "attention") if name in attributes]
     # Copied: PEFT changes its dictionaries of scales in place.
     others = {
@@ -132,4 +131,4 @@ def _settings_of(module: nn.Module) -> list[Any]:
         for name, value in attributes.items()
         if name not in _NOT_SETTINGS and not isinstance(value, Tensor)
     }
-    return [kind, kind.forward, dict(module._modules), hooks, replaced, others]
+    return [kind, kind.forward, dict(module._modules), changing_hooks(module), replaced, others]

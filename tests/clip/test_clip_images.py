@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tests.models import tiny_clip
-from tests.towers.families import LABELS, OPEN_CLIP
+from tests.towers.families import FAMILIES, LABELS, OPEN_CLIP
 
 IMAGES = OPEN_CLIP.images()
 
@@ -59,6 +59,19 @@ def test_swapped_in_average_is_no_change():
         clip(features, LABELS)
     clip.model.load_state_dict(kept)
     clip(features, LABELS)
+
+
+def test_hooks_that_only_observe_are_no_change():
+    """transformers leaves hooks on a model that was asked for its hidden states once."""
+    family = FAMILIES["hf"]
+    clip, images = family.cut(1), family.images()
+    features = clip.encode_lower(images)
+    with torch.no_grad():
+        clip.model.vision_model(images, output_hidden_states=True)
+    assert any(module._forward_hooks for module in clip.model.vision_model.encoder.layers[0].modules())
+    with pytest.warns(UserWarning, match="a module of a block has hooks"):
+        loss = clip.eval().train()(features, LABELS).loss
+    torch.testing.assert_close(loss, family.cut(1)(images, LABELS).loss, rtol=1e-9, atol=0)
 
 
 def test_load_state_dict_before_features():
