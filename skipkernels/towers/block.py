@@ -86,7 +86,8 @@ class FusedBlock:
         hidden, mask, causal, rotary = given
         options = RowsOptions(Sequences(len(hidden), mask, causal), self._memory, rotary)
         out = self._run_fused(Hidden(hidden.flatten(0, 1)), options)
-        return self._output(out.sum().view(hidden.shape))
+        # The sum of views is no view: FSDP2 warns of a block that returns one.
+        return Hidden(*(self._output(x.view(hidden.shape)) for x in out if x is not None)).sum()
 
     def _fusable_input(self, *args: Any, **kwargs: Any) -> BlockInput | None:
         """Name the arguments of a call, or return None if the block runs its own forward."""

@@ -17,7 +17,7 @@ from transformers.models.clip import modeling_clip
 import skipkernels as sk
 from skipkernels.towers.alterations import original_method
 from skipkernels.towers.base import UnsupportedModel
-from tests.towers.blocks import TOKENS, W, assert_equals_own_forward, make_block
+from tests.towers.blocks import FAMILIES, TOKENS, W, assert_equals_own_forward, hidden_states, make_block, run
 
 # ---- tensors that are no entry of `_parameters` ------------------------------------------------------------------
 
@@ -57,6 +57,18 @@ def test_projection_without_bias_among_others(name):
     (block,) = sk.fuse(make_block("hf"))
     block.self_attn.get_submodule(f"{name}_proj").bias = None
     assert_equals_own_forward(block)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_output_is_no_view(family):
+    """FSDP2 warns of a view: its hook of backward is lost if the caller writes to it."""
+    (block,) = sk.fuse(make_block(family))
+    assert not run(block, hidden_states(next(block.parameters()).dtype))._is_view()
+
+
+def test_empty_batch():
+    (block,) = sk.fuse(make_block("timm"))  # other blocks refuse one themselves
+    assert_equals_own_forward(block, hidden=hidden_states()[:0].detach().requires_grad_())
 
 
 # ---- masks ---------------------------------------------------------------------------------------------------------
