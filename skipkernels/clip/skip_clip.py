@@ -125,7 +125,7 @@ class SkipCLIP(nn.Module):
         if not train_text:  # constant class embeddings need no text tower
             self.sampler.keep_ratio = 1.0
         self.model = model
-        self.config = getattr(model, "config", None)  # for the model card of transformers' trainer
+        self.main_input_name, self.config = "pixel_values", getattr(model, "config", None)  # for transformers' trainer
         self.train_options = TrainOptions(trainable, train_text, train_logit_scale)
         from . import builder  # needed at a construction only
 

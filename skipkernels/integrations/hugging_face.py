@@ -126,6 +126,8 @@ class Predictor(nn.Module):
         (5, 10)
     """
 
+    main_input_name = "pixel_values"  # in `include_for_metrics=["inputs"]` of the trainer
+
     def __init__(self, clip: SkipCLIP):
         super().__init__()
         check_clip("Predictor", clip)

@@ -63,7 +63,7 @@ def test_accuracy(trained, short, tmp_path):
     clip = trained[0].model
     ranked = clip.predict(short.images).argsort(dim=1, descending=True)  # [n, C]
     dataset = TensorDataset(short.images, ranked[torch.arange(len(ranked)), torch.arange(len(ranked)) % 4])
-    args = runner.arguments(short, tmp_path, per_device_eval_batch_size=5)
+    args = runner.arguments(short, tmp_path, per_device_eval_batch_size=5, include_for_metrics=["inputs"])
     trainer = Trainer(clip, **hugging_face.trainer_arguments(args, **short.rates()))
     assert trainer.evaluate(dataset)["eval_accuracy"] == 0.25
     predictions = torch.from_numpy(trainer.predict(dataset).predictions)
@@ -72,7 +72,8 @@ def test_accuracy(trained, short, tmp_path):
 
 def test_predict_without_labels(trained, short, tmp_path):
     """Batches of five and of one image."""
-    clip, args = trained[0].model, runner.arguments(short, tmp_path, per_device_eval_batch_size=5)
+    clip = trained[0].model
+    args = runner.arguments(short, tmp_path, per_device_eval_batch_size=5, include_for_metrics=["inputs"])
     trainer = Trainer(hugging_face.Predictor(clip), **hugging_face.trainer_arguments(args, **short.rates()))
     logits = clip.predict(short.images[:11])
     for dataset in (short.images[:11], [{"pixel_values": image} for image in short.images[:11]]):
