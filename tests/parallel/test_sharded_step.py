@@ -241,13 +241,13 @@ def recorded() -> Iterator[list[tuple[str, int]]]:
     """Names of the collectives, and bytes that each process gives."""
     messages: list[tuple[str, int]] = []
     names = [name for name in ("all_gather_single", "reduce_scatter_single") if hasattr(dist, name)]
-    names = names or ["all_gather_into_tensor", "reduce_scatter_tensor"]
+    names = names or ["all_gather_into_tensor", "reduce_scatter_tensor"]  # before PyTorch had those
     before = {name: getattr(dist, name) for name in names}
     with pytest.MonkeyPatch.context() as patch:
         for name, function in before.items():
 
             def record(out, x, *, name=name, function=function, **options):
-                messages.append((name.partition("_single")[0], x.nbytes))
+                messages.append(("_".join(name.split("_")[:2]), x.nbytes))
                 return function(out, x, **options)
 
             patch.setattr(dist, name, record)
