@@ -14,6 +14,8 @@ from skipkernels._progress import progress
 from skipkernels.app.console import Terminal
 from skipkernels.formatting import csv_line, escaped
 
+from .errors import with_flags
+
 if TYPE_CHECKING:
     from skipkernels.app.data import Source
     from skipkernels.app.data.check import Fact, Finding
@@ -25,7 +27,7 @@ _SHOWN = 20  # findings of a kind on the terminal; --out has all
 @dataclasses.dataclass(frozen=True)
 class CheckCommand:
     """Read all images of a dataset and report unreadable files, sizes, classes with few images, and duplicates. The
-    exit code is 1 if a file could not be read.
+    exit code is 1 if a file could not be read, or tune refuses the dataset.
     """
 
     data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA", help_behavior_hint="(required)")]
@@ -57,7 +59,10 @@ class CheckCommand:
         self._print_findings(problems, out)
         if self.out is not None:
             replace_text(self.out, "".join(csv_line(map(escaped, row)) for row in [Finding._fields, *problems]))
-        return 1 if any(one.kind == "unreadable" for one in problems) else 0
+        refused = self._refused(source, trained)
+        if refused is not None:
+            out.print(f"tune refuses this dataset: {refused}", soft_wrap=True)
+        return 1 if refused is not None or any(one.kind == "unreadable" for one in problems) else 0
 
     def _open(self) -> Source:
         from skipkernels.app.data import InputError, open_source
@@ -78,6 +83,22 @@ class CheckCommand:
                 out.print(f"  {text}", soft_wrap=True)
             if count > _SHOWN:
                 out.print(f"  and {count - _SHOWN:,} more" + ("" if self.out else ": --out FILE has all"))
+
+    def _refused(self, source: Source, trained: Counter[str]) -> str | None:
+        """Return why `tune` refuses the dataset with its default protocol; None if it does not."""
+        from skipkernels.app.data import InputError, TaskOptions, load_task
+        from skipkernels.app.data.files import format_names
+        from skipkernels.app.data.registry import default_protocol, is_own
+
+        protocol = default_protocol(self.data)
+        options = TaskOptions(protocol=protocol, shots=_FEW, validation="auto" if is_own(self.data) else "none")
+        try:
+            task = load_task(source, options)
+        except InputError as error:
+            return with_flags(error)
+        if without := [name for name in task.tests[0].classes if not trained[name]]:
+            return f"no training image of {format_names(without)} can be read, also not with --unreadable skip."
+        return None
 
 
 def _about_classes(source: Source, images: list[Fact], trained: Counter[str]) -> Iterator[str]:

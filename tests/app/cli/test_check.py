@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import shutil
 from pathlib import Path
 
@@ -13,10 +14,12 @@ from PIL import Image
 from skipkernels.app.cli.main import main
 from skipkernels.app.config import TuneConfig
 from skipkernels.app.data import InputError, TaskOptions, load_task
+from skipkernels.app.data.coop import DATASETS
 from skipkernels.app.data.shots import class_sizes_note
 from skipkernels.app.data.unreadable import without_unreadable
 from skipkernels.app.train import tune
 from skipkernels.app.train.setup import build_task
+from tests.app.data.pictures import make_coop
 
 SETTINGS = {"method": "zero-shot", "device": "cpu", "shots": "all"}
 
@@ -97,11 +100,38 @@ def test_check_names_the_kind_of_a_folder(data, capsys):
     assert capsys.readouterr().err.startswith(f"error no dataset '{data}'; did you mean imagefolder:{data}?")
 
 
-def test_tune_refuses_a_class_of_which_no_image_can_be_read(data, tmp_path):
-    for path in (data / "train" / "dog").iterdir():
-        path.write_text("no image")
-    with pytest.raises(InputError, match="no training image of dog can be read"):
-        tune(TuneConfig(data=f"imagefolder:{data}", out=tmp_path / "run", unreadable="skip", **SETTINGS))
+@pytest.mark.parametrize(
+    ("images", "words"),
+    [
+        ({"cat": ["photo"] * 4}, "fewer than two classes"),
+        ({"cat": ["photo"] * 4, "dog": ["photo"]}, "no test images"),
+        ({"cat": ["photo"] * 4, "dog": ["photo", "broken"]}, "no training image of dog can be read"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_check_says_what_tune_refuses(tmp_path, capsys, images, words):
+    for name, kinds in images.items():
+        for number, kind in enumerate(kinds):
+            path = tmp_path / "data" / name / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            photo(number).save(path) if kind == "photo" else path.write_text("no image")
+    code, out = check(capsys, tmp_path / "data")
+    assert code == 1 and "tune refuses this dataset: " in out and words in out.partition("tune refuses")[2]
+    with pytest.raises(InputError, match=words):
+        tune(TuneConfig(data=f"imagefolder:{tmp_path / 'data'}", out=tmp_path / "run", unreadable="skip", **SETTINGS))
+
+
+def test_check_refuses_what_the_default_protocol_refuses(tmp_path, capsys):
+    """Without test images of the second half of the classes, which few-shot would accept."""
+    make_coop(tmp_path, "eurosat")
+    path = tmp_path / DATASETS["eurosat"].folder / str(DATASETS["eurosat"].split_file)
+    splits = json.loads(path.read_text())
+    path.write_text(json.dumps(splits | {"test": [row for row in splits["test"] if row[1] < 2]}))
+    assert main(["check", "coop:eurosat", "--root", str(tmp_path)]) == 1
+    words = "coop:eurosat has no test images of crème brûlée"
+    assert words in capsys.readouterr().out.partition("tune refuses this dataset: ")[2]
+    with pytest.raises(InputError, match=words):
+        tune(TuneConfig(data="coop:eurosat", root=tmp_path, out=tmp_path / "run", method="zero-shot", device="cpu"))
 
 
 def test_tune_with_unreadable_images(data, tmp_path):
