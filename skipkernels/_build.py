@@ -119,7 +119,7 @@ def build(library: Path) -> None:
     """
     compiler = _compiler()
     library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:  # also checks that it can be written
+    with tempfile.TemporaryDirectory(prefix=".build-", dir=library.parent) as folder:  # can it be written?
         built = Path(folder, "_C.so")
         _run_ninja(compiler, built)
         os.replace(built, library)  # never a part of a library, also if two processes build it
