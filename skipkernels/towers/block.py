@@ -101,7 +101,9 @@ class FusedBlock:
             )
             return None
         given = self._parse_input(*args, **kwargs)
-        if given is not None and given.mask is not None and given.mask.requires_grad:
+        if given is None or not given.hidden.numel():
+            return None
+        if given.mask is not None and given.mask.requires_grad:
             return None  # a fused block gives a mask no gradient
         return given
 

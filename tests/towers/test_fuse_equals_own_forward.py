@@ -66,8 +66,9 @@ def test_output_is_no_view(family):
     assert not run(block, hidden_states(next(block.parameters()).dtype))._is_view()
 
 
-def test_empty_batch():
-    (block,) = sk.fuse(make_block("timm"))  # other blocks refuse one themselves
+@pytest.mark.parametrize("family", ["open_clip", "timm"])  # other blocks refuse one themselves
+def test_empty_batch(family):
+    (block,) = sk.fuse(make_block(family))
     assert_equals_own_forward(block, hidden=hidden_states()[:0].detach().requires_grad_())
 
 

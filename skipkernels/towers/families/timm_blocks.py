@@ -68,7 +68,7 @@ class TimmBlock(FusedBlock):
         return layer_scale(self._modules["ls1"]), layer_scale(self._modules["ls2"])
 
     def _parse_input(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> BlockInput | None:
-        if x.ndim != 3 or not len(x) or attn_mask is not None:  # towers of CLIP have no mask
+        if x.ndim != 3 or attn_mask is not None:  # towers of CLIP have no mask
             return None
         return BlockInput(x, None, is_causal)
 
