@@ -66,6 +66,7 @@ def add_lora(
     check_clip("add_lora", clip)
     chosen, alpha = _checked_arguments(rank, targets, alpha)
     clip.check_model()
+    stale = clip.images.below.is_stale()
     if next(_updates(clip.model), None) is not None:
         raise ValueError("add_lora: the model has low-rank updates already. Merge them first: merge_lora(clip).")
     towers = _fusable_towers(clip)
@@ -76,7 +77,7 @@ def add_lora(
         for tower in towers:
             for block in tower.upper_blocks:
                 _update_block(block, chosen, rank, alpha, generator)
-        _read_again(clip)
+        _read_again(clip, stale)
     except BaseException:
         _remove(clip.model, merge=False)
         _train_as_before(clip)
@@ -91,9 +92,10 @@ def merge_lora(clip: SkipCLIP) -> None:
     To train further, create the optimizer and `DistributedDataParallel` again.
     """
     _check_updated("merge_lora", clip)
+    stale = clip.images.below.is_stale()
     _remove(clip.model, merge=True)
     _train_as_before(clip)
-    _read_again(clip)
+    _read_again(clip, stale)
 
 
 def save_lora(clip: SkipCLIP, folder: str | Path) -> None:
@@ -211,11 +213,14 @@ def _train_as_before(clip: SkipCLIP) -> None:
         parameter.requires_grad_(name in names)
 
 
-def _read_again(clip: SkipCLIP) -> None:
-    """Read the model again; image features at the cut stay valid or stale, since nothing changed below it."""
-    below = clip.images.below
+def _read_again(clip: SkipCLIP, stale: bool) -> None:
+    """Read the model again; image features at the cut stay valid, or `stale`: the model computes the same as before."""
+    before = clip.images.below
     clip.refresh()
-    clip.images.below = below
+    if stale:
+        clip.images.below = before
+    elif before.started:
+        clip.images.below.start()
 
 
 def _update_block(block: Any, targets: frozenset[str], rank: int, alpha: float, generator: torch.Generator) -> None:
