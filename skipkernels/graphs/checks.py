@@ -75,7 +75,7 @@ def why_not_capturable(clip: SkipCLIP, optimizer: torch.optim.Optimizer) -> str 
         return 'attention="xformers" has a host sync. Use "sdpa".'
     if any(x is None for x in clip.texts.step_tensors()):
         return "text_cache, as large as here, is read on the host. Leave it out."
-    if type(clip.sampler).select is not RankSampler.select:
+    if getattr(clip.sampler.select, "__func__", None) is not RankSampler.select:
         return "a graph takes the ranks that RankSampler.draw returns, and does not call select() of another sampler."
     if clip.sampler.generator.device.type != "cpu":
         return "the generator must be on the CPU."

@@ -155,15 +155,23 @@ class GraphedStep:
         if self._static is None or not self._static.serves(kind, ranks):
             if self._streams is None or self._streams.device != device:
                 self._streams = _Streams(device, torch.cuda.Stream(device), torch.cuda.Stream(device))
-            casts = Casts(self._held_weights() if isinstance(self._optimizer, FusedSGD) else ())
             self._static = _StaticStep(
-                kind, ranks, self._streams, torch.empty_like(pixel_values), torch.empty_like(labels), casts
+                kind,
+                ranks,
+                self._streams,
+                torch.empty_like(pixel_values),
+                torch.empty_like(labels),
+                Casts(self._fused_weights()),
             )
         return self._static
 
     def _held_weights(self) -> list[Tensor]:
         """Weights that train and that the optimizer holds."""
         return [p for group in self._optimizer.param_groups for p in group["params"] if p.requires_grad]
+
+    def _fused_weights(self) -> list[Tensor]:
+        """Those of FusedSGD, of which its update also writes the casts; none of another optimizer."""
+        return self._held_weights() if isinstance(self._optimizer, FusedSGD) else []
 
     # ---- one step ----------------------------------------------------------------------------------------------------
 
@@ -219,7 +227,7 @@ class GraphedStep:
     def _capture(self, static: _StaticStep) -> _Graph:
         renew_accumulators(self._clip.trainable_parameters())
         torch.clear_autocast_cache()  # casts of the caller would be constants of the graph
-        with tables_of_graph(self._held_weights(), static.pixel_values.device) as tables:
+        with tables_of_graph(self._fused_weights(), static.pixel_values.device) as tables:
             graph, out = capture_graph(lambda: self._step(static), static.streams.step)
         tables.upload()
         return _Graph(graph, out, tables, GraphConstants(self._clip, self._optimizer))
