@@ -108,9 +108,9 @@ class Settings:
         "of heads on the pretrained model and Skip Tuning with three learning rates; else skip.",
     )
     preset: Preset = "default"
-    """reference: settings of the published code, such as --tail fixed; its random crops need --refresh epoch. --decay
-    is 0.3 in each protocol, as in its configuration; the memory that the paper reports for ImageNet follows from 0.1.
-    """
+    """reference: settings of the published code, such as --tail fixed; its crops of training images need --refresh
+    epoch. --decay is 0.3 in each protocol, as in its configuration; the memory that the paper reports for ImageNet
+    follows from 0.1."""
     tail: Tail | None = None
     """Each step compares its images with the classes most similar to them and, at random, a few of the others, the
     tail. resample: draw other ranks of the tail in every step, the default. fixed: draw them once, as published."""

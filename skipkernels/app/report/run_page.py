@@ -140,7 +140,7 @@ def _curves(config: TuneConfig, metrics: Metrics, rows: list[dict[str, Any]]) ->
     validation = line(name_of_test(VALIDATION), "zero", ((row["epoch"], row.get("validation")) for row in rows))
     plots = [plot("training loss", [loss]), plot("accuracy, %", [*tests, validation])] if rows else []
     found = [part("plots", plots)] if any(plots) else []
-    if rows and (before := before_text(config, blended="alpha" in metrics)):
+    if rows and (before := before_text(config)):
         found.append(part("text", f"Epochs are those of the trained model{before}."))
     return [*found, *([blend_table(metrics).html] if "blend" in metrics else [])]
 

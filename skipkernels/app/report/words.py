@@ -81,22 +81,22 @@ def shots_text(config: TuneConfig) -> str:
     >>> shots_text(replace(config, shots="all").resolved()), shots_text(replace(config, shots=1).resolved())
     ('all training images', 'at most 1 image of each class')
     >>> shots_text(replace(config, train_on_validation=True).resolved())
-    'at most 16 images of each class, besides validation images'
+    'at most 16 images of each class, and any validation images'
     """
     assert config.shots is not None
     if config.shots == "all":
         return "all training images"
     validating = config.validation != "none" and (config.chooses or config.train_on_validation)
-    return f"at most {plural(config.shots, 'image')} of each class{', besides validation images' * validating}"
+    return f"at most {plural(config.shots, 'image')} of each class{', and any validation images' * validating}"
 
 
-def before_text(config: TuneConfig, *, blended: bool = False) -> str:
-    """Return which changes of the trained model its epochs do not have yet; `blended` after training.
+def before_text(config: TuneConfig) -> str:
+    """Return which changes of the trained model its epochs do not have yet.
 
     >>> before_text(TuneConfig(method="skip", head="anchored", blend=0.5).resolved())
     ', before its blend and its head'
     """
-    later = ["blend"] * (blended or config.blend != 1) + ["head"] * (config.head != "none")
+    later = ["blend"] * (config.blend != 1) + ["head"] * (config.head != "none")
     return f", before its {' and its '.join(later)}" if later else ""
 
 

@@ -209,17 +209,17 @@ def test_command_prints_the_tables_of_the_report(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("changes", "besides"),
+    ("changes", "more"),
     [
         ({}, ""),
         ({"data": "pictograms", "train_on_validation": True}, ""),
-        ({"train_on_validation": True}, ", besides validation images"),
+        ({"train_on_validation": True}, ", and any validation images"),
         ({"train_on_validation": True, "validation": "none"}, ""),
     ],
 )
-def test_report_title_has_the_number_of_training_images(changes, besides):
+def test_report_title_has_the_number_of_training_images(changes, more):
     config = TuneConfig(**{"data": "imagefolder:photos", "method": "skip", "shots": 16} | changes)
-    title = f"pictogram-tiny on {config.data} · Skip Tuning · at most 16 images of each class{besides} · "
+    title = f"pictogram-tiny on {config.data} · Skip Tuning · at most 16 images of each class{more} · "
     assert title in Page(page(config=config)).text
 
 
@@ -263,20 +263,19 @@ def test_report_plots():
 
 
 @pytest.mark.parametrize(
-    ("changes", "alpha", "text"),
+    ("changes", "text"),
     [
-        ({}, {}, None),
-        ({"blend": 0.5}, {}, ", before its blend"),
-        ({"head": "anchored"}, {}, ", before its head"),
-        ({"head": "anchored"}, {"alpha": 0.3}, ", before its blend and its head"),
+        ({}, None),
+        ({"blend": 0.5}, ", before its blend"),
+        ({"head": "anchored"}, ", before its head"),
+        ({"head": "anchored", "blend": 0.5}, ", before its blend and its head"),
     ],
 )
-def test_report_says_what_epochs_lack(changes, alpha, text):
+def test_report_says_what_epochs_lack(changes, text):
     config = TuneConfig(method="skip", **changes)
-    found = Page(page({"best_epoch": 2, "validation": HELD} | alpha, [row(1), row(2)], config=config)).text
+    found = Page(page({"best_epoch": 2, "validation": HELD}, [row(1), row(2)], config=config)).text
     assert (f"Epochs are those of the trained model{text}." in found) == (text is not None)
-    kept = f"Epoch 2 of 2 is kept, the best on 40 validation images by accuracy{text or ''}."
-    assert (kept in found) == (not alpha)
+    assert f"Epoch 2 of 2 is kept, the best on 40 validation images by accuracy{text or ''}." in found
 
 
 def test_report_method_without_epochs():
