@@ -10,6 +10,7 @@ kernels, also under autocast.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -329,7 +330,7 @@ def _round_at_random(x: Tensor, seed: Tensor | int, first: int) -> Tensor:
 
 def signed64(value: int) -> int:
     """Convert a uint64 to the int64 with the same bits: PyTorch multiplies int64 modulo 2⁶⁴, like uint64."""
-    value = int(value) & ((1 << 64) - 1)  # NumPy integers have at most 64 bits
+    value = operator.index(value) & ((1 << 64) - 1)  # NumPy integers have at most 64 bits
     return value - (1 << 64) if value >> 63 else value
 
 

@@ -80,6 +80,11 @@ def test_is_the_reference(backend, dtypes):
         assert theirs.step(seed=1) != ours.step()
 
 
+def test_a_seed_with_a_fraction_is_refused():
+    with pytest.raises(TypeError, match="'float' object cannot be interpreted as an integer"):
+        reference.signed64(2.5)
+
+
 @pytest.mark.parametrize("dtype", HALVES, ids=name)
 @pytest.mark.parametrize("grad", [torch.float32, torch.bfloat16], ids=name)
 def test_casts_are_copies_of_the_new_weights(backend, grad, dtype):

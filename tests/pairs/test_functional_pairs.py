@@ -49,7 +49,7 @@ def test_contrastive_loss_does_not_save_the_logits():
     assert saved_bytes(lambda: functional.contrastive_loss(*make_pairs(300, 8, torch.float32))) < 4 * 300 * 300
 
 
-def test_losses_export_with_any_batch():
+def test_losses_export_with_a_dynamic_batch():
     class Losses(torch.nn.Module):
         def forward(self, image, text):
             contrastive = (module.contrastive_loss(image, text, 10.0) for module in (functional, reference))
