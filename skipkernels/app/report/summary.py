@@ -49,13 +49,6 @@ def accuracies(metrics: Metrics, test: str) -> list[Accuracy]:
     return found
 
 
-def held_out_accuracy(metrics: Metrics, *, balanced: bool) -> tuple[str, float]:
-    """Name and value of the accuracy on the validation images by which epochs and learning rates are compared."""
-    if balanced:
-        return "balanced accuracy", metrics["by_class"][VALIDATION]["balanced_accuracy"]
-    return "accuracy", metrics["validation"]["tuned"]
-
-
 # ---- sentences -------------------------------------------------------------------------------------------------------
 
 

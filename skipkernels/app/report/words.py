@@ -83,11 +83,11 @@ def shots_text(config: TuneConfig) -> str:
     >>> shots_text(replace(config, train_on_validation=True).resolved())
     'at most 16 images of each class, and any validation images'
     """
-    assert config.shots is not None
-    if config.shots == "all":
+    options = config.task_options()
+    if options.shots == "all":
         return "all training images"
-    validating = config.validation != "none" and (config.chooses or config.train_on_validation)
-    return f"at most {plural(config.shots, 'image')} of each class{', and any validation images' * validating}"
+    validating = options.train_on_validation and options.validation != "none"
+    return f"at most {plural(options.shots, 'image')} of each class{', and any validation images' * validating}"
 
 
 def before_text(config: TuneConfig) -> str:

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from ..config import RATES, TuneConfig
 from ..console import plain, print_plain
-from ..report.summary import held_out_accuracy
+from ..data.tasks import VALIDATION
 from ..report.words import name_of_method
 from ..train.setup import build_task
 from .runs import run_variants
@@ -64,7 +64,7 @@ def search_rates(
     searches: dict[str, list[Searched]] = {}
     for (method, multiplier, rates), result in zip(tried, results, strict=True):
         complete = result.metrics["status"] == "complete"  # else it diverged
-        accuracy = held_out_accuracy(result.metrics, balanced=balanced)[1] if complete else -math.inf
+        accuracy = _held_out_accuracy(result.metrics, balanced=balanced) if complete else -math.inf
         seconds = result.metrics["cost"]["seconds_total"]
         searches.setdefault(method, []).append(Searched(rates, multiplier, measure, accuracy, seconds))
     found = {method: _best(searched) for method, searched in searches.items()}
@@ -78,6 +78,12 @@ def _scaled_rates(config: TuneConfig, multiplier: float) -> dict[str, Any]:
     resolved = config.resolved()
     known = {name: rate for name in RATES if (rate := getattr(resolved, name)) is not None}
     return {name: rate * multiplier for name, rate in known.items()} if resolved.epochs else {}
+
+
+def _held_out_accuracy(metrics: Mapping[str, Any], *, balanced: bool) -> float:
+    if balanced:
+        return metrics["by_class"][VALIDATION]["balanced_accuracy"]
+    return metrics["validation"]["tuned"]
 
 
 def _best(searched: list[Searched]) -> Searched:
